@@ -1,0 +1,5 @@
+"""How a swap is computed: the dense reference, the stock kernel and a chunked path behind one function."""
+
+from attnswap.attention.functional import attention
+
+__all__ = ["attention"]

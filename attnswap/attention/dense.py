@@ -1,0 +1,126 @@
+"""The dense reference: what a swap is, in plain torch, for any dtype and with autograd.
+
+Run in fp64 it is the oracle of every other backend. The chunked backend calls the same block of rows at a time.
+"""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnswap.attention.problem import Problem
+from attnswap.swaps.base import Terms
+
+
+@dataclass(frozen=True)
+class Block:
+    """Queries ``start`` to ``stop`` against keys ``k0`` to ``k1``."""
+
+    start: int
+    stop: int
+    k0: int
+    k1: int
+
+
+def grouped_matmul(a: Tensor, b: Tensor, groups: int) -> Tensor:
+    """Multiplies per query head with matrices held per key/value head, without repeating the latter.
+
+    Args:
+        a: Shape (batch, heads, m, k).
+        b: Shape (batch, heads / groups, k, n).
+        groups: Query heads per key/value head.
+
+    Returns:
+        Shape (batch, heads, m, n).
+    """
+    batch, heads, rows, inner = a.shape
+    folded = a.reshape(batch, heads // groups, groups * rows, inner)
+    return torch.matmul(folded, b).reshape(batch, heads, rows, b.shape[-1])
+
+
+def scores(problem: Problem, terms: Terms, block: Block) -> Tensor:
+    """Returns ``a_i cap(scaling q.k) + b_i + c_j + B_ij`` of a block, shape (batch, heads, rows, keys)."""
+    rows, keys = slice(block.start, block.stop), slice(block.k0, block.k1)
+    dtype = problem.dtype
+    query, key = problem.query[:, :, rows].to(dtype), problem.key[:, :, keys].to(dtype)
+    s = grouped_matmul(query, key.transpose(-1, -2), problem.groups) * problem.scaling
+    if problem.softcap is not None:
+        s = torch.tanh(s / problem.softcap) * problem.softcap
+    if terms.query_scale is not None:
+        s = s * terms.query_scale[..., rows, None]
+    s = s + bias(problem, terms, block)
+    return s
+
+
+def bias(problem: Problem, terms: Terms, block: Block) -> Tensor | float:
+    """Returns ``b_i + c_j + B_ij`` of a block in the computing dtype.
+
+    The two parts of a large cumulative sum meet in fp64, where their difference is exact, before they are rounded.
+    """
+    rows, keys = slice(block.start, block.stop), slice(block.k0, block.k1)
+    total: Tensor | float = 0.0
+    if terms.query_bias is not None:
+        total = total + terms.query_bias[..., rows, None]
+    if terms.key_bias is not None:
+        total = total + terms.key_bias[..., None, keys]
+    if isinstance(total, Tensor):
+        total = total.to(problem.dtype)
+    if problem.visibility.bias is not None:
+        total = total + problem.visibility.bias[:, :, rows, keys].to(problem.dtype)
+    return total
+
+
+def attend_block(problem: Problem, terms: Terms, block: Block, p: SimpleNamespace) -> tuple[Tensor, Tensor]:
+    """Computes the rows of a block over keys that include every visible one.
+
+    Returns:
+        Output (batch, heads, rows, value_dim) and weights (batch, heads, rows, keys), in the computing dtype.
+    """
+    swap, dtype = problem.swap, problem.dtype
+    visible = problem.visibility.mask(block.start, block.stop, block.k0, block.k1)
+    s = scores(problem, terms, block)
+    sinks = None if problem.sinks is None else problem.per_head(problem.sinks, 2)
+    shift = reference_shift(problem, s, visible, sinks, p)
+    s = torch.where(visible, s, shift)  # a finite stand-in, so that no masked score can poison a gradient
+    weight = torch.where(visible, swap.weight(s, shift, p), 0.0)
+    total = torch.where(visible, swap.norm(s, shift, p), 0.0).sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + swap.norm(sinks, shift, p)
+    n = problem.visibility.n[..., block.start : block.stop, None].to(dtype)
+    total = total + swap.null(shift, n, p)
+    weights = torch.where(total > 0, weight / torch.where(total > 0, total, 1.0), 0.0)
+    if problem.dropout:
+        weights = torch.nn.functional.dropout(weights, problem.dropout)
+    value = problem.value[:, :, block.k0 : block.k1].to(dtype)
+    if terms.value_scale is not None:
+        value = value * terms.value_scale[..., block.k0 : block.k1, None].to(dtype)
+    return grouped_matmul(weights, value, problem.groups), weights
+
+
+def reference_shift(problem: Problem, s: Tensor, visible: Tensor, sinks: Tensor | None, p: SimpleNamespace) -> Any:
+    """Returns the shift of each row: its largest visible score, at least the swap's floor and the sink."""
+    swap = problem.swap
+    if not swap.shifted:
+        return s.new_zeros(())
+    hidden = s.masked_fill(~visible, -torch.inf)
+    shift = hidden.amax(-1, keepdim=True) if s.shape[-1] else s.new_full((*s.shape[:-1], 1), -torch.inf)
+    if sinks is not None:
+        shift = torch.maximum(shift, sinks)
+    floor = swap.shift_floor(p)
+    if floor is not None:
+        shift = torch.maximum(shift, shift.new_tensor(floor) if not isinstance(floor, Tensor) else floor)
+    shift = torch.where(torch.isneginf(shift), 0.0, shift)  # a row without keys
+    return shift if swap.shift_gradient else shift.detach()
+
+
+def attend(problem: Problem, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Computes everything at once; memory grows with queries times keys.
+
+    Returns:
+        Output (batch, heads, queries, value_dim) in the dtype of the values and, if asked for, the weights.
+    """
+    block = Block(0, problem.visibility.q_length, 0, problem.visibility.k_length)
+    out, weights = attend_block(problem, problem.terms(), block, problem.maths_parameters())
+    return out.to(problem.value.dtype), weights if need_weights else None

@@ -1,0 +1,71 @@
+"""Choose how a call is computed, and blend it with what was there before."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from attnswap.attention import chunked, dense, folded
+from attnswap.attention.problem import Problem
+from attnswap.errors import ConfigError, nearest
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute a call.
+
+    Attributes:
+        attend: Computes the output of shape (batch, heads, queries, value_dim).
+        refusal: Says why it cannot compute a call, or None where it can.
+    """
+
+    attend: Callable[[Problem], Tensor]
+    refusal: Callable[[Problem], str | None] = lambda problem: None
+
+
+BACKENDS: dict[str, Backend] = {
+    "folded": Backend(folded.attend, folded.refusal),
+    "chunked": Backend(chunked.attend),
+    "dense": Backend(lambda problem: dense.attend(problem)[0]),
+}
+"""In order of preference: ``backend="auto"`` takes the first that does not refuse."""
+
+
+def choose(problem: Problem, backend: str = "auto") -> Backend:
+    """Returns the backend for a call.
+
+    Raises:
+        ConfigError: The backend is unknown, or was asked for by name and cannot compute the call (the reason is given).
+    """
+    if backend == "auto":
+        return next(b for b in BACKENDS.values() if b.refusal(problem) is None)
+    if backend not in BACKENDS:
+        raise ConfigError(
+            f'unknown backend "{backend}".{nearest(backend, list(BACKENDS))} Backends: auto, {", ".join(BACKENDS)}'
+        )
+    reason = BACKENDS[backend].refusal(problem)
+    if reason:
+        raise ConfigError(f'backend "{backend}" cannot compute this call: {reason}; use backend="auto"')
+    return BACKENDS[backend]
+
+
+def compute(problem: Problem, before: Callable[[], Tensor], backend: str = "auto") -> Tensor:
+    """Computes a call at its point of the ramp.
+
+    Args:
+        problem: The call. A ramp of 0.0 or 1.0 given as a number is a phase: the other branch is not evaluated.
+        before: Computes what the model did before, shape (batch, heads, queries, value_dim).
+        backend: ``"auto"`` or a name of :data:`BACKENDS`.
+
+    Returns:
+        Output (batch, heads, queries, value_dim) in the dtype of the values.
+    """
+    ramp = problem.ramp
+    if isinstance(ramp, float) and ramp == 0.0:
+        return before()
+    if problem.swap.native_ramp or (isinstance(ramp, float) and ramp == 1.0):
+        return choose(problem, backend).attend(problem)
+    full = replace(problem, ramp=1.0)
+    swapped, was = choose(full, backend).attend(full), before()
+    share = problem.per_head(ramp, 2)
+    return ((1 - share) * was.to(problem.dtype) + share * swapped.to(problem.dtype)).to(swapped.dtype)

@@ -1,0 +1,64 @@
+"""Swaps that are softmax over a scaled query, a biased key or a scaled value, on the stock kernel."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+
+from attnswap.attention.chunked import row_blocks
+from attnswap.attention.dense import Block, bias
+from attnswap.attention.problem import Problem
+from attnswap.swaps.base import Terms
+
+
+def refusal(problem: Problem) -> str | None:
+    """Says why the stock kernel cannot compute this call, or None where it can."""
+    if not problem.swap.softmax_weighted:
+        return f'the weights of "{problem.swap.name}" are not softmax\'s'
+    if problem.softcap is not None:
+        return "the model caps its scores, and the stock kernel does not"
+    if problem.sinks is not None:
+        return "the model has sinks, and the stock kernel does not"
+    return None
+
+
+def attend(problem: Problem) -> Tensor:
+    """Computes a softmax-weighted swap with ``scaled_dot_product_attention``.
+
+    A key bias goes in as an additive mask, one chunk of rows at a time, because the difference of two large
+    cumulative sums must be formed in fp64; folding it into the query and key loses 1e-3 at 8k tokens.
+
+    Returns:
+        Output (batch, heads, queries, value_dim) in the dtype of the values.
+    """
+    terms, visibility = problem.terms(), problem.visibility
+    query, value = problem.query, problem.value
+    if terms.query_scale is not None:
+        query = (query.to(problem.dtype) * terms.query_scale[..., None]).to(query.dtype)
+    if terms.value_scale is not None:
+        value = (value.to(problem.dtype) * terms.value_scale[..., None]).to(value.dtype)
+    options = {"dropout_p": problem.dropout, "scale": problem.scaling, "enable_gqa": problem.groups > 1}
+    unbiased = terms.key_bias is None and visibility.bias is None
+    if unbiased and (visibility.plain_causal or visibility.plain_full):
+        return scaled_dot_product_attention(query, problem.key, value, is_causal=visibility.plain_causal, **options)
+
+    def rows(query: Tensor, key: Tensor, value: Tensor, block: Block, terms: Terms) -> Tensor:
+        keys = slice(block.k0, block.k1)
+        visible = visibility.mask(block.start, block.stop, block.k0, block.k1)
+        mask = visible
+        if not unbiased:
+            mask = torch.where(visible, bias(problem, terms, block), -torch.inf).to(query.dtype)
+        mask = mask.expand(query.shape[0], -1, -1, -1)
+        out = scaled_dot_product_attention(
+            query[:, :, block.start : block.stop], key[:, :, keys], value[:, :, keys], attn_mask=mask, **options
+        )
+        # The stock kernel leaves rows without a visible key undefined.
+        return torch.where(visible.any(-1, keepdim=True), out, 0.0)
+
+    blocks = row_blocks(problem)
+    recompute = torch.is_grad_enabled() and len(blocks) > 1
+    outs = []
+    for block in blocks:
+        args = (query, problem.key, value, block, terms)
+        outs.append(checkpoint(rows, *args, use_reentrant=False) if recompute else rows(*args))
+    return torch.cat(outs, 2)

@@ -1,0 +1,115 @@
+"""The pure function: attention with any swap on plain tensors."""
+
+import torch
+from torch import Tensor
+
+from attnswap.attention import folded
+from attnswap.attention.dispatch import compute
+from attnswap.attention.problem import Problem, complete_features
+from attnswap.attention.visibility import Visibility, split_mask
+from attnswap.errors import ConfigError
+from attnswap.swaps import SwapLike, resolve
+from attnswap.swaps.base import Swap
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    swap: SwapLike,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scaling: float | None = None,
+    dropout_p: float = 0.0,
+    enable_gqa: bool = False,
+    backend: str = "auto",
+    ramp: float | Tensor = 1.0,
+    **features: Tensor,
+) -> Tensor:
+    """Computes attention with another normalizer than softmax.
+
+    Differs from ``torch.nn.functional.scaled_dot_product_attention`` where the lengths differ: ``is_causal=True``
+    aligns the *last* query with the *last* key, as decoding with a cache needs it (torch aligns the first with the
+    first). A row without any visible key gives 0.
+
+    Args:
+        query: Shape (batch, heads, queries, head_dim).
+        key: Shape (batch, kv heads, keys, head_dim).
+        value: Shape (batch, kv heads, keys, value_dim).
+        swap: A swap by name, config or mapping.
+        attn_mask: Boolean (True: visible) or additive, broadcastable to (batch, heads, queries, keys); with
+            ``is_causal`` both apply. An additive value at or below half of its dtype's smallest number hides the key.
+        is_causal: Hide the keys after each query.
+        scaling: Multiplies the dot products; default ``head_dim ** -0.5``.
+        dropout_p: Probability of dropping a weight.
+        enable_gqa: Allow fewer key/value heads than query heads.
+        backend: ``"auto"``, ``"folded"``, ``"chunked"`` or ``"dense"`` (the reference).
+        ramp: lambda between softmax (0) and the swap (1): a number, or a tensor of shape () or (heads,).
+        **features: The swap's declared features: per head (heads,), per query (batch, heads, queries), per key
+            (batch, heads or kv heads, keys), such as ``log_forget`` of the forgetting gate.
+
+    Returns:
+        Shape (batch, heads, queries, value_dim), in the dtype of ``value``.
+
+    Raises:
+        ConfigError: A shape, feature, swap or backend does not fit; the message says which and what would.
+    """
+    config = resolve(swap)
+    _check(query, key, value, enable_gqa, dropout_p)
+    visibility = _visibility(query, key, attn_mask, is_causal)
+    problem = Problem(
+        swap=config,
+        query=query,
+        key=key,
+        value=value,
+        visibility=visibility,
+        features=complete_features(config, features, query, key),
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        ramp=_ramp(ramp, query),
+        dropout=dropout_p,
+    )
+
+    def softmax() -> Tensor:
+        plain = {"swap": Swap(), "features": {}, "ramp": 1.0}
+        return folded.attend(Problem(**{**problem.__dict__, **plain}))
+
+    return compute(problem, softmax, backend)
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, dropout_p: float) -> None:
+    if not query.ndim == key.ndim == value.ndim == 4:
+        raise ConfigError("query, key and value must have 4 dimensions: (batch, heads, tokens, head_dim)")
+    if key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
+        raise ConfigError(f"shapes of query, key and value do not go together: {shapes}")
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if heads != kv_heads and (not enable_gqa or heads % kv_heads):
+        way = "" if enable_gqa else "; pass enable_gqa=True to share keys between heads"
+        raise ConfigError(f"{heads} query heads and {kv_heads} key/value heads do not go together{way}")
+    if not 0 <= dropout_p < 1:
+        raise ConfigError(f"dropout_p must be in [0, 1), not {dropout_p}")
+
+
+def _visibility(query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Visibility:
+    q_length, k_length = query.shape[2], key.shape[2]
+    dense, bias = (None, None) if attn_mask is None else split_mask(attn_mask)
+    full = (query.shape[0], query.shape[1], q_length, k_length)
+    if dense is not None:
+        if any(size not in (1, whole) for size, whole in zip(dense.shape, full, strict=True)):
+            raise ConfigError(f"attn_mask of shape {tuple(dense.shape)} does not broadcast to {full}")
+        dense = dense.expand(*dense.shape[:2], q_length, k_length)
+        bias = None if bias is None else bias.expand(*bias.shape[:2], q_length, k_length)
+    return Visibility(
+        q_length, k_length, query.device, is_causal, q_offset=k_length - q_length, dense=dense, bias=bias
+    )
+
+
+def _ramp(ramp: float | Tensor, query: Tensor) -> float | Tensor:
+    if isinstance(ramp, Tensor):
+        if ramp.ndim and tuple(ramp.shape) != (query.shape[1],):
+            raise ConfigError(f"ramp has shape {tuple(ramp.shape)}; give a number or a tensor of shape ({query.shape[1]},)")
+        return ramp.to(device=query.device, dtype=torch.float32)
+    if not 0 <= ramp <= 1:
+        raise ConfigError(f"ramp must be in [0, 1], not {ramp}")
+    return float(ramp)

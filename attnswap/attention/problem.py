@@ -1,0 +1,128 @@
+"""One attention call, as every backend receives it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnswap.attention.visibility import Visibility
+from attnswap.errors import ConfigError, nearest
+from attnswap.swaps.base import Call, Swap, Terms
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The inputs of one attention computation.
+
+    Attributes:
+        swap: The swap that weighs the values.
+        query: Shape (batch, heads, queries, head_dim).
+        key: Shape (batch, kv heads, keys, head_dim); heads is a multiple of kv heads.
+        value: Shape (batch, kv heads, keys, value_dim).
+        visibility: Which keys each query sees.
+        features: Every feature the swap declares (see :func:`complete_features`).
+        scaling: Multiplies the dot products.
+        ramp: lambda: a number, or a tensor of shape () or (heads,).
+        softcap: The model's own cap: scores become ``softcap * tanh(score / softcap)``.
+        sinks: The model's own sink logits, shape (heads,): a null key of value 0.
+        dropout: Probability of dropping a weight.
+    """
+
+    swap: Swap
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    visibility: Visibility
+    features: Mapping[str, Tensor]
+    scaling: float
+    ramp: float | Tensor = 1.0
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    dropout: float = 0.0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype scores and weights are computed in: fp64 for fp64 inputs, else fp32."""
+        return torch.float64 if self.query.dtype == torch.float64 else torch.float32
+
+    @property
+    def groups(self) -> int:
+        """Query heads per key/value head."""
+        return self.query.shape[1] // self.key.shape[1]
+
+    def per_head(self, x: Any, trailing: int = 1) -> Any:
+        """Returns a per-head tensor as (heads, 1, ...) in the computing dtype; numbers pass through."""
+        if not isinstance(x, Tensor):
+            return x
+        x = x.to(self.dtype)
+        return x.reshape(-1, *([1] * trailing)) if x.ndim else x
+
+    def terms(self) -> Terms:
+        """Evaluates the swap's terms for all queries and keys."""
+        features = {}
+        valid = self.visibility.token_valid
+        for name, declared in self.swap.features().items():
+            value = self.features[name]
+            if declared.per == "head":
+                features[name] = self.per_head(value)
+                continue
+            value = value.to(self.dtype)
+            if declared.per == "key" and valid is not None:
+                value = value.masked_fill(~valid[:, None], declared.padding)
+            features[name] = value
+        last = self.visibility.k_length - 1
+        call = Call(
+            n=self.visibility.n.to(self.dtype),
+            features=features,
+            ramp=self.per_head(self.ramp),
+            position=self.visibility.positions().clamp(0, last) if last >= 0 else self.visibility.positions() * 0,
+        )
+        return self.swap.terms(call)
+
+    def maths_parameters(self) -> SimpleNamespace:
+        """The per-head values that the elementwise maths reads, as (heads, 1, 1), with the ramp among them."""
+        heads = {k: self.per_head(self.features[k], 2) for k, f in self.swap.features().items() if f.per == "head"}
+        return SimpleNamespace(ramp=self.per_head(self.ramp, 2), **heads)
+
+
+def complete_features(
+    swap: Swap, features: Mapping[str, Tensor], query: Tensor, key: Tensor
+) -> dict[str, Tensor]:
+    """Checks the features of a call and fills in the ones that may be left out.
+
+    Args:
+        swap: The swap that will read them.
+        features: What the caller gave.
+        query: Shape (batch, heads, queries, head_dim).
+        key: Shape (batch, kv heads, keys, head_dim).
+
+    Returns:
+        Every declared feature.
+
+    Raises:
+        ConfigError: A feature is unknown, missing without an initial value, or of the wrong shape.
+    """
+    declared = swap.features()
+    for name in features:
+        if name not in declared:
+            known = ", ".join(declared) or "none"
+            raise ConfigError(f'swap "{swap.name}" has no feature "{name}".{nearest(name, list(declared))} Features: {known}')
+    batch, heads, queries, _ = query.shape
+    complete = {}
+    for name, feature in declared.items():
+        count = heads if feature.heads == "query" else key.shape[1]
+        shape = {"head": (count,), "query": (batch, count, queries), "key": (batch, count, key.shape[2])}[feature.per]
+        value = features.get(name)
+        if value is None:
+            if feature.per != "head" or feature.initial is None:
+                raise ConfigError(f'swap "{swap.name}" needs the feature "{name}" of shape {shape}: {feature.what}')
+            value = torch.full(shape, feature.initial, device=query.device)
+        if feature.per == "head" and value.ndim == 0:
+            value = value.expand(shape)
+        if tuple(value.shape) != shape and not (value.ndim == 3 and value.shape == (1, *shape[1:])):
+            raise ConfigError(f'feature "{name}" has shape {tuple(value.shape)}; swap "{swap.name}" takes {shape}')
+        complete[name] = value
+    return complete

@@ -1,0 +1,169 @@
+"""Which keys a query sees, in a compact form: offsets and row starts instead of a dense mask.
+
+Everything counts in key indices: query i sits at key index ``q_offset + i``. A dense mask exists only where a user
+passed one; otherwise masks are built block by block.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from attnswap.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Describes the visible keys of every query.
+
+    Attributes:
+        q_length: Queries.
+        k_length: Keys.
+        device: Where masks are made.
+        causal: A query sees no key after its own index.
+        q_offset: Key index of the first query; a tensor of shape () for static caches.
+        window: A query sees only the last ``window`` keys, its own included.
+        row_start: First key of each query's document, shape (batch or 1, queries); None: 0.
+        key_valid: False for padded keys, shape (batch, keys); None: all are valid.
+        dense: A user's boolean mask, shape (batch or 1, heads or 1, queries, keys), combined by AND.
+        bias: A user's additive mask of the same shape, added to the scores (its -inf entries are in ``dense``).
+    """
+
+    q_length: int
+    k_length: int
+    device: torch.device
+    causal: bool = True
+    q_offset: int | Tensor = 0
+    window: int | None = None
+    row_start: Tensor | None = None
+    key_valid: Tensor | None = None
+    dense: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def plain_causal(self) -> bool:
+        """Whether this is exactly what ``is_causal=True`` of a stock kernel means: square, nothing else."""
+        return self.causal and self.unmasked and self._zero_offset and self.q_length == self.k_length
+
+    @property
+    def plain_full(self) -> bool:
+        """Whether every query sees every key."""
+        if not self.unmasked:
+            return False
+        return not self.causal or (self.q_length == 1 and self.q_offset is not None and self._last_query_at_end)
+
+    @property
+    def unmasked(self) -> bool:
+        """Whether nothing but causality hides a key."""
+        return all(x is None for x in (self.window, self.row_start, self.key_valid, self.dense, self.bias))
+
+    @property
+    def _zero_offset(self) -> bool:
+        return isinstance(self.q_offset, int) and self.q_offset == 0
+
+    @property
+    def _last_query_at_end(self) -> bool:
+        return isinstance(self.q_offset, int) and self.q_offset + self.q_length == self.k_length
+
+    def positions(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Returns the key index of queries ``start`` to ``stop``, shape (stop - start,)."""
+        stop = self.q_length if stop is None else stop
+        return torch.arange(start, stop, device=self.device) + self.q_offset
+
+    @cached_property
+    def n(self) -> Tensor:
+        """Number of visible keys, int64, shape (batch or 1, heads or 1, queries)."""
+        if self.dense is not None:
+            rows = [self.mask(i, min(i + 512, self.q_length)).sum(-1) for i in range(0, self.q_length, 512)]
+            return torch.cat(rows, -1)
+        last = self.positions()[None]
+        end = (last + 1 if self.causal else torch.full_like(last, self.k_length)).clamp(0, self.k_length)
+        start = torch.zeros_like(end)
+        if self.window is not None:
+            start = torch.maximum(start, last - self.window + 1)
+        if self.row_start is not None:
+            start = torch.maximum(start, self.row_start)
+        start = torch.minimum(start, end)
+        if self.key_valid is None:
+            return (end - start)[:, None]
+        seen = torch.nn.functional.pad(self.key_valid.long().cumsum(-1), (1, 0))
+        rows, batch = max(end.shape[0], start.shape[0]), seen.shape[0]
+        end, start = (x.expand(max(rows, batch), -1) for x in (end, start))
+        seen = seen.expand(max(rows, batch), -1)
+        return (seen.gather(1, end) - seen.gather(1, start))[:, None]
+
+    def key_span(self, start: int, stop: int) -> tuple[int, int]:
+        """Returns a range of keys outside which queries ``start`` to ``stop`` see nothing."""
+        if not self.causal or isinstance(self.q_offset, Tensor):
+            return 0, self.k_length
+        first = 0 if self.window is None else max(0, start + self.q_offset - self.window + 1)
+        return min(first, self.k_length), max(min(stop + self.q_offset, self.k_length), min(first, self.k_length))
+
+    def mask(self, start: int = 0, stop: int | None = None, k0: int = 0, k1: int | None = None) -> Tensor:
+        """Returns the boolean mask of a block.
+
+        Args:
+            start: First query.
+            stop: One past the last query; default: all.
+            k0: First key.
+            k1: One past the last key; default: all.
+
+        Returns:
+            True where a key is visible, shape (batch or 1, heads or 1, stop - start, k1 - k0).
+        """
+        stop = self.q_length if stop is None else stop
+        k1 = self.k_length if k1 is None else k1
+        q = self.positions(start, stop)[:, None]
+        k = torch.arange(k0, k1, device=self.device)[None]
+        seen = k <= q if self.causal else torch.ones(1, 1, dtype=torch.bool, device=self.device).expand(len(q), k1 - k0)
+        if self.window is not None:
+            seen = seen & (k > q - self.window)
+        seen = seen[None, None]
+        if self.row_start is not None:
+            seen = seen & (k[None, None] >= self.row_start[:, None, start:stop, None])
+        if self.key_valid is not None:
+            seen = seen & self.key_valid[:, None, None, k0:k1]
+        if self.dense is not None:
+            seen = seen & self.dense[:, :, start:stop, k0:k1]
+        return seen
+
+    @cached_property
+    def token_valid(self) -> Tensor | None:
+        """Keys that belong to real tokens, shape (batch or 1, keys); None: all of them.
+
+        Under a dense mask a key that cannot see itself is padding, as far as its own row is among the queries.
+        """
+        if self.dense is None:
+            return self.key_valid
+        position = self.positions()
+        inside = (position >= 0) & (position < self.k_length)
+        own = self.mask().any(1)[:, torch.arange(self.q_length, device=self.device)[inside], position[inside]]
+        valid = torch.ones(own.shape[0], self.k_length, dtype=torch.bool, device=self.device)
+        valid[:, position[inside]] = own
+        return valid if self.key_valid is None else valid & self.key_valid
+
+
+def split_mask(mask: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Splits a user's mask into a boolean part and an additive part.
+
+    Args:
+        mask: Boolean (True: visible), or additive of a floating point dtype; 2 to 4 dimensions, broadcast from the
+            right as ``scaled_dot_product_attention`` does.
+
+    Returns:
+        ``(dense, bias)``; an additive value at or below half the smallest finite number of its dtype means invisible.
+
+    Raises:
+        ConfigError: The mask is of another dtype or has too few or too many dimensions.
+    """
+    if not 2 <= mask.ndim <= 4:
+        raise ConfigError(f"attn_mask has shape {tuple(mask.shape)}; give (queries, keys) up to (batch, heads, queries, keys)")
+    mask = mask[(None,) * (4 - mask.ndim)]
+    if mask.dtype == torch.bool:
+        return mask, None
+    if not mask.is_floating_point():
+        raise ConfigError(f"attn_mask has dtype {mask.dtype}; give a boolean mask (True: visible) or an additive one")
+    visible = mask > torch.finfo(mask.dtype).min / 2
+    bias = mask.masked_fill(~visible, 0.0)
+    return visible, (bias if mask.requires_grad or bool(bias.any()) else None)

@@ -1,0 +1,43 @@
+"""The errors attnswap raises. Each names the cause and the way out; the CLI prints the message alone."""
+
+
+class AttnSwapError(Exception):
+    """Base class of every error raised on purpose.
+
+    Attributes:
+        exit_code: What the command line returns for this kind of error.
+    """
+
+    exit_code: int = 1
+
+
+class ConfigError(AttnSwapError, ValueError):
+    """A bad argument: an unknown swap, key or feature, or a value out of range."""
+
+    exit_code = 2
+
+
+class UnsupportedModelError(AttnSwapError):
+    """The model, mask, cache or attention argument cannot be served exactly, so it is refused."""
+
+    exit_code = 3
+
+
+class CheckpointError(AttnSwapError):
+    """A checkpoint that is incomplete, unreadable or of an unknown format."""
+
+    exit_code = 2
+
+
+class NumericsError(AttnSwapError):
+    """A computation produced a non-finite value."""
+
+    exit_code = 4
+
+
+def nearest(name: str, choices: list[str]) -> str:
+    """Returns ``' Did you mean "x"?'`` for the choice closest to ``name``, or an empty string."""
+    import difflib
+
+    match = difflib.get_close_matches(name, choices, n=1, cutoff=0.4)
+    return f' Did you mean "{match[0]}"?' if match else ""

@@ -1,0 +1,151 @@
+"""The text an evaluation reads: its token ids, and how many bytes of it each token stands for."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from attnswap import text as offline
+from attnswap.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A tokenised text.
+
+    Attributes:
+        id: Name in reports.
+        text: The whole text; documents are joined by a blank line.
+        ids: Token ids, int64 (tokens,), without special tokens.
+        byte_ends: Bytes (UTF-8) of the text up to the end of each token, int64 (tokens,), never decreasing.
+        tokenizer_sha256: Hash of the tokenizer's full definition.
+    """
+
+    id: str
+    text: str
+    ids: torch.Tensor
+    byte_ends: np.ndarray
+    tokenizer_sha256: str
+
+    def bytes_between(self, first: int, end: int) -> int:
+        """Returns how many bytes of the text the tokens ``first`` to ``end - 1`` stand for."""
+        before = int(self.byte_ends[first - 1]) if first else 0
+        return int(self.byte_ends[end - 1]) - before
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the corpus entry of a report."""
+        raw = _encode(self.text)
+        return {
+            "id": self.id,
+            "license": "PSF-2.0" if self.id == offline.EVALUATION else None,
+            "sha256": hashlib.sha256(raw).hexdigest(),
+            "bytes": len(raw),
+            "tokens": len(self.ids),
+            "tokenizer_sha256": self.tokenizer_sha256,
+        }
+
+
+def load_corpus(
+    tokenizer: PreTrainedTokenizerBase, text: str | Sequence[str] | None = None, name: str | None = None
+) -> Corpus:
+    """Tokenises a text.
+
+    Args:
+        tokenizer: The model's tokenizer. A fast one gives byte counts from its offsets into the original text, which
+            holds for text that does not survive a round trip; with a slow one the text must round trip.
+        text: One text, documents (joined by a blank line), or None for the offline evaluation text.
+        name: Name in reports.
+
+    Raises:
+        ConfigError: The text is empty, or a slow tokenizer does not reproduce it.
+    """
+    if text is None:
+        text, name = offline.evaluation_text(), name or offline.EVALUATION
+    elif not isinstance(text, str):
+        text = "\n\n".join(text)
+    if tokenizer.is_fast:
+        encoded = tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
+        )
+        ids = encoded["input_ids"]
+        ends = [end for _, end in encoded["offset_mapping"]]
+    else:
+        ids = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+        ends = _ends_by_decoding(tokenizer, ids, text)
+    if not ids:
+        raise ConfigError("the evaluation text is empty: it has no tokens")
+    # A character split over several tokens counts for its first one, and whatever the tokenizer skipped for the next
+    # token, so the bytes of all tokens add up to those of the text.
+    bytes_before = np.concatenate([[0], np.cumsum(_utf8_lengths(text))])
+    byte_ends = bytes_before[np.maximum.accumulate(np.asarray(ends))]
+    return Corpus(name or "text", text, torch.tensor(ids), byte_ends, _tokenizer_sha256(tokenizer))
+
+
+def read_text(path: str | Path) -> str:
+    """Reads a UTF-8 text file; raises :class:`ConfigError` if there is none or it is not UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f'cannot read the text file "{path}": {error}; give a UTF-8 text file') from error
+
+
+def read_dataset(reference: str) -> list[str]:
+    """Reads the documents of a hub or local data set.
+
+    Args:
+        reference: ``NAME[:CONFIG[:SPLIT]]``; without a split the first there is of test, validation and train. The
+            text is the column ``text``, else the only column of strings.
+
+    Raises:
+        ConfigError: The data set, configuration, split or column is not there.
+    """
+    from datasets import get_dataset_split_names, load_dataset
+
+    name, config, split, *_ = (*reference.split(":"), "", "")
+    try:
+        names = get_dataset_split_names(name, config or None)
+        chosen = split or next((s for s in ("test", "validation", "train") if s in names), names[0])
+        data = load_dataset(name, config or None, split=chosen)
+    except Exception as error:  # datasets raises a dozen unrelated types, all of which mean the same here
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f'cannot load the data set "{reference}" (NAME[:CONFIG[:SPLIT]]): {cause}') from error
+    columns = [key for key, feature in data.features.items() if getattr(feature, "dtype", "") in ("string", "large_string")]
+    column = "text" if "text" in columns else columns[0] if len(columns) == 1 else None
+    if column is None:
+        raise ConfigError(f'the data set "{reference}" has no column "text"; its columns of strings: {columns}')
+    return [row for row in data[column] if row]
+
+
+def _ends_by_decoding(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str) -> list[int]:
+    """Character ends without offsets: lengths of the decoded tokens, valid only if they spell out the text."""
+    pieces = [tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in ids]
+    if "".join(pieces) != text:
+        raise ConfigError(
+            "bits per byte need to know which bytes each token stands for: this slow tokenizer does not spell out the "
+            "text token by token; use the fast tokenizer of the model"
+        )
+    return np.cumsum([len(piece) for piece in pieces]).tolist()
+
+
+def _encode(text: str) -> bytes:
+    return text.encode("utf-8", errors="surrogatepass")
+
+
+def _utf8_lengths(text: str) -> np.ndarray:
+    """Bytes each character takes in UTF-8, int64 (characters,)."""
+    points = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype=np.uint32)
+    return 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
+
+
+def _tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    if tokenizer.is_fast:
+        definition = tokenizer.backend_tokenizer.to_str()
+    else:
+        definition = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(definition.encode()).hexdigest()

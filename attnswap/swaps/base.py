@@ -1,0 +1,285 @@
+"""What a swap is: a frozen config, the features and parameters it needs, and its maths written once.
+
+Every swap of this kind weighs values by
+
+    s_ij = a_i * cap(scaling * q_i.k_j) + b_i + c_j + B_ij
+    O_i  = (1 / Z_i) * sum_j w(s_ij; m_i) u_j v_j,    Z_i = z0_i + sum_j d(s_ij; m_i)
+
+with the sums over the keys visible to query i and one reference shift m per row (the row's largest score). A swap
+gives ``a, b, c, u`` (:meth:`Swap.terms`) and ``w, d, z0`` (:meth:`Swap.weight`, :meth:`Swap.norm`,
+:meth:`Swap.null`); what it leaves out is softmax's.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, ClassVar, Literal, Self
+
+from torch import Tensor
+
+from attnswap.errors import ConfigError, nearest
+from attnswap.swaps import expression as fn
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a swap may know of the layer it goes into.
+
+    Attributes:
+        heads: Query heads of the layer.
+        kv_heads: Key/value heads of the layer.
+        hidden: Width of the hidden states that enter the attention module.
+        max_positions: The longest trained context in tokens (``max_position_embeddings``), where the config has it.
+    """
+
+    heads: int
+    kv_heads: int
+    hidden: int
+    max_positions: int | None = None
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A learned tensor that feeds a gate: initialised to ``initial`` plus normal noise of deviation ``std``.
+
+    Attributes:
+        shape: Sizes by name: ``"heads"`` (the heads swapped), ``"kv_heads"``, ``"hidden"``.
+        initial: Mean of the initial values.
+        std: Standard deviation of the initial values.
+    """
+
+    shape: tuple[Literal["heads", "kv_heads", "hidden"], ...]
+    initial: float = 0.0
+    std: float = 0.0
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A tensor the maths needs at call time.
+
+    Attributes:
+        per: ``"head"``: (heads,), a learned parameter; ``"query"``: (batch, heads, queries), in the order of the
+            queries; ``"key"``: (batch, heads, keys), over all keys, cached ones included.
+        heads: Whether there is one value per query head or per key/value head.
+        initial: The value of an omitted per-head feature, and the start of the learned parameter; None: no such
+            value exists without a model, so it must be given.
+        std: Deviation of the learned parameter's start around ``initial``.
+        padding: What a padded key holds (per-key features).
+        what: One line for the tables.
+    """
+
+    per: Literal["head", "query", "key"]
+    heads: Literal["query", "kv"] = "query"
+    initial: float | None = None
+    std: float = 0.0
+    padding: float = 0.0
+    what: str = ""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What :meth:`Swap.terms` sees of one attention call. All tensors share one dtype (fp32, or fp64 in the oracle).
+
+    Attributes:
+        n: Keys visible to each query, as a float tensor of shape (batch or 1, heads or 1, queries).
+        features: The declared features; per-head ones come as (heads, 1).
+        ramp: lambda: 1.0, or a tensor that broadcasts like ``n``.
+        position: Index of each query among the keys, shape (queries,).
+    """
+
+    n: Tensor
+    features: Mapping[str, Tensor]
+    ramp: Any
+    position: Tensor
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The parts of the score a swap changes; None means 1 (scales) or 0 (biases).
+
+    Attributes:
+        query_scale: a_i, shape (batch or 1, heads, queries); multiplies the capped content score only.
+        query_bias: b_i, same shape; softmax does not see it, elementwise swaps do.
+        key_bias: c_j, shape (batch, heads, keys); fp64 where differences of large sums matter.
+        value_scale: u_j, shape (batch, kv heads, keys).
+    """
+
+    query_scale: Tensor | None = None
+    query_bias: Tensor | None = None
+    key_bias: Tensor | None = None
+    value_scale: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Traits:
+    """The declared and derived properties from which dispatch, tables and tests are made.
+
+    Attributes:
+        row_sum: What the weights of a row add up to.
+        exact_identity: The start can leave the model exactly as it was.
+        learned: Names of the learned tensors.
+        needs_hidden: Gates read the hidden states.
+        needs_n: The number of visible keys enters the maths.
+        cache_state: Per-token values must live beside the KV cache.
+        route: ``"folded"`` runs on the stock softmax kernel, ``"elementwise"`` has weights of its own.
+        native_ramp: lambda acts inside the maths instead of blending two outputs.
+        paper: Title and arXiv id.
+    """
+
+    row_sum: str
+    exact_identity: bool
+    learned: tuple[str, ...]
+    needs_hidden: bool
+    needs_n: bool
+    cache_state: bool
+    route: str
+    native_ramp: bool
+    paper: str
+
+
+REGISTRY: dict[str, type["Swap"]] = {}
+"""Every swap class by name; a class enters when its file is imported."""
+
+
+@dataclass(frozen=True)
+class Swap:
+    """Base class of every swap: a frozen, JSON-able config with the maths as pure methods.
+
+    A concrete class is a frozen dataclass that sets ``name`` and is registered by being defined.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    row_sum: ClassVar[Literal["one", "at most one", "free", "signed"]] = "one"
+    needs_n: ClassVar[bool] = False
+    native_ramp: ClassVar[bool] = False
+    shifted: ClassVar[bool] = True
+    """Whether scores are taken relative to the row's largest one; if not, the shift is 0."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" in cls.__dict__:
+            known = REGISTRY.get(cls.name)
+            if known is not None and known.__qualname__ != cls.__qualname__:
+                raise ConfigError(f'two swaps are named "{cls.name}": {known.__qualname__} and {cls.__qualname__}')
+            REGISTRY[cls.name] = cls
+
+    # --- what it needs ------------------------------------------------------------------------------------------
+
+    @property
+    def exact_identity(self) -> bool:
+        """Whether this config starts by leaving every output as it was."""
+        return False
+
+    @property
+    def shift_gradient(self) -> bool:
+        """Whether the result depends on the shift itself, so that gradients must pass through it."""
+        return False
+
+    def bind(self, info: ModelInfo) -> Self:
+        """Returns the config with everything that depends on the model filled in."""
+        return self
+
+    def features(self) -> dict[str, Feature]:
+        """Returns the features the maths takes, by name."""
+        return {}
+
+    def gate_parameters(self) -> dict[str, Parameter]:
+        """Returns the learned tensors that :meth:`gates` reads, by name."""
+        return {}
+
+    def gates(self, hidden: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Computes the per-query and per-key features.
+
+        Args:
+            hidden: What enters the attention module, fp32, shape (batch, tokens, hidden).
+            parameters: The tensors of :meth:`gate_parameters`, fp32.
+
+        Returns:
+            Features of shape (batch, heads, tokens).
+        """
+        return {}
+
+    # --- the maths ----------------------------------------------------------------------------------------------
+
+    def terms(self, call: Call) -> Terms:
+        """Returns what changes in the scores and values."""
+        return Terms()
+
+    def shift_floor(self, p: SimpleNamespace) -> Any:
+        """Returns the smallest reference shift a row may have (a number or per-head value), None for no floor."""
+        return None
+
+    def weight(self, s: Any, shift: Any, p: SimpleNamespace) -> Any:
+        """The unnormalised weight of a visible key with score ``s``."""
+        return fn.exp(s - shift)
+
+    def norm(self, s: Any, shift: Any, p: SimpleNamespace) -> Any:
+        """What a visible key adds to the denominator."""
+        return fn.exp(s - shift)
+
+    def null(self, shift: Any, n: Any, p: SimpleNamespace) -> Any:
+        """What the denominator holds before any key."""
+        return 0.0
+
+    # --- derived ------------------------------------------------------------------------------------------------
+
+    @property
+    def softmax_weighted(self) -> bool:
+        """Whether the weights are softmax's, so that a stock kernel can serve."""
+        kind = type(self)
+        return all(getattr(kind, m) is getattr(Swap, m) for m in ("weight", "norm", "null", "shift_floor"))
+
+    @property
+    def traits(self) -> Traits:
+        """The properties of this config."""
+        features = self.features()
+        learned = [k for k, f in features.items() if f.per == "head"] + list(self.gate_parameters())
+        return Traits(
+            row_sum=self.row_sum,
+            exact_identity=self.exact_identity,
+            learned=tuple(learned),
+            needs_hidden=any(f.per != "head" for f in features.values()),
+            needs_n=self.needs_n,
+            cache_state=any(f.per == "key" for f in features.values()),
+            route="folded" if self.softmax_weighted else "elementwise",
+            native_ramp=self.native_ramp,
+            paper=self.paper,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the config as JSON-able values, with its name."""
+        return {"name": self.name, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Builds a config from plain values.
+
+        Raises:
+            ConfigError: A key is unknown (the nearest valid one is named) or a value is not allowed.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ConfigError(
+                    f'swap "{cls.name}" has no option "{key}".{nearest(key, known)} Options: {", ".join(known) or "none"}'
+                )
+        return cls(**values)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ConfigError with ``message`` unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def resolve_init(init: str | None, identity_allowed: bool, name: str) -> str:
+    """Returns the start a config uses: ``"identity"`` by default where the swap allows it, else ``"paper"``."""
+    require(init in (None, "identity", "paper"), f'{name}: init must be "identity" or "paper", not {init!r}')
+    require(
+        init != "identity" or identity_allowed,
+        f'{name}: this form has no identity start; use init="paper" and a ramp from 0 instead',
+    )
+    return init or ("identity" if identity_allowed else "paper")

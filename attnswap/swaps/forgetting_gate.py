@@ -1,0 +1,75 @@
+"""The forgetting gate: every token decides how far its head looks back past it.
+
+    w_ij = softmax_j(z_ij + D_ij),   D_ij = sum over l in (j, i] of log f_l,   log f_l <= 0
+
+The gate of the key's own token is left out, that of the query's token counts, so D_ii = 0. The published gate is
+log f = logsigmoid(w.x + b), which forgets half of everything a token from its start. Here
+
+    log f = -g softplus(-(w.x + b)),   used with max(g, 0),
+
+so that g = 0 leaves a pretrained model (its RoPE included) exactly as it was and g = 1 is the published gate. The
+gradient passes straight through the maximum: g can leave 0 upwards, and comes back if it was pushed below.
+
+Caveats: log f is summed in fp64, since a score only sees differences of large sums; padded tokens do not forget; the
+gates of past tokens live beside the KV cache. No published work puts this gate into a pretrained softmax model.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from attnswap.swaps.base import Call, Feature, Parameter, Swap, Terms, resolve_init
+
+
+@dataclass(frozen=True)
+class ForgettingGate(Swap):
+    """The gate of the Forgetting Transformer (Lin et al., arXiv 2503.02130).
+
+    Attributes:
+        init: ``"identity"`` (default, g = 0) or ``"paper"`` (g = 1 with small random weights, f near one half).
+    """
+
+    init: Literal["identity", "paper"] | None = None
+
+    name: ClassVar[str] = "forgetting-gate"
+    paper: ClassVar[str] = "Forgetting Transformer: Softmax Attention with a Forget Gate (arXiv 2503.02130)"
+    summary: ClassVar[str] = "a data-dependent decay of older keys, added to the scores"
+    native_ramp: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "init", resolve_init(self.init, True, self.name))
+
+    @property
+    def exact_identity(self) -> bool:
+        return self.init == "identity"
+
+    def features(self) -> dict[str, Feature]:
+        return {"log_forget": Feature("key", "query", what="log f of each key's token, not positive")}
+
+    def gate_parameters(self) -> dict[str, Parameter]:
+        gain = 0.0 if self.init == "identity" else 1.0
+        return {
+            "gain": Parameter(("heads",), initial=gain),
+            "weight": Parameter(("heads", "hidden"), std=0.02),
+            "bias": Parameter(("heads",)),
+        }
+
+    def gates(self, hidden: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        gain = parameters["gain"]
+        straight_through = gain + (gain.clamp(min=0) - gain).detach()
+        score = torch.nn.functional.linear(hidden, parameters["weight"], parameters["bias"])
+        log_forget = straight_through * torch.nn.functional.logsigmoid(score)
+        return {"log_forget": log_forget.transpose(1, 2)}
+
+    def terms(self, call: Call) -> Terms:
+        total = (call.ramp * call.features["log_forget"]).double().cumsum(-1)
+        return Terms(query_bias=total[..., call.position], key_bias=-total)
+
+
+if __name__ == "__main__":
+    from attnswap.swaps.curves import draw
+
+    draw(ForgettingGate())

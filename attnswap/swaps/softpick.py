@@ -1,0 +1,65 @@
+"""Softpick: rectified softmax, whose rows may sum to less than one, so that no head needs a sink.
+
+    w_j = relu(e^z_j - 1) / (sum_k |e^z_k - 1| + eps)
+
+A key with a negative score gets weight exactly 0 but still adds to the denominator. With the shift
+m = max(max_j z_j, 0) nothing overflows, also where every score is far below 0 (the published stable form shifts by
+max z alone, and its gradient is NaN there). A row of only negative scores gives output 0 and no gradient: dead heads
+are this swap's known weakness. No start equals softmax, so a pretrained model wants the ramp:
+
+    w_j = relu(e^z_j - c) / (sum_k |e^z_k - c| + c eps),   c = lambda,
+
+which is softmax at lambda = 0 and softpick at lambda = 1.
+"""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+from attnswap.swaps import expression as fn
+from attnswap.swaps.base import Swap, require
+
+
+@dataclass(frozen=True)
+class Softpick(Swap):
+    """Softpick (Zuhri et al., arXiv 2504.20966).
+
+    Attributes:
+        eps: Added to the denominator.
+        eps_after_max_shift: Add ``eps`` after dividing numerator and denominator by e^m, as the released kernels do;
+            its relative size then depends on the row's largest score.
+    """
+
+    eps: float = 1e-6
+    eps_after_max_shift: bool = False
+
+    name: ClassVar[str] = "softpick"
+    paper: ClassVar[str] = "Softpick: No Attention Sink, No Massive Activations with Rectified Softmax (arXiv 2504.20966)"
+    summary: ClassVar[str] = "relu(e^z - 1) over sum |e^z - 1|: rows may sum to less than 1, no sinks"
+    row_sum: ClassVar = "at most one"
+    native_ramp: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require(self.eps >= 0, f"softpick: eps must not be negative, not {self.eps}")
+
+    @property
+    def shift_gradient(self) -> bool:
+        return self.eps_after_max_shift
+
+    def shift_floor(self, p: SimpleNamespace) -> Any:
+        return fn.log(p.ramp)
+
+    def weight(self, s: Any, shift: Any, p: SimpleNamespace) -> Any:
+        return fn.relu(fn.exp(s - shift) - p.ramp * fn.exp(-shift))
+
+    def norm(self, s: Any, shift: Any, p: SimpleNamespace) -> Any:
+        return fn.abs(fn.exp(s - shift) - p.ramp * fn.exp(-shift))
+
+    def null(self, shift: Any, n: Any, p: SimpleNamespace) -> Any:
+        return p.ramp * self.eps * (1.0 if self.eps_after_max_shift else fn.exp(-shift))
+
+
+if __name__ == "__main__":
+    from attnswap.swaps.curves import draw
+
+    draw(Softpick())
