@@ -115,7 +115,9 @@ def read_dataset(reference: str) -> list[str]:
     except Exception as error:  # datasets raises a dozen unrelated types, all of which mean the same here
         cause = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f'cannot load the data set "{reference}" (NAME[:CONFIG[:SPLIT]]): {cause}') from error
-    columns = [key for key, feature in data.features.items() if getattr(feature, "dtype", "") in ("string", "large_string")]
+    columns = [
+        key for key, feature in data.features.items() if getattr(feature, "dtype", "") in ("string", "large_string")
+    ]
     column = "text" if "text" in columns else columns[0] if len(columns) == 1 else None
     if column is None:
         raise ConfigError(f'the data set "{reference}" has no column "text"; its columns of strings: {columns}')
@@ -124,7 +126,7 @@ def read_dataset(reference: str) -> list[str]:
 
 def _ends_by_decoding(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str) -> list[int]:
     """Character ends without offsets: lengths of the decoded tokens, valid only if they spell out the text."""
-    pieces = [tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in ids]
+    pieces = [str(tokenizer.decode([token], clean_up_tokenization_spaces=False)) for token in ids]
     if "".join(pieces) != text:
         raise ConfigError(
             "bits per byte need to know which bytes each token stands for: this slow tokenizer does not spell out the "

@@ -96,15 +96,19 @@ class Protocol:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the protocol entry of a report."""
-        return {**asdict(self), "contexts": list(self.contexts), "coverage": 1.0, "log_softmax": "fp32", "accum": "fp64"}
+        return {
+            **asdict(self),
+            "contexts": list(self.contexts),
+            "coverage": 1.0,
+            "log_softmax": "fp32",
+            "accum": "fp64",
+        }
 
     def _half_windows(self, context: int) -> list[Window]:
         stride = context // 2
         firsts = range(self.first_token, self.end, stride)
         prefix = self.prefix_id is not None
-        return [
-            Window(first - (context - stride), first, min(first + stride, self.end), prefix) for first in firsts
-        ]
+        return [Window(first - (context - stride), first, min(first + stride, self.end), prefix) for first in firsts]
 
     def _rolling_windows(self, context: int, stride: int) -> list[Window]:
         windows = [Window(0, 0, min(context, self.end), prefix=True)]
@@ -153,12 +157,17 @@ def plan(
     if stride is not None:
         prefix_id = tokenizer.eos_token_id if prefix_id is None else prefix_id
         if prefix_id is None:
-            raise ConfigError("lm-eval's protocol needs a BOS or EOS token and this tokenizer has none: drop the stride")
+            raise ConfigError(
+                "lm-eval's protocol needs a BOS or EOS token and this tokenizer has none: drop the stride"
+            )
         if scored < largest:
             raise ConfigError(
                 f"lm-eval's windows of {largest} tokens need at least as many scored tokens, but max_tokens is {scored}"
             )
     end = first + scored
+    scored_bytes = corpus.bytes_between(first, end)
+    if not scored_bytes:
+        raise ConfigError(f"the {scored} scored tokens are parts of one character: score more tokens")
     return Protocol(
         name="half-window" if stride is None else "lm-eval",
         contexts=lengths,
@@ -166,6 +175,6 @@ def plan(
         prefix_id=prefix_id,
         first_token=first,
         scored_tokens=scored,
-        scored_bytes=corpus.bytes_between(first, end),
+        scored_bytes=scored_bytes,
         tokens_sha256=hashlib.sha256(corpus.ids[:end].numpy().astype("<i8").tobytes()).hexdigest(),
     )

@@ -87,6 +87,9 @@ class SelectiveTemperature(Swap):
         if self.position == "released":
             gain = torch.exp(-torch.exp(gain))
         change = gain * call.n.clamp(min=1).log()
+        if self.position == "released":
+            # The released code keeps its table of ln n, and so the whole factor, in fp32 also in an fp64 run.
+            change = (1 + change).float().to(change.dtype) - 1
         if self.query:
             change = change + call.features["query_temperature"]
         value_scale = 1 + self._value_ramp(call) * call.features["value_temperature"] if self.value else None

@@ -1,0 +1,97 @@
+"""``attnswap eval``: perplexity and bits per byte of a checkpoint at several context lengths."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from attnswap.errors import ConfigError, nearest
+from attnswap.evaluation import Evaluation, evaluate_perplexity, table, write_report
+from attnswap.evaluation.corpus import read_dataset, read_text
+from attnswap.evaluation.report import full_report
+from attnswap.loading import load_model, load_tokenizer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def eval_command(
+    model: Annotated[
+        str, typer.Argument(metavar="DIR", help='Checkpoint directory, GGUF file, hub name or "embedded".')
+    ],
+    contexts: Annotated[str, typer.Option(help="Context lengths in tokens; k is 1024.")] = "512,1k,2k,4k,8k",
+    text: Annotated[Path | None, typer.Option(help="Text file. Default: the built-in offline text.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Data set, NAME[:CONFIG[:SPLIT]].")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Model, or the JSON of an earlier evaluation.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16. Default: the checkpoint's own.")] = None,
+    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")] = None,
+    stride: Annotated[str | None, typer.Option(help="lm-eval's windows instead of half-window ones.")] = None,
+    max_tokens: Annotated[str | None, typer.Option(help="Score at most so many tokens, such as 16k.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows in a forward pass.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Directory for JSON, losses, table and plot.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")] = False,
+) -> None:
+    """Measure perplexity at several context lengths over the same tokens.
+
+    Every length scores the same tokens, each once and with at least half a window of text before it. With a baseline
+    the ratio of perplexities comes with a paired block-bootstrap interval.
+    """
+    if text and dataset:
+        raise ConfigError("give --text or --dataset, not both")
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f'unknown dtype "{dtype}".{nearest(dtype, list(DTYPES))} There are {", ".join(DTYPES)}')
+    lengths = [parse_size(part) for part in contexts.split(",")]
+    documents: str | list[str] | None = read_text(text) if text else read_dataset(dataset) if dataset else None
+    chosen_stride = parse_size(stride) if stride else None
+    limit = parse_size(max_tokens) if max_tokens else None
+
+    def measure(reference: str, against: Evaluation | None) -> Evaluation:
+        loaded = load_model(
+            reference,
+            dtype=DTYPES[dtype] if dtype else None,
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        )
+        tokenizer: PreTrainedTokenizerBase = load_tokenizer(reference)
+        return evaluate_perplexity(
+            loaded,
+            tokenizer,
+            text=documents,
+            contexts=lengths,
+            stride=chosen_stride,
+            max_tokens=limit,
+            batch_size=batch_size,
+            baseline=against,
+            model_id=reference,
+            corpus_id=text.name if text else dataset,
+        )
+
+    reference: Evaluation | None = None
+    if baseline:
+        is_report = Path(baseline).suffix == ".json"
+        reference = Evaluation.load(baseline) if is_report else measure(baseline, None)
+        if out and not is_report:
+            write_report(reference, out, name="baseline")
+    found = measure(model, reference)
+    if out:
+        write_report(found, out, baseline=reference)
+    if as_json:
+        sys.stdout.write(json.dumps(full_report(found, reference), indent=2, allow_nan=False) + "\n")
+    else:
+        Console().print(table(found, reference))
+
+
+def parse_size(value: str) -> int:
+    """Reads a number of tokens such as ``512``, ``8k`` (8192) or ``1m``.
+
+    Raises:
+        ConfigError: It is no such number.
+    """
+    value = value.strip().lower()
+    digits, factor = (value[:-1], {"k": 1024, "m": 1 << 20}[value[-1]]) if value[-1:] in ("k", "m") else (value, 1)
+    if not digits.isascii() or not digits.isdigit() or not int(digits):
+        raise ConfigError(f'"{value}" is no number of tokens: write it as 512, 8k or 1m (k is 1024)')
+    return int(digits) * factor

@@ -1,0 +1,42 @@
+"""``attnswap train``: run a recipe in one process. ``recipes/train.py`` runs the same under ``accelerate launch``."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from attnswap.errors import AttnSwapError
+
+
+def train_command(
+    recipe: Annotated[Path, typer.Argument(help="A recipe in YAML, e.g. recipes/ssmax.yaml.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Values in place of the recipe's, e.g. training.max_steps=50."),
+    ] = None,
+) -> None:
+    """Fine-tune a model with swapped attention from a recipe."""
+    from attnswap.training import load_config, train  # here, so that --help need not wait for torch
+    from attnswap.training.summary import table
+
+    result = train(load_config(recipe, overrides or []))
+    if _first_process():
+        console = Console()
+        console.print(table(result.summary))
+        console.print(f"saved to {result.output_dir}", soft_wrap=True)
+
+
+def main() -> None:
+    """Runs :func:`train_command` as a program: an error is one line, printed once, and its exit code."""
+    try:
+        typer.run(train_command)
+    except AttnSwapError as error:
+        if _first_process():
+            Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(error.exit_code) from None
+
+
+def _first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,139 @@
+"""Standard errors and paired intervals by block bootstrap.
+
+Neighbouring tokens have correlated losses, so blocks of consecutive tokens are drawn with replacement, not tokens.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from attnswap.errors import ConfigError
+from attnswap.evaluation.windows import Protocol
+
+if TYPE_CHECKING:
+    from attnswap.evaluation.result import Evaluation
+
+BLOCK = 128
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Perplexity at one context length against a baseline over the same tokens.
+
+    Attributes:
+        length: Context length in tokens.
+        ratio: Perplexity over the baseline's; below 1 is better than the baseline.
+        log_ratio: Its logarithm: mean NLL minus the baseline's, in nats.
+        lo: Lower end of the log ratio's interval.
+        hi: Upper end.
+        se: Standard error of the log ratio.
+    """
+
+    length: int
+    ratio: float
+    log_ratio: float
+    lo: float
+    hi: float
+    se: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the report entry."""
+        return asdict(self)
+
+
+def block_bootstrap(values: np.ndarray, *, block: int = BLOCK, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+    """Draws means of resampled blocks.
+
+    Args:
+        values: One value a token, (tokens,).
+        block: Tokens in a block; the last block may be shorter. Fewer than 8 blocks say nothing about a spread, so
+            short data are cut into 8 (or as many as there are tokens).
+        resamples: How many means.
+        seed: Seed of the draw.
+
+    Returns:
+        Means, fp64 (resamples,).
+    """
+    if block < 1 or resamples < 2:
+        raise ConfigError(f"block must be at least 1 and resamples at least 2, got {block} and {resamples}")
+    starts = np.arange(0, len(values), min(block, max(1, len(values) // 8)))
+    sums = np.add.reduceat(np.asarray(values, dtype=np.float64), starts)
+    counts = np.diff(np.append(starts, len(values)))
+    generator = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    for i in range(resamples):
+        drawn = generator.integers(len(starts), size=len(starts))
+        means[i] = sums[drawn].sum() / counts[drawn].sum()
+    return means
+
+
+def standard_error(values: np.ndarray, **options: int) -> float:
+    """Returns the standard error of the mean; options as for :func:`block_bootstrap`."""
+    return float(block_bootstrap(values, **options).std(ddof=1))
+
+
+def compare(
+    evaluation: "Evaluation",
+    baseline: "Evaluation",
+    *,
+    block: int = BLOCK,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    level: float = 0.95,
+) -> list[Comparison]:
+    """Compares two evaluations of the same tokens, paired token by token.
+
+    Args:
+        evaluation: The model in question.
+        baseline: What it is compared with.
+        block: See :func:`block_bootstrap`.
+        resamples: See :func:`block_bootstrap`.
+        seed: See :func:`block_bootstrap`.
+        level: Coverage of the percentile interval.
+
+    Returns:
+        One entry for each context length both have, ascending.
+
+    Raises:
+        ConfigError: They scored other tokens, under another protocol, or share no context length.
+    """
+    check_comparable(evaluation.protocol, baseline.protocol)
+    tail = (1 - level) / 2
+    found = []
+    for length in (n for n in evaluation.protocol.contexts if n in baseline.nll):
+        difference = evaluation.nll[length].astype(np.float64) - baseline.nll[length]
+        means = block_bootstrap(difference, block=block, resamples=resamples, seed=seed)
+        lo, hi = np.quantile(means, [tail, 1 - tail])
+        log_ratio = float(difference.mean())
+        found.append(
+            Comparison(length, float(np.exp(log_ratio)), log_ratio, float(lo), float(hi), float(means.std(ddof=1)))
+        )
+    return found
+
+
+def check_comparable(ours: Protocol, baseline: Protocol) -> None:
+    """Raises :class:`ConfigError` unless two protocols score the same tokens in the same way at a common length."""
+    same: dict[str, Callable[[Protocol], Any]] = {
+        "protocol": lambda p: (p.name, p.stride),
+        "prefix token": lambda p: p.prefix_id,
+        "scored tokens": lambda p: (p.first_token, p.scored_tokens),
+        "token ids": lambda p: p.tokens_sha256,
+    }
+    for what, key in same.items():
+        if key(ours) != key(baseline):
+            raise ConfigError(
+                f"not comparable with the baseline: {what} {_short(key(ours))}, baseline {_short(key(baseline))}; "
+                "evaluate both with the same text, tokenizer, contexts, stride and max_tokens"
+            )
+    if not set(ours.contexts) & set(baseline.contexts):
+        raise ConfigError(
+            f"not comparable with the baseline: contexts {list(ours.contexts)}, baseline {list(baseline.contexts)}"
+        )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:12]

@@ -1,0 +1,178 @@
+"""What an evaluation will cost, from two short timed windows, and how far it has come."""
+
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import psutil
+import torch
+from tqdm import tqdm
+
+from attnswap.evaluation.scoring import Scorer
+from attnswap.evaluation.windows import Window
+
+PROBES = (256, 1024)
+"""Lengths of the timed windows; a third and shorter one warms up first."""
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A quantity of a forward pass as ``linear * tokens + quadratic * tokens ** 2``."""
+
+    linear: float
+    quadratic: float
+
+    @classmethod
+    def fit(cls, lengths: Sequence[int], values: Sequence[float]) -> "Growth":
+        """Passes through two measurements; a quadratic or linear part that noise made negative is dropped."""
+        (short, long), (low, high) = lengths, values
+        if short == long:
+            return cls(high / long, 0.0)
+        quadratic = max(0.0, (high / long - low / short) / (long - short))
+        linear = high / long - quadratic * long
+        return cls(linear, quadratic) if linear >= 0 else cls(0.0, high / long**2)
+
+    def at(self, tokens: int) -> float:
+        """Returns the quantity for one window."""
+        return self.linear * tokens + self.quadratic * tokens**2
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Forecast of an evaluation.
+
+    Attributes:
+        seconds: Whole run.
+        memory_bytes: Peak on top of the loaded weights.
+        available_bytes: What is free now.
+        window_seconds: One window as a function of the positions it reads.
+    """
+
+    seconds: float
+    memory_bytes: int
+    available_bytes: int
+    window_seconds: Growth
+
+    def __str__(self) -> str:
+        line = f"estimate: {duration(self.seconds)}, {self.memory_bytes / 2**30:.1f} GiB on top of the weights"
+        if self.memory_bytes > self.available_bytes:
+            line += f", but only {self.available_bytes / 2**30:.1f} GiB are free: leave out the largest contexts"
+        return line
+
+
+def estimate(
+    scorer: Scorer, ids: torch.Tensor, windows: Sequence[Window], prefix_id: int | None, batch_size: int
+) -> Estimate:
+    """Times two short windows of the text and extrapolates.
+
+    Args:
+        scorer: Ready to score.
+        ids: Token ids of the text.
+        windows: All windows that will be scored.
+        prefix_id: Id of the prefix token.
+        batch_size: Windows in a forward pass.
+    """
+    longest = min(max(window.fed for window in windows), len(ids) - 1)
+    lengths = [min(length, longest) for length in PROBES]
+    seconds, memory = [], []
+    for length in (min(64, longest), *lengths):
+        probe = Window(0, (length + 1) // 2, length + 1, prefix=False)
+        with peak_memory(scorer.device, interval=0.002) as peak:
+            started = time.perf_counter()
+            scorer.score(ids, [probe], prefix_id)
+            seconds.append(time.perf_counter() - started)
+        memory.append(float(peak.bytes))
+    time_growth, memory_growth = Growth.fit(lengths, seconds[1:]), Growth.fit(lengths, memory[1:])
+    return Estimate(
+        seconds=sum(time_growth.at(window.fed) for window in windows),
+        memory_bytes=max(int(batch_size * memory_growth.at(longest)), scorer.chunk_bytes(batch_size * longest)),
+        available_bytes=_available(scorer.device),
+        window_seconds=time_growth,
+    )
+
+
+class Progress:
+    """A progress bar in tokens read whose time left weighs windows by what they cost; silent if not shown."""
+
+    def __init__(self, windows: Sequence[Window], cost: Growth, show: bool) -> None:
+        self.cost, self.left = cost, sum(cost.at(window.fed) for window in windows)
+        self.spent, self.started = 0.0, time.perf_counter()
+        self.bar = tqdm(
+            total=sum(window.fed for window in windows),
+            unit="tok",
+            unit_scale=True,
+            disable=not show,
+            file=sys.stderr,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]",
+        )
+
+    def advance(self, what: str, windows: Sequence[Window]) -> None:
+        """Counts windows as done."""
+        cost = sum(self.cost.at(window.fed) for window in windows)
+        self.spent, self.left = self.spent + cost, self.left - cost
+        elapsed = time.perf_counter() - self.started
+        self.bar.set_description_str(what, refresh=False)
+        self.bar.set_postfix_str(f"{duration(max(0.0, self.left) * elapsed / self.spent)} left", refresh=False)
+        self.bar.update(sum(window.fed for window in windows))
+
+    def close(self) -> None:
+        """Ends the bar."""
+        self.bar.close()
+
+
+@dataclass
+class Peak:
+    """Peak memory seen, in bytes above the start."""
+
+    bytes: int = 0
+
+
+@contextmanager
+def peak_memory(device: torch.device, interval: float = 0.05) -> Iterator[Peak]:
+    """Measures the peak memory of a block above what was held at its start.
+
+    On CUDA the allocator counts it; elsewhere the resident size of the process is sampled every ``interval`` seconds.
+    """
+    peak = Peak()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+        try:
+            yield peak
+        finally:
+            torch.cuda.synchronize(device)
+            peak.bytes = torch.cuda.max_memory_allocated(device) - held
+        return
+    process, done = psutil.Process(), threading.Event()
+    held = process.memory_info().rss
+
+    def sample() -> None:
+        while not done.wait(interval):
+            peak.bytes = max(peak.bytes, process.memory_info().rss - held)
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        sampler.join()
+
+
+def duration(seconds: float) -> str:
+    """Returns a time as ``4 s``, ``3 min 20 s`` or ``2 h 5 min``."""
+    total = round(seconds)
+    hours, minutes = total // 3600, total % 3600 // 60
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {total % 60} s" if minutes else f"{total} s"
+
+
+def _available(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

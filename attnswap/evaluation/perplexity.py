@@ -1,0 +1,217 @@
+"""Perplexity and bits per byte of a live model at several context lengths, over the same tokens."""
+
+import math
+import platform
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from attnswap.errors import ConfigError, NumericsError
+from attnswap.evaluation.bootstrap import BLOCK, check_comparable, standard_error
+from attnswap.evaluation.corpus import load_corpus
+from attnswap.evaluation.estimate import Estimate, Progress, estimate, peak_memory
+from attnswap.evaluation.result import ContextMetrics, Evaluation, PositionNLL, mean_nll
+from attnswap.evaluation.scoring import Scorer
+from attnswap.evaluation.windows import Protocol, Window, plan
+
+CONTEXTS = (512, 1024, 2048, 4096, 8192)
+
+
+def evaluate_perplexity(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    text: str | Sequence[str] | None = None,
+    contexts: Sequence[int] = CONTEXTS,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+    batch_size: int = 1,
+    positions: bool = True,
+    block: int = BLOCK,
+    seed: int = 0,
+    baseline: Evaluation | None = None,
+    model_id: str | None = None,
+    corpus_id: str | None = None,
+    quiet: bool = False,
+) -> Evaluation:
+    """Measures a causal language model, patched or not, at several context lengths over the same tokens.
+
+    At length L a window spans L tokens of text, the model reads BOS (if the tokenizer has one) and the first L - 1 of
+    them, and the last half is scored. Scoring starts at half the largest context, so every length scores the same
+    tokens, each exactly once and with at least half a window of text before it. The mean NLL is the summed NLL over
+    the summed count, accumulated in fp64 from an fp32 log-softmax. Logits are never held for a whole window.
+
+    Args:
+        model: The model, in any dtype and on any device; its training mode is restored.
+        tokenizer: Its tokenizer.
+        text: The text, or documents to be joined by blank lines; default: the offline evaluation text.
+        contexts: Context lengths in tokens.
+        stride: None for the protocol above; an integer S for lm-eval's rolling windows: the prefix token in the first
+            window only, every token of the text scored from the first on, min(S, L) new ones a window. With S at
+            least L these are the disjoint windows of ``loglikelihood_rolling``.
+        max_tokens: Upper limit of the scored tokens; default: the whole text.
+        batch_size: Windows of one forward pass.
+        positions: Also measure the NLL by position in disjoint windows of the largest context (one more pass).
+        block: Tokens in a block of the bootstrap.
+        seed: Seed of the bootstrap.
+        baseline: An evaluation this one will be compared with; refused before any work if it cannot be.
+        model_id: Name of the model in the report; default: what its configuration says.
+        corpus_id: Name of the text in the report.
+        quiet: Print no estimate and show no progress bar (which also stays off where stderr is no terminal).
+
+    Returns:
+        The evaluation; :func:`attnswap.evaluation.write_report` puts it into files.
+
+    Raises:
+        ConfigError: A bad argument, a text shorter than the largest context, or a baseline of other tokens.
+        NumericsError: A loss is not finite; names the window.
+        UnsupportedModelError: The model has no base with a head on its last hidden state.
+    """
+    if batch_size < 1 or block < 1:
+        raise ConfigError(f"batch_size and block must be at least 1, got {batch_size} and {block}")
+    scorer = Scorer(model)
+    corpus = load_corpus(tokenizer, text, corpus_id)
+    protocol = plan(corpus, tokenizer, contexts, stride, max_tokens)
+    if baseline is not None:
+        check_comparable(protocol, baseline.protocol)
+    # The largest context first: what does not fit fails early.
+    jobs = {str(length): protocol.windows(length) for length in reversed(protocol.contexts)}
+    if positions:
+        jobs["positions"] = protocol.position_windows()
+    notes = _notes(scorer.model, protocol)
+    with scorer.ready():
+        scorer.check(corpus.ids, protocol.contexts)
+        everything = [window for windows in jobs.values() for window in windows]
+        forecast = estimate(scorer, corpus.ids, everything, protocol.prefix_id, batch_size)
+        if not quiet:
+            print("\n".join([str(forecast), *notes]), file=sys.stderr)
+        progress = Progress(everything, forecast.window_seconds, show=not quiet and sys.stderr.isatty())
+        losses: dict[str, list[np.ndarray]] = {}
+        seconds: dict[str, float] = {}
+        try:
+            with peak_memory(scorer.device) as peak:
+                for job, windows in jobs.items():
+                    started = time.perf_counter()
+                    losses[job] = []
+                    for batch in _batches(windows, batch_size):
+                        nll = scorer.score(corpus.ids, batch, protocol.prefix_id)
+                        losses[job].extend(nll.numpy())
+                        progress.advance(job, batch)
+                    seconds[job] = time.perf_counter() - started
+        finally:
+            progress.close()
+    scored = {length: np.concatenate(losses[str(length)]) for length in protocol.contexts}
+    return Evaluation(
+        protocol=protocol,
+        metrics=[_metrics(length, scored[length], protocol, block, seed) for length in protocol.contexts],
+        nll=scored,
+        position_nll=_by_position(jobs["positions"], losses["positions"]) if positions else [],
+        model=_describe_model(scorer.model, model_id),
+        swap=getattr(scorer.model.config.get_text_config(), "attnswap", None),
+        corpus=corpus.describe(),
+        env=_environment(scorer, block, seed),
+        cost=_cost(jobs, seconds, peak.bytes, forecast, batch_size),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        notes=notes,
+    )
+
+
+def _batches(windows: list[Window], size: int) -> Iterator[list[Window]]:
+    """Groups neighbouring windows of one shape; no window is ever padded."""
+    for _, same in groupby(windows, key=lambda window: (window.fed, window.scored, window.prefix)):
+        group = list(same)
+        yield from (group[i : i + size] for i in range(0, len(group), size))
+
+
+def _metrics(length: int, nll: np.ndarray, protocol: Protocol, block: int, seed: int) -> ContextMetrics:
+    mean = mean_nll(nll)
+    if mean > math.log(sys.float_info.max):
+        raise NumericsError(f"the mean NLL of {mean:.0f} nats at context {length} has no finite perplexity")
+    return ContextMetrics(
+        length=length,
+        nll=mean,
+        ppl=math.exp(mean),
+        bpb=mean * len(nll) / math.log(2) / protocol.scored_bytes,
+        se=standard_error(nll, block=block, seed=seed),
+    )
+
+
+def _by_position(windows: list[Window], losses: list[np.ndarray]) -> list[PositionNLL]:
+    """Averages over buckets 0, 1, 2-3, 4-7, ... of the number of text tokens before a token."""
+    position = np.concatenate([np.arange(w.first, w.end) - w.begin for w in windows])
+    nll = np.concatenate(losses)
+    curve, lo = [], 0
+    while lo <= position.max():
+        hi = max(2 * lo - 1, lo)
+        inside = nll[(position >= lo) & (position <= hi)]
+        if len(inside):
+            curve.append(PositionNLL(lo, min(hi, int(position.max())), mean_nll(inside), len(inside)))
+        lo = hi + 1
+    return curve
+
+
+def _notes(model: PreTrainedModel, protocol: Protocol) -> list[str]:
+    trained = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    beyond = [length for length in protocol.contexts if trained and length > trained]
+    notes = []
+    if beyond:
+        lengths = ", ".join(map(str, beyond))
+        notes.append(f"warning: context {lengths} is beyond the model's max_position_embeddings of {trained}")
+    if protocol.prefix_id is None:
+        notes.append("the tokenizer has no BOS token: windows start with text")
+    return notes
+
+
+def _describe_model(model: PreTrainedModel, model_id: str | None) -> dict[str, Any]:
+    return {
+        "id": model_id or model.config._name_or_path or type(model).__name__,
+        "revision": getattr(model.config, "_commit_hash", None),
+        "arch": type(model).__name__,
+        "params": sum(parameter.numel() for parameter in model.parameters()),
+        "max_position_embeddings": getattr(model.config.get_text_config(), "max_position_embeddings", None),
+    }
+
+
+def _environment(scorer: Scorer, block: int, seed: int) -> dict[str, Any]:
+    try:
+        attnswap = version("attnswap")
+    except PackageNotFoundError:
+        attnswap = "unknown"
+    device = scorer.device
+    return {
+        "attnswap": attnswap,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "dtype": str(scorer.model.dtype).removeprefix("torch."),
+        "attention": scorer.model.config.get_text_config()._attn_implementation,
+        "seed": seed,
+        "block": block,
+    }
+
+
+def _cost(
+    jobs: dict[str, list[Window]], seconds: dict[str, float], peak: int, forecast: Estimate, batch_size: int
+) -> dict[str, Any]:
+    tokens = {job: sum(window.fed for window in windows) for job, windows in jobs.items()}
+    total = sum(seconds.values())
+    return {
+        "seconds": total,
+        "tokens_read": sum(tokens.values()),
+        "tokens_per_second": sum(tokens.values()) / total,
+        "by_context": [{"context": job, "tokens": tokens[job], "seconds": seconds[job]} for job in jobs],
+        "batch_size": batch_size,
+        "peak_bytes": peak,
+        "estimate": {"seconds": forecast.seconds, "peak_bytes": forecast.memory_bytes},
+    }

@@ -1,0 +1,101 @@
+"""The report of an evaluation: a table, and files (JSON, losses, Markdown, plot)."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from attnswap.evaluation.bootstrap import Comparison, compare
+from attnswap.evaluation.figure import plot
+from attnswap.evaluation.result import Evaluation, write_atomically
+
+
+def table(evaluation: Evaluation, baseline: Evaluation | None = None) -> Table:
+    """Returns a table for the terminal, one row a context length; with a baseline also its columns and the ratio."""
+    shown = Table(title=_title(evaluation, baseline), caption="\n".join(evaluation.notes) or None)
+    header, rows = _cells(evaluation, baseline)
+    for column in header:
+        shown.add_column(column, justify="right")
+    for row in rows:
+        shown.add_row(*row)
+    return shown
+
+
+def markdown(evaluation: Evaluation, baseline: Evaluation | None = None) -> str:
+    """Returns the same table as Markdown."""
+    header, rows = _cells(evaluation, baseline)
+    lines = [header, ["---:"] * len(header), *rows]
+    body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    notes = "".join(f"\n{note}\n" for note in evaluation.notes)
+    return f"{_title(evaluation, baseline)}\n\n{body}\n{notes}"
+
+
+def full_report(evaluation: Evaluation, baseline: Evaluation | None = None) -> dict[str, Any]:
+    """Returns the JSON report; with a baseline its metrics and the comparison stand in it."""
+    return {**evaluation.to_dict(), **_baseline_entry(evaluation, baseline)}
+
+
+def write_report(
+    evaluation: Evaluation, out_dir: str | Path, baseline: Evaluation | None = None, name: str = "evaluation"
+) -> dict[str, Path]:
+    """Writes ``<name>.json``, ``.npz`` (losses of single tokens), ``.md`` and ``.png``, each atomically.
+
+    Args:
+        evaluation: What to report.
+        out_dir: Directory; made if need be.
+        baseline: What to compare it with.
+        name: Stem of the files, so that several evaluations can share a directory.
+
+    Returns:
+        The paths by kind: ``json``, ``npz``, ``md``, ``png``.
+
+    Raises:
+        ConfigError: The baseline is not comparable; nothing is written.
+    """
+    stem = Path(out_dir) / name
+    paths = {kind: stem.with_name(f"{name}.{kind}") for kind in ("json", "npz", "md", "png")}
+    entry = _baseline_entry(evaluation, baseline)
+    evaluation.save(paths["json"], **entry)
+    write_atomically(paths["md"], markdown(evaluation, baseline).encode())
+    plot([evaluation], paths["png"], baseline=baseline)
+    return paths
+
+
+def _baseline_entry(evaluation: Evaluation, baseline: Evaluation | None) -> dict[str, Any]:
+    if baseline is None:
+        return {}
+    compared = [asdict(entry) for entry in compare(evaluation, baseline)]
+    inherited = baseline.to_dict()
+    kept = {key: inherited[key] for key in ("model", "swap", "env", "metrics", "notes")}
+    return {"baseline": {**kept, "comparison": compared}}
+
+
+def _title(evaluation: Evaluation, baseline: Evaluation | None) -> str:
+    protocol = evaluation.protocol
+    against = f" against {baseline.label}" if baseline else ""
+    return (
+        f"{evaluation.label}{against} on {evaluation.corpus['id']}: {protocol.scored_tokens} tokens scored, "
+        f"{evaluation.env['dtype']}, {protocol.name} windows"
+    )
+
+
+def _cells(evaluation: Evaluation, baseline: Evaluation | None) -> tuple[list[str], list[list[str]]]:
+    header = ["context", "perplexity", "bits/byte", "NLL", "± se"]
+    rows = [[str(m.length), f"{m.ppl:.4g}", f"{m.bpb:.4f}", f"{m.nll:.4f}", f"{m.se:.4f}"] for m in evaluation.metrics]
+    if baseline is None:
+        return header, rows
+    compared: dict[int, Comparison] = {entry.length: entry for entry in compare(evaluation, baseline)}
+    for metrics, row in zip(evaluation.metrics, rows, strict=True):
+        entry = compared.get(metrics.length)
+        if entry is None:
+            row.extend(["", "", ""])
+        else:
+            row.extend(
+                [
+                    f"{baseline.at(entry.length).ppl:.4g}",
+                    f"{entry.ratio:.4f}",
+                    f"{entry.log_ratio:+.4f} [{entry.lo:+.4f}, {entry.hi:+.4f}]",
+                ]
+            )
+    return [*header, "baseline ppl", "ratio", "log ratio [95%]"], rows

@@ -1,0 +1,101 @@
+"""Put the seam around a model's attention modules, and take it away again."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from attnswap.surgery.module import LayerSwap
+from attnswap.surgery.seam import Enter, Leave
+from attnswap.surgery.select import attention_modules, model_info, owning_config
+from attnswap.surgery.spec import KEY, PatchSpec, Slot
+
+Modules = dict[int, tuple[str, nn.Module]]
+
+
+def config_of(model: PreTrainedModel) -> PreTrainedConfig:
+    """Returns the config that carries (or will carry) the model's spec."""
+    return owning_config(model, attention_modules(model))
+
+
+def spec_of(model: PreTrainedModel) -> PatchSpec | None:
+    """Returns what was done to a model, or None if nothing was."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        values = getattr(config, KEY, None)
+        if isinstance(values, dict):
+            return PatchSpec.from_dict(values)
+    return None
+
+
+def child_of(module: nn.Module) -> LayerSwap | None:
+    """Returns the layer's swaps, through the wrapper of another library if there is one."""
+    child = module._modules.get(KEY)
+    while child is not None and not isinstance(child, LayerSwap):
+        child = next(iter(child.children()), None)
+    return child
+
+
+def connect(config: PreTrainedConfig, modules: Modules, before: str) -> None:
+    """Routes every attention module through attnswap; modules without slots go on as before."""
+    config._attn_implementation_internal = KEY
+    # Written to config.json, so that a process without attnswap refuses the checkpoint by name.
+    config.attn_implementation = KEY
+    for _, module in modules.values():
+        if not any(isinstance(h, Enter) for h in module._forward_pre_hooks.values()):
+            module.register_forward_pre_hook(Enter(before), with_kwargs=True)
+            module.register_forward_hook(Leave(), with_kwargs=True)
+
+
+def disconnect(config: PreTrainedConfig, modules: Modules, before: str) -> None:
+    """Undoes :func:`connect` and removes every slot."""
+    for _, module in modules.values():
+        module._modules.pop(KEY, None)
+        _remove_hooks(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, Enter)
+        _remove_hooks(module._forward_hooks, module._forward_hooks_with_kwargs, Leave)
+    config._attn_implementation_internal = before
+    for name in ("attn_implementation", KEY):
+        config.__dict__.pop(name, None)
+
+
+def _remove_hooks(hooks: dict[int, Any], with_kwargs: dict[int, bool], kind: type) -> None:
+    for key in [k for k, hook in hooks.items() if isinstance(hook, kind)]:
+        del hooks[key]
+        with_kwargs.pop(key, None)
+
+
+def add_slot(module: nn.Module, config: PreTrainedConfig, name: str, slot: Slot) -> None:
+    """Adds a slot with fresh parameters to an attention module."""
+    child = child_of(module)
+    if child is None:
+        child = LayerSwap(model_info(config))
+        child.train(module.training)
+        module.add_module(KEY, child)
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    child.add(name, slot, device)
+
+
+def attach_from_config(model: PreTrainedModel) -> bool:
+    """Rebuilds the swaps that a model's config names, with parameters still to be loaded.
+
+    Args:
+        model: A model under construction.
+
+    Returns:
+        Whether anything was attached (False too where an inner model has done it already).
+    """
+    values = getattr(model.config, KEY, None)
+    if not isinstance(values, dict):
+        return False
+    spec = PatchSpec.from_dict(values)
+    modules = attention_modules(model)
+    if any(child_of(module) is not None for _, module in modules.values()):
+        return False
+    config = owning_config(model, modules)
+    asked = config._attn_implementation
+    connect(config, modules, spec.before if asked in (KEY, None) else asked)
+    for layer, slots in spec.layers.items():
+        for name, slot in slots.items():
+            add_slot(modules[layer][1], config, name, slot)
+    return True

@@ -1,0 +1,158 @@
+"""The mask function: transformers' description of a mask, turned into a compact one once per forward."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    bidirectional_mask_function,
+    causal_mask_function,
+    prepare_padding_mask,
+    sdpa_mask,
+)
+
+from attnswap.attention.visibility import Visibility
+
+
+@dataclass(frozen=True)
+class ForwardMask:
+    """What a patched model passes to its attention modules in place of a mask tensor.
+
+    Attributes:
+        visibility: Which keys each query sees.
+        arguments: What the mask function was called with, so that the mask of any other implementation can be made.
+        made: Masks made so far, by implementation.
+    """
+
+    visibility: Visibility
+    arguments: Mapping[str, Any]
+    made: dict[str, Any] = field(default_factory=dict)
+
+    def for_implementation(self, name: str) -> Any:
+        """Returns the mask exactly as transformers makes it for another attention implementation."""
+        if name not in self.made:
+            self.made[name] = ALL_MASK_ATTENTION_FUNCTIONS[name](**self.arguments)
+        return self.made[name]
+
+
+@dataclass
+class Pattern:
+    """The parts of a mask function that have a closed form."""
+
+    causal: bool = False
+    window: int | None = None
+    documents: Tensor | None = None
+
+
+def compact_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> ForwardMask:
+    """Describes a mask; registered with transformers' ``AttentionMaskInterface``.
+
+    Args:
+        batch_size: Rows of the batch.
+        q_length: Queries.
+        kv_length: Keys, as the cache will return them.
+        q_offset: Index of the first query in the sequence.
+        kv_offset: Index of the first key in the sequence (sliding caches drop older ones).
+        mask_function: transformers' rule of which indices see each other.
+        attention_mask: Padding, shape (batch, seen tokens), True for real tokens.
+        device: Where masks are made.
+        **kwargs: What only other implementations read.
+
+    Returns:
+        The compact description. A rule without a known closed form is evaluated into a dense mask.
+    """
+    arguments = {
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        "mask_function": mask_function,
+        "attention_mask": attention_mask,
+        "device": device,
+        **kwargs,
+    }
+    device = torch.device(device)
+    pattern = Pattern()
+    if not recognise(mask_function, pattern):
+        dense = sdpa_mask(**{**arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+        visibility = Visibility(
+            q_length, kv_length, device, causal=False, q_offset=q_offset - kv_offset, dense=dense
+        )
+        return ForwardMask(visibility, arguments)
+    valid = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    if valid is not None:
+        valid = valid[:, kv_offset : kv_offset + kv_length].bool()
+        valid = None if not torch.compiler.is_compiling() and bool(valid.all()) else valid
+    visibility = Visibility(
+        q_length,
+        kv_length,
+        device,
+        causal=pattern.causal,
+        q_offset=q_offset - kv_offset,
+        # A window as long as the keys hides nothing.
+        window=None if pattern.window is not None and pattern.window >= kv_length else pattern.window,
+        row_start=None if pattern.documents is None else document_starts(pattern.documents),
+        key_valid=valid,
+    )
+    return ForwardMask(visibility, arguments)
+
+
+def recognise(mask_function: Callable, into: Pattern) -> bool:
+    """Reads the closed form of a rule out of the functions transformers composed it from.
+
+    Args:
+        mask_function: The rule.
+        into: Receives what was found.
+
+    Returns:
+        Whether every part of the rule was understood.
+    """
+    if mask_function is bidirectional_mask_function:
+        return True
+    if mask_function is causal_mask_function:
+        into.causal = True
+        return True
+    name = getattr(mask_function, "__qualname__", "").split(".<locals>")[0]
+    names = getattr(getattr(mask_function, "__code__", None), "co_freevars", ())
+    cells = dict(zip(names, (c.cell_contents for c in getattr(mask_function, "__closure__", None) or ()), strict=True))
+    if name == "and_masks":
+        return all([recognise(part, into) for part in cells["mask_functions"]])
+    if name == "sliding_window_overlay":
+        into.window = min(cells["sliding_window"], into.window or cells["sliding_window"])
+        return True
+    if name == "packed_sequence_mask_function":
+        into.documents = cells["packed_sequence_mask"]
+        return True
+    if name == "remap_positions_for_packed_sequence":
+        # Positions grow by one within a document, so offsets between them are offsets between indices.
+        return recognise(cells["mask_function"], into)
+    return False
+
+
+def document_starts(documents: Tensor) -> Tensor:
+    """Returns the index at which each token's document begins.
+
+    Args:
+        documents: Document number of each token, not decreasing along the row, shape (batch, tokens).
+
+    Returns:
+        Indices of shape (batch, tokens).
+    """
+    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    first = torch.ones_like(documents, dtype=torch.bool)
+    first[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return torch.where(first, index, 0).cummax(1).values

@@ -1,0 +1,116 @@
+"""The child module that holds a layer's learned tensors and turns hidden states into features."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnswap.surgery.spec import Slot
+from attnswap.swaps.base import ModelInfo
+
+
+class SwapModule(nn.Module):
+    """The parameters of one slot.
+
+    All its tensors stay fp32 whatever the model is cast to, and everything is computed in ``forward``, so that
+    offloading, sharding and wrapping by other libraries see an ordinary module.
+
+    Args:
+        slot: The swap and the heads it serves.
+        info: The layer it goes into.
+        device: Where to create the tensors.
+    """
+
+    def __init__(self, slot: Slot, info: ModelInfo, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.swap = slot.swap
+        heads = slot.count(info.heads)
+        groups = info.heads // info.kv_heads
+        sizes = {"heads": heads, "kv_heads": max(1, heads // groups), "hidden": info.hidden}
+        self.starts: dict[str, tuple[float, float]] = {}
+        for name, feature in slot.swap.features().items():
+            if feature.per == "head":
+                self._add(name, (sizes["heads" if feature.heads == "query" else "kv_heads"],), device)
+                self.starts[name] = (0.0 if feature.initial is None else feature.initial, feature.std)
+        for name, parameter in slot.swap.gate_parameters().items():
+            self._add(name, tuple(sizes[size] for size in parameter.shape), device)
+            self.starts[name] = (parameter.initial, parameter.std)
+        self.register_buffer("ramp", torch.tensor(slot.ramp, dtype=torch.float32, device=device))
+        self.set_start(slot.ramp)
+
+    def _add(self, name: str, shape: tuple[int, ...], device: torch.device | str | None) -> None:
+        self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device)))
+
+    @torch.no_grad()
+    def set_start(self, ramp: float | tuple[float, ...], fill: Callable[[Tensor, float, float], Any] | None = None) -> None:
+        """Gives every tensor its initial value.
+
+        Args:
+            ramp: lambda, for the buffer.
+            fill: Called with each parameter, its mean and its deviation; default: fills it in place.
+        """
+        for name, (initial, std) in self.starts.items():
+            (fill or _fill)(self.get_parameter(name), initial, std)
+        if not self.ramp.is_meta:
+            self.ramp.copy_(torch.tensor(ramp))
+
+    def forward(self, hidden_states: Tensor) -> dict[str, Tensor]:
+        """Computes the slot's features.
+
+        Args:
+            hidden_states: What enters the attention module, shape (batch, tokens, hidden).
+
+        Returns:
+            The swap's features by name and the ramp as ``"ramp"``, in fp32.
+        """
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            gate_names = self.swap.gate_parameters()
+            features = {k: self.get_parameter(k) for k in self.starts if k not in gate_names}
+            if gate_names:
+                gates = {k: self.get_parameter(k) for k in gate_names}
+                features |= self.swap.gates(hidden_states.float(), gates)
+        return {**features, "ramp": self.ramp}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SwapModule":
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def extra_repr(self) -> str:
+        """Shows the config in the model's printout."""
+        return repr(self.swap)
+
+
+def _fill(tensor: Tensor, mean: float, std: float) -> None:
+    if not tensor.is_meta:
+        tensor.normal_(mean, std) if std else tensor.fill_(mean)
+
+
+class LayerSwap(nn.ModuleDict):
+    """The slots of one attention module; lives there as the child ``attnswap``.
+
+    Attributes:
+        info: The layer's sizes.
+        slots: The static part of each slot, by name.
+    """
+
+    def __init__(self, info: ModelInfo) -> None:
+        super().__init__()
+        self.info = info
+        self.slots: dict[str, Slot] = {}
+
+    def add(self, name: str, slot: Slot, device: torch.device | str | None) -> None:
+        """Adds a slot with fresh parameters."""
+        self.slots[name] = slot
+        self[name] = SwapModule(slot, self.info, device)
+
+    def drop(self, name: str) -> None:
+        """Removes a slot and its parameters."""
+        del self.slots[name], self[name]
+
+    def forward(self, hidden_states: Tensor) -> dict[str, dict[str, Tensor]]:  # type: ignore[override]
+        """Computes the features of every slot, by slot name."""
+        return {name: module(hidden_states) for name, module in self.items()}

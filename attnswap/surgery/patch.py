@@ -1,0 +1,248 @@
+"""Patch a model in place, undo it, move its ramp, and list its parameters for an optimizer."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from attnswap.errors import ConfigError
+from attnswap.loading import clear_dequantized_flags
+from attnswap.surgery import attach
+from attnswap.surgery.module import SwapModule
+from attnswap.surgery.probe import verify
+from attnswap.surgery.report import PatchReport, build_report
+from attnswap.surgery.select import LayersLike, attention_modules, model_info, owning_config, select_heads, select_layers
+from attnswap.surgery.spec import KEY, PatchSpec, Slot
+from attnswap.swaps import Swap, SwapLike, resolve
+from attnswap.swaps.base import ModelInfo
+
+HeadsLike = Iterable[int] | int | None
+
+
+def patch(
+    model: PreTrainedModel,
+    swap: SwapLike | Mapping[str | Swap, HeadsLike],
+    *,
+    layers: LayersLike = None,
+    heads: HeadsLike = None,
+    ramp: float = 1.0,
+) -> PatchReport:
+    """Replaces the attention normalizer of a model, in place.
+
+    Only this instance changes; other models of the same class in the process stay as they are. What is not selected
+    keeps the implementation the model had. A tiny forward then proves that every selected head is really served; if
+    not, everything is put back.
+
+    Args:
+        model: A ``transformers`` model.
+        swap: A name, config or mapping with a name (``{"name": "ssmax", "form": "scale"}``); or several of them with
+            their heads: ``{"forgetting-gate": [0, 1], SSMax(form="scale"): [2, 3]}``.
+        layers: Index, slice string (``"8:"``), list, or predicate of the layer index; default: all.
+        heads: Query heads; default: all.
+        ramp: lambda, from 0 (what the model computed before, exactly) to 1 (the swap).
+
+    Returns:
+        What was done, layer by layer.
+
+    Raises:
+        ConfigError: A swap, layer, head or ramp does not exist or does not fit, or a head is already swapped.
+        UnsupportedModelError: The model's attention cannot be served exactly. In both cases the model is as before.
+    """
+    wanted = _pairs(swap, heads)
+    check_ramp(ramp)
+    modules = attention_modules(model)
+    config = owning_config(model, modules)
+    info = model_info(config)
+    chosen = select_layers(layers, list(modules))
+    old = attach.spec_of(model)
+    before = config._attn_implementation if old is None else old.before
+    spec = PatchSpec(before) if old is None else old
+    added: list[tuple[int, str, Slot]] = []
+    for config_of_swap, heads_of_swap in wanted:
+        slot = Slot(config_of_swap.bind(info), _fitting_heads(config_of_swap, heads_of_swap, info), float(ramp))
+        for layer in chosen:
+            present = spec.layers.get(layer, {})
+            _check_free(layer, slot, present, info)
+            name = _slot_name(slot.swap, present)
+            spec = spec.with_slot(layer, name, slot)
+            added.append((layer, name, slot))
+    attach.connect(config, modules, before)
+    try:
+        for layer, name, slot in added:
+            attach.add_slot(modules[layer][1], config, name, slot)
+        verify(model, config, modules, before)
+    except BaseException:
+        _take_back(config, modules, before, added, keep=old is not None)
+        raise
+    setattr(config, KEY, spec.to_dict())
+    _keep_fp32(model)
+    cleared = clear_dequantized_flags(model)
+    notes = [f"cleared stale quantization flags of a dequantized model: {', '.join(cleared)}"] if cleared else []
+    return build_report(model, modules, spec, notes)
+
+
+def unpatch(model: PreTrainedModel) -> None:
+    """Takes every swap out again: afterwards the model is bit for bit the one it was.
+
+    Args:
+        model: A patched model.
+
+    Raises:
+        ConfigError: The model is not patched.
+    """
+    spec = _spec(model)
+    modules = attention_modules(model)
+    attach.disconnect(owning_config(model, modules), modules, spec.before)
+    for module in model.modules():
+        kept = module.__dict__.get("_keep_in_fp32_modules_strict")
+        if isinstance(kept, set):
+            kept.discard(KEY)
+        module.__dict__.pop("_init_weights", None)
+
+
+def describe(model: PreTrainedModel) -> PatchReport:
+    """Returns the table of which swap serves which head of which layer (empty for an untouched model)."""
+    modules = attention_modules(model)
+    spec = attach.spec_of(model) or PatchSpec(owning_config(model, modules)._attn_implementation)
+    return build_report(model, modules, spec, [])
+
+
+def set_ramp(model: PreTrainedModel, ramp: float | Iterable[float], *, layers: LayersLike = None) -> None:
+    """Moves lambda of every swap of the selected layers.
+
+    Args:
+        model: A patched model.
+        ramp: One value in [0, 1], or one per head of each slot.
+        layers: As in :func:`patch`; default: every patched layer.
+
+    Raises:
+        ConfigError: The model is not patched, a value is out of range, or the number of values does not fit.
+    """
+    spec, modules = _spec(model), attention_modules(model)
+    value = ramp if isinstance(ramp, int | float) else tuple(float(r) for r in ramp)
+    check_ramp(value)
+    patched = select_layers(layers, sorted(spec.layers))
+    info = model_info(owning_config(model, modules))
+    for layer in patched:
+        for slot in spec.layers[layer].values():
+            if isinstance(value, tuple) and len(value) != slot.count(info.heads):
+                raise ConfigError(f"{len(value)} ramp values for {slot.count(info.heads)} heads of layer {layer}")
+    for layer in patched:
+        child = attach.child_of(modules[layer][1])
+        assert child is not None
+        for name, slot in spec.layers[layer].items():
+            moved = Slot(slot.swap, slot.heads, value if isinstance(value, tuple) else float(value))
+            spec = spec.with_slot(layer, name, moved)
+            child.slots[name] = moved
+            buffer = child[name].ramp
+            child[name].ramp = torch.tensor(value, dtype=torch.float32, device=buffer.device)
+    setattr(attach.config_of(model), KEY, spec.to_dict())
+
+
+def swap_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the parameters that patching added, by their names in the model."""
+    found = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, SwapModule):
+            found |= {f"{prefix}.{name}": p for name, p in module.named_parameters()}
+    return found
+
+
+def parameter_groups(
+    model: nn.Module, *, lr: float = 1e-4, weight_decay: float = 0.0, swap_lr_multiplier: float = 10.0
+) -> list[dict[str, Any]]:
+    """Returns optimizer groups in which the swaps' parameters move faster and do not decay.
+
+    Args:
+        model: A model, patched or not.
+        lr: Learning rate of the model's own weights.
+        weight_decay: Decay of the model's own matrices; vectors (norms, biases) do not decay.
+        swap_lr_multiplier: How much faster the swaps' parameters move.
+
+    Returns:
+        Groups for a ``torch`` optimizer, each with a ``"name"``; frozen parameters and empty groups are left out.
+    """
+    ours = {id(p) for p in swap_parameters(model).values()}
+    free = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        ("matrices", [p for p in free if id(p) not in ours and p.ndim > 1], lr, weight_decay),
+        ("vectors", [p for p in free if id(p) not in ours and p.ndim <= 1], lr, 0.0),
+        ("swap", [p for p in free if id(p) in ours], lr * swap_lr_multiplier, 0.0),
+    ]
+    return [{"name": n, "params": p, "lr": rate, "weight_decay": d} for n, p, rate, d in groups if p]
+
+
+def check_ramp(ramp: float | tuple[float, ...]) -> None:
+    """Raises ConfigError unless every value of a ramp is a number in [0, 1]."""
+    for value in ramp if isinstance(ramp, tuple) else (ramp,):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise ConfigError(f"ramp must be in [0, 1], not {value!r}")
+
+
+def _pairs(swap: Any, heads: HeadsLike) -> list[tuple[Swap, HeadsLike]]:
+    if isinstance(swap, Mapping) and "name" not in swap:
+        if heads is not None:
+            raise ConfigError("give heads either in the mapping of swaps or as heads=, not both")
+        if not swap:
+            raise ConfigError("the mapping of swaps is empty")
+        return [(resolve(one), its_heads) for one, its_heads in swap.items()]
+    return [(resolve(swap), heads)]
+
+
+def _fitting_heads(swap: Swap, heads: HeadsLike, info: ModelInfo) -> tuple[int, ...] | None:
+    chosen = select_heads(heads, info)
+    groups = info.heads // info.kv_heads
+    shares = any(f.heads == "kv" for f in swap.features().values())
+    if chosen is not None and shares and groups > 1:
+        starts = [h for h in chosen[::groups] if h % groups == 0]
+        if list(chosen) != [h + i for h in starts for i in range(groups)]:
+            raise ConfigError(
+                f'"{swap.name}" keeps one value per key/value head, which {groups} query heads share: choose whole '
+                f"groups such as {list(range(groups))}, not {list(chosen)}"
+            )
+    return chosen
+
+
+def _check_free(layer: int, slot: Slot, present: Mapping[str, Slot], info: ModelInfo) -> None:
+    wanted = set(range(info.heads) if slot.heads is None else slot.heads)
+    for name, other in present.items():
+        taken = wanted & set(range(info.heads) if other.heads is None else other.heads)
+        if taken:
+            raise ConfigError(
+                f'head {min(taken)} of layer {layer} already has the swap "{name}"; unpatch the model first, or choose '
+                "other heads or layers"
+            )
+
+
+def _slot_name(swap: Swap, present: Mapping[str, Slot]) -> str:
+    base = swap.name.replace("-", "_")
+    names = [base, *(f"{base}_{i}" for i in range(1, len(present) + 1))]
+    return next(name for name in names if name not in present)
+
+
+def _take_back(config: Any, modules: attach.Modules, before: str, added: list[tuple[int, str, Slot]], keep: bool) -> None:
+    if not keep:
+        attach.disconnect(config, modules, before)
+        return
+    for layer, name, _ in added:
+        module = modules[layer][1]
+        child = attach.child_of(module)
+        if child is not None and name in child.slots:
+            child.drop(name)
+            if not child.slots:
+                del module._modules[KEY]
+
+
+def _keep_fp32(model: PreTrainedModel) -> None:
+    """Makes later loads into this instance keep the swaps' tensors fp32, as they are when patching."""
+    kept = model._keep_in_fp32_modules_strict
+    model._keep_in_fp32_modules_strict = {*(kept or ()), KEY}
+
+
+def _spec(model: PreTrainedModel) -> PatchSpec:
+    spec = attach.spec_of(model)
+    if spec is None:
+        raise ConfigError(f"this {type(model).__name__} is not patched")
+    return spec

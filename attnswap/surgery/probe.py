@@ -1,0 +1,179 @@
+"""Prove on a tiny forward that a patch does what it says: every selected head of every selected layer reaches us."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from attnswap.errors import AttnSwapError, UnsupportedModelError
+from attnswap.surgery.attach import Modules, child_of
+from attnswap.surgery.seam import Enter
+from attnswap.surgery.spec import Slot
+from attnswap.swaps.base import Swap
+
+TOKENS = 6
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+"""Largest difference allowed between stock softmax and ours, relative to the spread of the outputs."""
+
+
+class Plain(Swap):
+    """Softmax itself, computed by us: shows that nothing else in the call was overlooked."""
+
+
+class Flat(Swap):
+    """Not an identity: softmax with its scores halved."""
+
+    def terms(self, call):  # type: ignore[no-untyped-def]
+        from attnswap.swaps.base import Terms
+
+        return Terms(query_scale=torch.full_like(call.n, 0.5))
+
+
+def verify(model: PreTrainedModel, config: PreTrainedConfig, modules: Modules, before: str) -> None:
+    """Checks a freshly connected model.
+
+    Three forwards over a few tokens: the model as it was; with our own softmax in every selected head, which must
+    give the same; with a swap that is no identity, whose output must reach the model's output from every selected
+    head, as shown by the gradient of a gain on each head.
+
+    Args:
+        model: The model, with its slots in place.
+        config: The config the attention modules share.
+        modules: Its attention modules.
+        before: The previous attention implementation.
+
+    Raises:
+        UnsupportedModelError: A selected layer or head does not reach us, or our softmax differs from the model's.
+    """
+    swapped = {i: m for i, (_, m) in modules.items() if child_of(m) is not None}
+    with _quiet(model):
+        try:
+            config._attn_implementation_internal = before
+            with _hooks_silenced(modules):
+                reference = _forward(model)
+            config._attn_implementation_internal = _ours()
+            with _replaced(swapped, Plain()):
+                same = _forward(model)
+            with _replaced(swapped, Flat()), _gains(swapped) as gains, torch.enable_grad():
+                output = _forward(model)
+                weights = torch.linspace(1, 2, output.numel(), device=output.device).view_as(output)
+                slopes = torch.autograd.grad((output * weights).sum(), list(gains.values()), allow_unused=True)
+        except AttnSwapError:
+            raise
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} cannot run a forward with attnswap: {type(error).__name__}: {error}"
+            ) from error
+        finally:
+            config._attn_implementation_internal = _ours()
+    spread = float(reference.std()) or 1.0
+    difference = float((same - reference).abs().max())
+    if not difference <= TOLERANCE.get(model.dtype, 0.2) * spread:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} computes more in its attention than softmax over masked scores: served by "
+            f"attnswap's own softmax its output moves by {difference:.2g} (spread {spread:.2g})"
+        )
+    for (layer, module), slope in zip(swapped.items(), slopes, strict=True):
+        _check_heads(model, layer, module, slope)
+
+
+def _check_heads(model: PreTrainedModel, layer: int, module: nn.Module, slope: Tensor | None) -> None:
+    child = child_of(module)
+    assert child is not None
+    for slot in child.slots.values():
+        for head in range(child.info.heads) if slot.heads is None else slot.heads:
+            if slope is None or not bool(slope[head] != 0):
+                raise UnsupportedModelError(
+                    f"head {head} of layer {layer} ({type(module).__name__}) of {type(model).__name__} has no effect "
+                    "on the model's output when its attention is served by attnswap"
+                )
+
+
+def _ours() -> str:
+    from attnswap.surgery.spec import KEY
+
+    return KEY
+
+
+def _forward(model: PreTrainedModel) -> Tensor:
+    """Runs two rows of a few tokens, the second left-padded, and returns the outputs at real tokens in fp32."""
+    device = next(model.parameters()).device
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    ids = (torch.arange(2 * TOKENS, device=device).reshape(2, TOKENS) * 7 + 3) % vocabulary
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    output = model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+    return output[mask.bool()].float()
+
+
+@contextlib.contextmanager
+def _quiet(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode without gradients; random state and each module's mode are put back."""
+    modes = [(m, m.training) for m in model.modules()]
+    cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=cuda), torch.no_grad():
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+@contextlib.contextmanager
+def _hooks_silenced(modules: Modules) -> Iterator[None]:
+    """Runs the attention modules as if they had never been touched."""
+    saved = []
+    for _, module in modules.values():
+        tables = (module._forward_pre_hooks, module._forward_hooks)
+        saved.append([(t, dict(t)) for t in tables])
+        for table in tables:
+            for key in [k for k, h in table.items() if type(h).__module__ == Enter.__module__]:
+                del table[key]
+    try:
+        yield
+    finally:
+        for tables_of in saved:
+            for table, content in tables_of:
+                table.clear()
+                table.update(content)
+
+
+@contextlib.contextmanager
+def _replaced(swapped: dict[int, nn.Module], swap: Swap) -> Iterator[None]:
+    """Serves every slot with another swap at lambda 1."""
+    saved = []
+    for module in swapped.values():
+        child = child_of(module)
+        assert child is not None
+        saved.append((child, child.slots, child.forward))
+        child.slots = {name: Slot(swap, slot.heads) for name, slot in child.slots.items()}
+        empty = {name: {"ramp": torch.ones(())} for name in child.slots}
+        child.forward = lambda hidden, empty=empty: empty  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        for child, slots, _ in saved:
+            child.slots = slots
+            del child.forward
+
+
+@contextlib.contextmanager
+def _gains(swapped: dict[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
+    """Multiplies each head's output by a gain of 1 that asks for its gradient."""
+    gains, hooks = {}, []
+    for layer, module in swapped.items():
+        child = child_of(module)
+        assert child is not None
+        device = next(module.parameters()).device
+        gains[layer] = torch.ones(child.info.heads, device=device, requires_grad=True)
+        hook = next(h for h in module._forward_pre_hooks.values() if isinstance(h, Enter))
+        hook.probe = gains[layer]
+        hooks.append(hook)
+    try:
+        yield gains
+    finally:
+        for hook in hooks:
+            hook.probe = None

@@ -1,0 +1,136 @@
+"""Find the attention modules of a model, and read which layers and heads a user means."""
+
+from collections.abc import Callable, Iterable
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from attnswap.errors import ConfigError, UnsupportedModelError
+from attnswap.swaps.base import ModelInfo
+
+LayersLike = int | str | Iterable[int] | Callable[[int], bool] | None
+"""Layers by index, slice string such as ``"8:"`` or ``"::2"``, list, predicate; None: all."""
+
+
+def attention_modules(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
+    """Returns the self-attention modules of a model by layer index, with their names.
+
+    A module counts if its class name ends in "Attention" and it carries an integer ``layer_idx``. Whether it really
+    dispatches its attention is shown by the probe, not assumed here.
+
+    Raises:
+        UnsupportedModelError: There is none, or two share a layer index.
+    """
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for name, module in model.named_modules():
+        index = getattr(module, "layer_idx", None)
+        if not type(module).__name__.endswith("Attention") or not isinstance(index, int):
+            continue
+        if getattr(module, "is_cross_attention", False):
+            continue
+        if index in found:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has two attention modules with layer index {index} ({found[index][0]} and "
+                f"{name}); attnswap cannot tell them apart"
+            )
+        found[index] = (name, module)
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no attention module to patch (none whose class name ends in Attention and "
+            "that carries a layer_idx)"
+        )
+    return dict(sorted(found.items()))
+
+
+def select_layers(layers: LayersLike, available: list[int]) -> list[int]:
+    """Returns the layer indices that ``layers`` stands for, sorted.
+
+    Raises:
+        ConfigError: An index is out of range, a slice is malformed, or nothing is selected.
+    """
+    if layers is None:
+        return available
+    if isinstance(layers, str):
+        chosen = _slice(layers, available)
+    elif callable(layers):
+        chosen = [i for i in available if layers(i)]
+    else:
+        wanted = [layers] if isinstance(layers, int) else list(layers)
+        bad = [i for i in wanted if isinstance(i, bool) or not isinstance(i, int)]
+        if bad:
+            raise ConfigError(f"a layer index is a whole number, not {bad[0]!r}")
+        top = available[-1] + 1
+        chosen = [i + top if i < 0 else i for i in wanted]
+        missing = [i for i, index in zip(wanted, chosen, strict=True) if index not in available]
+        if missing:
+            raise ConfigError(
+                f"layer {missing[0]} does not exist: the attention layers are {available[0]} to {available[-1]}"
+            )
+    if not chosen:
+        raise ConfigError(f"no layer selected by {layers!r} among {available[0]} to {available[-1]}")
+    return sorted(set(chosen))
+
+
+def _slice(text: str, available: list[int]) -> list[int]:
+    parts = text.split(":")
+    try:
+        numbers = [int(p) if p.strip() else None for p in parts]
+        if len(parts) == 1:
+            return select_layers([int(text)], available)
+        if len(parts) > 3:
+            raise ValueError
+        return available[slice(*numbers)]
+    except ValueError:
+        raise ConfigError(f'layers={text!r} is no slice; write for example "8:", "::2" or "0:4"') from None
+
+
+def select_heads(heads: Iterable[int] | int | None, info: ModelInfo) -> tuple[int, ...] | None:
+    """Returns the query heads in the order given; None: all.
+
+    Raises:
+        ConfigError: A head is out of range or named twice, or the list is empty.
+    """
+    if heads is None:
+        return None
+    wanted = [heads] if isinstance(heads, int) else list(heads)
+    for head in wanted:
+        if isinstance(head, bool) or not isinstance(head, int) or not 0 <= head < info.heads:
+            raise ConfigError(f"head {head!r} does not exist: the layer has heads 0 to {info.heads - 1}")
+    if len(set(wanted)) != len(wanted) or not wanted:
+        raise ConfigError(f"heads={wanted} must name at least one head, each once")
+    return tuple(wanted)
+
+
+def model_info(config: PreTrainedConfig) -> ModelInfo:
+    """Reads a layer's sizes from the config of its attention module.
+
+    Raises:
+        UnsupportedModelError: The config does not say how many heads there are.
+    """
+    heads = getattr(config, "num_attention_heads", None)
+    hidden = getattr(config, "hidden_size", None)
+    if not isinstance(heads, int) or not isinstance(hidden, int):
+        raise UnsupportedModelError(f"{type(config).__name__} names no single num_attention_heads and hidden_size")
+    kv_heads = getattr(config, "num_key_value_heads", None)
+    positions = getattr(config, "max_position_embeddings", None)
+    return ModelInfo(
+        heads=heads,
+        kv_heads=kv_heads if isinstance(kv_heads, int) else heads,
+        hidden=hidden,
+        max_positions=positions if isinstance(positions, int) else None,
+    )
+
+
+def owning_config(model: PreTrainedModel, modules: dict[int, tuple[str, nn.Module]]) -> PreTrainedConfig:
+    """Returns the one config that all attention modules read their implementation from.
+
+    Raises:
+        UnsupportedModelError: They do not share one.
+    """
+    configs = {id(c): c for _, m in modules.values() if (c := getattr(m, "config", None)) is not None}
+    if len(configs) != 1:
+        raise UnsupportedModelError(
+            f"the attention modules of {type(model).__name__} do not share one config ({len(configs)} found), so "
+            "their attention implementation cannot be set per model"
+        )
+    return next(iter(configs.values()))

@@ -1,0 +1,108 @@
+"""Per-token gates beside the KV cache.
+
+Attention functions see keys and values after the cache has been updated, so what a gate computed for past tokens
+must be kept too. It lives in a stock cache layer of the matching kind, hung on the layer it belongs to, whose class
+is replaced by a subclass that forwards what happens to the cache: beams reordered, tokens cropped, batches repeated.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+    LinearAttentionCacheLayerMixin,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from attnswap.errors import UnsupportedModelError
+
+FORWARDED = (
+    "reorder_cache",
+    "crop",
+    "reset",
+    "batch_repeat_interleave",
+    "batch_select_indices",
+    "offload",
+    "prefetch",
+    "activate_past_recording",
+)
+
+
+def find_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
+    """Returns the cache among the arguments of an attention module's forward."""
+    for value in (*kwargs.values(), *args):
+        if isinstance(value, EncoderDecoderCache):
+            return value.self_attention_cache
+        if isinstance(value, Cache):
+            return value
+    return None
+
+
+def append(cache: Cache, layer: int, new: Tensor, keys: int) -> Tensor:
+    """Stores the gates of new tokens and returns those of every key.
+
+    Args:
+        cache: The cache whose layer ``layer`` already holds the new tokens' keys.
+        layer: Index of the layer.
+        new: Gates of the new tokens, shape (batch, gates, tokens).
+        keys: Length of the keys that the attention function received.
+
+    Returns:
+        Gates of all keys, shape (batch, gates, keys).
+
+    Raises:
+        UnsupportedModelError: The cache was filled while the swap was not there, or is of a kind without a
+            per-token side store.
+    """
+    main = cache.layers[layer]
+    side = getattr(main, "attnswap_side", None)
+    if side is None:
+        side = _make_side(main)
+        main.attnswap_side = side
+        main.__class__ = _with_side(type(main))
+    column = new[..., None]
+    full = side.update(column, torch.empty_like(column))[0][..., 0]
+    if full.shape[2] != keys:
+        raise UnsupportedModelError(
+            f"the KV cache of layer {layer} holds {keys} keys but gates of {full.shape[2]} tokens: it was filled "
+            "before the swap was there; start from an empty cache"
+        )
+    return full
+
+
+def _make_side(main: Any) -> Any:
+    if not isinstance(main, CacheLayerMixin) or isinstance(main, LinearAttentionCacheLayerMixin):
+        raise UnsupportedModelError(f"a cache layer of type {type(main).__name__} cannot hold per-token gates")
+    if isinstance(main, StaticSlidingWindowLayer):
+        return StaticSlidingWindowLayer(main.max_cache_len, sliding_window=main.max_cache_len)
+    if isinstance(main, StaticLayer):
+        return StaticLayer(main.max_cache_len)
+    if isinstance(main, DynamicSlidingWindowLayer):
+        side = DynamicSlidingWindowLayer(main.sliding_window)
+        side.record_past = main.record_past
+        return side
+    return DynamicLayer()
+
+
+@functools.cache
+def _with_side(base: type) -> type:
+    """Returns a subclass of a cache layer's class that does to the side layer whatever is done to the layer."""
+
+    def forwarded(name: str) -> Any:
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            result = getattr(base, name)(self, *args, **kwargs)
+            getattr(self.attnswap_side, name)(*args, **kwargs)
+            return result
+
+        return method
+
+    methods = {name: forwarded(name) for name in FORWARDED if hasattr(base, name)}
+    # Without the empty layer type, defining the class would enter it into transformers' own tables.
+    return type(base.__name__, (base,), {"_layer_type": None, "__module__": base.__module__, **methods})

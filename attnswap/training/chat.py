@@ -1,0 +1,96 @@
+"""Turn conversations into tokens of which only the assistant's are learned."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from attnswap.errors import ConfigError
+from attnswap.training.packing import IGNORED, Document
+
+Message = dict[str, Any]
+
+
+def read_conversation(text: str, where: str) -> list[Message]:
+    """Parses one line of a chat file: ``{"messages": [{"role": ..., "content": ...}, ...]}``, or the bare list.
+
+    Args:
+        text: JSON.
+        where: Names the line in errors.
+
+    Raises:
+        ConfigError: The text is not such a conversation.
+    """
+    try:
+        value = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ConfigError(f"{where}: not a line of JSON: {error}") from None
+    messages = value.get("messages") if isinstance(value, dict) else value
+    if not isinstance(messages, list) or not messages:
+        raise ConfigError(f'{where}: needs a list "messages" with at least one message')
+    for message in messages:
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise ConfigError(f'{where}: each message needs a text "role" and a text "content"')
+    return messages
+
+
+def encode_conversation(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> Document:
+    """Tokenizes a conversation by the tokenizer's chat template and labels the assistant's tokens.
+
+    A template with generation markers says itself which tokens these are. For others, an assistant's turn is what
+    the rendered text gains over the rendering of what came before it plus the generation prompt; the end-of-turn
+    token belongs to it, the white space after it does not.
+
+    Args:
+        messages: Dicts with ``role`` and ``content``.
+        tokenizer: A fast tokenizer with a chat template.
+
+    Returns:
+        The tokens and labels.
+
+    Raises:
+        ConfigError: There is no template, or it renders a conversation differently once it goes on.
+    """
+    messages = list(messages)
+    template = tokenizer.chat_template
+    if not template:
+        raise ConfigError("the tokenizer has no chat template: name one that has by model.tokenizer, or use kind: text")
+    if not tokenizer.is_fast:
+        raise ConfigError("chat data needs a fast tokenizer, which knows where in the text each token lies")
+    if "{% generation" in str(template) or "{%- generation" in str(template):
+        encoded = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids, learned = list(encoded["input_ids"]), [bool(m) for m in encoded["assistant_masks"]]
+    else:
+        text = _render(messages, tokenizer)
+        spans = _assistant_spans(messages, text, tokenizer)
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = list(encoded["input_ids"])
+        learned = [
+            any(start < end and low <= start < high for low, high in spans) for start, end in encoded["offset_mapping"]
+        ]
+    return Document(ids, [token if keep else IGNORED for token, keep in zip(ids, learned, strict=True)])
+
+
+def _render(messages: list[Message], tokenizer: PreTrainedTokenizerBase, prompt: bool = False) -> str:
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+
+
+def _assistant_spans(messages: list[Message], text: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]]:
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        if i == 0:
+            raise ConfigError("a conversation cannot start with the assistant: there is nothing it answers")
+        before = _render(messages[:i], tokenizer, prompt=True)
+        after = _render(messages[: i + 1], tokenizer)
+        if not (text.startswith(before) and text.startswith(after)):
+            raise ConfigError(
+                "the chat template renders earlier turns differently once a conversation goes on, so the assistant's "
+                "tokens cannot be found: use a template with {% generation %} markers, or single-turn data"
+            )
+        spans.append((len(before), len(after.rstrip())))
+    return spans

@@ -1,0 +1,248 @@
+"""The recipe: everything a training run depends on, as strict dataclasses read from YAML."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from transformers import TrainingArguments
+
+from attnswap import swaps
+from attnswap.errors import ConfigError
+from attnswap.loading import EMBEDDED
+from attnswap.training.strict import coerce, from_mapping, join, parse_yaml, read_yaml, show, unknown_key
+
+RESERVED = {
+    "output_dir": "set output_dir at the top of the recipe",
+    "do_train": "a run always trains",
+    "do_eval": "set training.eval_strategy",
+    "do_predict": "a run does not predict",
+    "remove_unused_columns": "the data holds just what the model takes",
+    "label_names": "labels are always called labels",
+    "use_cache": "a cache would let packed documents see each other",
+    "label_smoothing_factor": "the loss is plain cross entropy",
+    "use_liger_kernel": "the chunked loss has its place",
+    "liger_kernel_config": "the chunked loss has its place",
+    "prediction_loss_only": "evaluation always sums the loss token by token",
+    "parallelism_config": "it cannot be written in YAML",
+    "auto_find_batch_size": "a smaller batch would be another experiment",
+}
+"""Fields of TrainingArguments that a recipe may not set, and why."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """Which model to start from.
+
+    Attributes:
+        reference: A hub name, a directory, a ``.gguf`` file or ``"embedded"``.
+        tokenizer: Where its tokenizer is; None: the same place.
+        dtype: Dtype of the weights while training. Use ``training.bf16`` for mixed precision.
+    """
+
+    reference: str = EMBEDDED
+    tokenizer: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """What to train and evaluate on.
+
+    Attributes:
+        source: ``"offline"`` (the standard library's sources), ``"files"`` or ``"hub"``.
+        kind: ``"text"``: every token is learned; ``"chat"``: only the assistant's (files are then JSON lines with
+            ``messages``).
+        files: Paths or globs (``.txt``, ``.jsonl``, also with ``.gz``), for ``source: files``.
+        documents: A text document is a whole ``"file"`` or a ``"paragraph"`` between blank lines.
+        name: Hub data set, for ``source: hub``.
+        config: Its configuration.
+        split: Its split; slices such as ``train[:1000]`` work.
+        column: Its column; None: ``text``, or ``messages`` for chat.
+        sequence_length: Tokens in a window.
+        eval_fraction: Share of the documents held out for evaluation, at least one document.
+        eval_windows: Evaluate on at most so many windows; None: all.
+        max_documents: Use so many documents, drawn by ``seed``; None: all.
+        seed: Draws the held-out documents.
+        cache_dir: Where prepared data is kept; None: the usual cache of ``datasets``.
+    """
+
+    source: Literal["offline", "files", "hub"] = "offline"
+    kind: Literal["text", "chat"] = "text"
+    files: list[str] = field(default_factory=list)
+    documents: Literal["file", "paragraph"] = "file"
+    name: str | None = None
+    config: str | None = None
+    split: str = "train"
+    column: str | None = None
+    sequence_length: int = 1024
+    eval_fraction: float = 0.05
+    eval_windows: int | None = None
+    max_documents: int | None = None
+    seed: int = 0
+    cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(2 <= self.sequence_length <= 1 << 24, "data.sequence_length: must be at least 2 and at most 16777216")
+        _require(0 < self.eval_fraction < 1, "data.eval_fraction: must lie between 0 and 1")
+        _require(self.eval_windows is None or self.eval_windows > 0, "data.eval_windows: must be positive")
+        _require(self.max_documents is None or self.max_documents > 1, "data.max_documents: must be at least 2")
+        _require(0 <= self.seed < 1 << 63, "data.seed: must be at least 0 and below 2^63")
+        _require((self.source == "files") == bool(self.files), 'data.files: goes with "source: files", and only with it')
+        _require((self.source == "hub") == (self.name is not None), 'data.name: goes with "source: hub", and only with it')
+        _require(self.kind == "text" or self.source != "offline", "data.kind: the offline text holds no chats")
+
+
+@dataclass(frozen=True)
+class LoraSection:
+    """Train low-rank adapters in place of the model's own weights; they are merged into the result.
+
+    Attributes:
+        r: Rank.
+        alpha: Scale of the update times ``r``.
+        dropout: Dropout before the adapters.
+        target_modules: Module names, or ``"all-linear"``.
+    """
+
+    r: int = 8
+    alpha: int = 16
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+
+    def __post_init__(self) -> None:
+        _require(self.r > 0, "lora.r: must be positive")
+        _require(self.alpha > 0, "lora.alpha: must be positive")
+        _require(0 <= self.dropout < 1, "lora.dropout: must be at least 0 and below 1")
+
+
+@dataclass(frozen=True)
+class OptimizerSection:
+    """How the swap's parameters are trained beside the model's.
+
+    Attributes:
+        swap_lr_multiplier: Learning rate of the swap's parameters over that of the rest; they have no weight decay.
+        freeze: ``"all_but_swap"`` trains the swap's parameters alone.
+    """
+
+    swap_lr_multiplier: float = 10.0
+    freeze: Literal["none", "all_but_swap"] = "none"
+
+    def __post_init__(self) -> None:
+        _require(self.swap_lr_multiplier > 0, "optimizer.swap_lr_multiplier: must be positive")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run.
+
+    Attributes:
+        output_dir: Where the result goes; it must not exist yet, or be empty.
+        overwrite: Replace what is in ``output_dir``, once the run is complete.
+        swap: A swap by name, or a mapping with its ``name`` and options; None or ``"none"`` trains the unpatched model.
+        layers: Which layers to patch, as in :func:`attnswap.patch`; None: all.
+        heads: Which heads to patch; None: all.
+        ramp: lambda of the swap while training, from 0 (as before) to 1 (the swap).
+        model: See :class:`ModelSection`.
+        data: See :class:`DataSection`.
+        training: Fields of ``transformers.TrainingArguments``.
+        optimizer: See :class:`OptimizerSection`.
+        lora: See :class:`LoraSection`; None: train the weights themselves.
+    """
+
+    output_dir: str
+    overwrite: bool = False
+    swap: str | dict[str, Any] | None = None
+    layers: int | str | list[int] | None = None
+    heads: list[int] | None = None
+    ramp: float = 1.0
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    training: dict[str, Any] = field(default_factory=dict)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    lora: LoraSection | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.output_dir.strip() != "", "output_dir: must name a directory")
+        _require(0 <= self.ramp <= 1, "ramp: must lie between 0 and 1")
+        if self.swap == "none":
+            object.__setattr__(self, "swap", None)
+        frozen = self.optimizer.freeze == "all_but_swap"
+        if self.swap is None:
+            _require(self.layers is None and self.heads is None, "layers, heads: nothing is swapped, so leave them out")
+            _require(not frozen, "optimizer.freeze: nothing is swapped, so nothing would be trained")
+        else:
+            swaps.resolve(self.swap)
+        _require(not (frozen and self.lora), 'lora: goes with "optimizer.freeze: none", which trains the adapters')
+        object.__setattr__(self, "training", check_training(self.training))
+
+
+def check_training(values: dict[str, Any]) -> dict[str, Any]:
+    """Checks keys and types of the ``training`` section against ``TrainingArguments``.
+
+    Raises:
+        ConfigError: A key is unknown or reserved, or a value has the wrong type.
+    """
+    hints = get_type_hints(TrainingArguments)
+    known = [f.name for f in dataclasses.fields(TrainingArguments) if f.init and f.name not in RESERVED]
+    checked = {}
+    for key, value in values.items():
+        if key in RESERVED:
+            raise ConfigError(f"training.{key}: cannot be set here: {RESERVED[key]}")
+        if key not in known:
+            raise unknown_key(key, known, "training")
+        checked[key] = coerce(value, hints[key], join("training", key))
+    return checked
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
+    """Reads a recipe and applies overrides from the command line.
+
+    Args:
+        path: A YAML file of at most 1 MB.
+        overrides: ``key=value`` with a dotted key; the value is YAML, e.g. ``training.max_steps=50``.
+
+    Raises:
+        ConfigError: The file or an override is not a valid recipe; the message names the key.
+    """
+    mapping = read_yaml(path)
+    return parse_config(mapping, overrides)
+
+
+def parse_config(mapping: Any, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
+    """Builds a recipe from plain values; see :func:`load_config`."""
+    if overrides and isinstance(mapping, dict):
+        mapping = _copy(mapping)
+        for override in overrides:
+            _apply(mapping, override)
+    return from_mapping(TrainConfig, mapping)
+
+
+def to_mapping(config: TrainConfig) -> dict[str, Any]:
+    """Returns the resolved recipe as plain values, every default filled in; :func:`parse_config` reads it back."""
+    return {**dataclasses.asdict(config), "swap": config.swap if config.swap is not None else "none"}
+
+
+def _apply(mapping: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f'"{override}": an override is written key=value, e.g. training.max_steps=50')
+    for i, part in enumerate(parts[:-1]):
+        inner = mapping.get(part)
+        if part == "swap" and i == 0 and isinstance(inner, str):  # swap: ssmax is short for swap: {name: ssmax}
+            inner = {"name": inner}
+        inner = {} if inner is None else inner
+        if not isinstance(inner, dict):
+            raise ConfigError(f'"{override}": {".".join(parts[: i + 1])} is {show(inner)}, which has no keys')
+        mapping[part] = inner
+        mapping = inner
+    mapping[parts[-1]] = parse_yaml(text, f'"{key}"')
+
+
+def _copy(value: Any) -> Any:
+    return {k: _copy(v) for k, v in value.items()} if isinstance(value, dict) else value

@@ -1,0 +1,224 @@
+"""Load documents, hold some out, and make windows of tokens of them, all cached by ``datasets``.
+
+What a run evaluates on is never trained on: repeated documents are dropped first, and the split is by whole
+documents, drawn by the recipe's seed.
+"""
+
+import glob
+import gzip
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from attnswap import text
+from attnswap.errors import ConfigError
+from attnswap.training.chat import encode_conversation, read_conversation
+from attnswap.training.config import DataSection
+from attnswap.training.packing import Document, pack
+
+FORMAT = 1
+"""Part of every cache key: raise it when the same recipe must give other windows."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Windows to train and evaluate on: torch rows of ``input_ids``, ``position_ids`` and ``labels``."""
+
+    train: Dataset
+    held_out: Dataset
+
+
+def load_data(section: DataSection, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """Loads what a recipe's ``data`` section names, as windows of ``sequence_length`` tokens.
+
+    Args:
+        section: The recipe's section.
+        tokenizer: The model's tokenizer.
+
+    Raises:
+        ConfigError: The data does not exist, cannot be read, or is too little to train and evaluate on.
+    """
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    documents = load_documents(section)
+    train, held_out = split_documents(documents, section)
+    train, held_out = (make_windows(part, section, tokenizer) for part in (train, held_out))
+    for name, part in (("train", train), ("evaluate", held_out)):
+        if len(part) == 0:
+            raise ConfigError(f"data: too little text to {name} on: not one token has a label")
+    if section.eval_windows is not None:
+        held_out = held_out.select(range(min(section.eval_windows, len(held_out))))
+    return Data(train.with_format("torch"), held_out.with_format("torch"))
+
+
+def load_documents(section: DataSection) -> Dataset:
+    """Returns a data set with one text column ``document``; a conversation is its JSON.
+
+    Raises:
+        ConfigError: The files or the data set cannot be read.
+    """
+    if section.source == "hub":
+        return _from_hub(section)
+    if section.source == "offline":
+        return _cached(_offline, {}, _digest("offline", sys.version), section)
+    paths = _expand(section.files)
+    states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    read = _read_chats if section.kind == "chat" else _read_texts
+    arguments = {"paths": [str(path) for path in paths], "documents": section.documents}
+    return _cached(read, arguments, _digest(section.kind, section.documents, states), section)
+
+
+def split_documents(documents: Dataset, section: DataSection) -> tuple[Dataset, Dataset]:
+    """Splits documents into those to train and those to evaluate on; no text is in both.
+
+    Raises:
+        ConfigError: There are fewer than two different documents.
+    """
+    first: dict[bytes, int] = {}
+    for index, document in enumerate(documents["document"]):
+        if document and not document.isspace():
+            first.setdefault(hashlib.sha256(document.encode("utf-8", "surrogatepass")).digest(), index)
+    order = np.random.default_rng(section.seed).permutation(list(first.values()))[: section.max_documents]
+    if len(order) < 2:
+        raise ConfigError(
+            f"data: found {len(order)} different document(s); at least two are needed, one of them to evaluate on"
+            + (" (documents: paragraph makes more of a file)" if section.source == "files" else "")
+        )
+    count = min(len(order) - 1, max(1, round(section.eval_fraction * len(order))))
+    return documents.select(order[count:]), documents.select(order[:count])
+
+
+def make_windows(documents: Dataset, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Tokenizes and packs documents; see :func:`attnswap.training.packing.pack`."""
+    encode = _chat_encoder(tokenizer) if section.kind == "chat" else _text_encoder(tokenizer)
+    bos, pad = tokenizer.bos_token_id, tokenizer.pad_token_id or 0
+
+    def batch_windows(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        packed = list(
+            pack(encode(batch["document"]), section.sequence_length, bos=bos, pad=pad, whole=section.kind == "chat")
+        )
+        return {key: [window[key] for window in packed] for key in ("input_ids", "position_ids", "labels")}
+
+    key = _digest(
+        documents._fingerprint, section.kind, section.sequence_length, bos, pad, _tokenizer_key(tokenizer)
+    )
+    return documents.map(
+        batch_windows,
+        batched=True,
+        remove_columns=documents.column_names,
+        new_fingerprint=key,
+        features=datasets.Features(
+            {name: datasets.List(datasets.Value("int32")) for name in ("input_ids", "position_ids", "labels")}
+        ),
+        desc="Packing documents",
+    )
+
+
+def _text_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], Iterator[Document]]:
+    def encode(documents: list[str]) -> Iterator[Document]:
+        for ids in tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]:
+            yield Document(ids, ids)
+
+    return encode
+
+
+def _chat_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], Iterator[Document]]:
+    def encode(documents: list[str]) -> Iterator[Document]:
+        for document in documents:
+            yield encode_conversation(read_conversation(document, "chat data"), tokenizer)
+
+    return encode
+
+
+def _from_hub(section: DataSection) -> Dataset:
+    column = section.column or ("messages" if section.kind == "chat" else "text")
+    try:
+        data = datasets.load_dataset(section.name, section.config, split=section.split, cache_dir=section.cache_dir)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ConfigError(f'data: cannot load the data set "{section.name}": {str(error).splitlines()[0]}') from None
+    if column not in data.column_names:
+        raise ConfigError(
+            f'data.column: "{section.name}" has no column "{column}". Columns: {", ".join(data.column_names)}'
+        )
+    if section.kind == "chat":
+        name = f'"{section.name}"'
+        return data.map(
+            lambda row: {"document": json.dumps(read_conversation(json.dumps(row[column]), name))},
+            remove_columns=data.column_names,
+        )
+    return data.select_columns([column]).rename_column(column, "document")
+
+
+def _expand(patterns: list[str]) -> list[Path]:
+    paths: list[Path] = []
+    for pattern in patterns:
+        found = sorted(Path(match) for match in glob.glob(pattern, recursive=True) if Path(match).is_file())
+        if not found:
+            raise ConfigError(f'data.files: no file matches "{pattern}"')
+        paths += [path for path in found if path not in paths]
+    return paths
+
+
+def _read(path: str) -> str:
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ConfigError(f'data.files: cannot read "{path}" as UTF-8 text: {error}') from None
+
+
+def _read_texts(paths: list[str], documents: str) -> Iterator[dict[str, str]]:
+    for path in paths:
+        content = _read(path)
+        for piece in [content] if documents == "file" else re.split(r"\n[ \t]*\n+", content):
+            yield {"document": piece}
+
+
+def _read_chats(paths: list[str], documents: str) -> Iterator[dict[str, str]]:
+    for path in paths:
+        for number, line in enumerate(_read(path).splitlines(), start=1):
+            if line.strip():
+                yield {"document": json.dumps(read_conversation(line, f"{path} line {number}"))}
+
+
+def _offline() -> Iterator[dict[str, str]]:
+    for document in text.training_documents():
+        yield {"document": document}
+
+
+def _cached(
+    generator: Callable[..., Iterator[dict[str, str]]], arguments: dict[str, Any], key: str, section: DataSection
+) -> Dataset:
+    try:
+        return Dataset.from_generator(
+            generator,
+            gen_kwargs=arguments,
+            features=datasets.Features({"document": datasets.Value("large_string")}),
+            cache_dir=section.cache_dir,
+            fingerprint=key,
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from None
+        raise
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(repr((FORMAT, *parts)).encode()).hexdigest()[:16]
+
+
+def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Identifies a tokenizer by what it does, where it can say so; pickles of one differ from call to call."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(f"{type(tokenizer)} {content} {tokenizer.chat_template}".encode()).hexdigest()

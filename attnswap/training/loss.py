@@ -1,0 +1,190 @@
+"""Cross entropy that never holds the logits of a whole window.
+
+With a vocabulary of 50k and a window of 8k tokens the logits alone take 1.6 GB in fp32, and their gradient as much
+again. Here the decoder runs once; the head then sees a chunk of positions at a time, and the backward pass computes
+each chunk's logits anew. Positions without a label never reach the head.
+
+The loss stands in for the model's own ``forward`` while training, so that DDP, mixed precision and ``Trainer`` call
+the model as always and gradients pass through the same hooks.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from attnswap.errors import ConfigError, UnsupportedModelError
+
+CHUNK = 512
+"""Positions whose logits exist at the same time."""
+
+IGNORED = -100
+"""The label of a position that is not learned."""
+
+
+@dataclass
+class ChunkedLossOutput(ModelOutput):
+    """What a model returns under :func:`chunked_loss`.
+
+    Attributes:
+        loss: Summed negative log-likelihood over the number of labels (or over ``num_items_in_batch``), a scalar.
+        nll: Summed negative log-likelihood of each row, fp32, shape (batch,).
+        tokens: Number of labels behind it, shape (batch,).
+    """
+
+    loss: Tensor | None = None
+    nll: Tensor | None = None
+    tokens: Tensor | None = None
+
+
+class _Given(nn.Module):
+    """Stands where the decoder stands and returns what the decoder has already computed."""
+
+    def __init__(self, outputs: ModelOutput) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, *args: Any, **kwargs: Any) -> ModelOutput:
+        return self.outputs
+
+
+@contextmanager
+def _standing_in(model: PreTrainedModel, stand_in: nn.Module) -> Iterator[None]:
+    modules, name = model._modules, model.base_model_prefix
+    decoder = modules[name]
+    modules[name] = stand_in
+    try:
+        yield
+    finally:
+        modules[name] = decoder
+
+
+def head_logits(model: PreTrainedModel, outputs: ModelOutput, hidden: Tensor) -> Tensor:
+    """Applies the model's own head, soft cap and scale included, to some hidden states.
+
+    Args:
+        model: A causal language model.
+        outputs: What its decoder returned.
+        hidden: Last hidden states of the positions wanted, shape (1, positions, width).
+
+    Returns:
+        Logits of shape (1, positions, vocabulary).
+    """
+    ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+    with _standing_in(model, _Given(dataclasses.replace(outputs, last_hidden_state=hidden))):
+        # The class's own forward: the instance's is the chunked one.
+        return type(model).forward(model, input_ids=ids, use_cache=False).logits
+
+
+def forward_with_loss(
+    model: PreTrainedModel, labels: Tensor, *, chunk: int = CHUNK, num_items_in_batch: Any = None, **inputs: Any
+) -> ChunkedLossOutput:
+    """Runs the decoder and the loss, ``chunk`` positions at a time.
+
+    Args:
+        model: A causal language model.
+        labels: The tokens themselves, -100 where nothing is learned, shape (batch, tokens); shifted here.
+        chunk: Positions whose logits exist at the same time.
+        num_items_in_batch: What to divide the sum by; None: the number of labels here.
+        **inputs: What the decoder takes: ``input_ids``, ``position_ids``, ...
+
+    Returns:
+        The loss, differentiable, and its sums by row.
+    """
+    outputs = getattr(model, model.base_model_prefix)(**inputs, use_cache=False)
+    hidden = outputs.last_hidden_state[:, :-1]
+    targets = labels[:, 1:].to(hidden.device)
+    rows, columns = (targets != IGNORED).nonzero(as_tuple=True)
+    if len(rows) == 0:  # every parameter must take part in the backward pass, or other processes wait for it
+        rows = columns = torch.zeros(1, dtype=torch.long, device=hidden.device)
+    hidden, kept_targets = hidden[rows, columns], targets[rows, columns]
+    # What else the decoder returned would only keep memory alive until the backward pass.
+    bare = type(outputs)(last_hidden_state=None)
+
+    def chunk_nll(part: Tensor, target: Tensor) -> Tensor:
+        logits = head_logits(model, bare, part[None])[0].float()
+        return nn.functional.cross_entropy(logits, target, ignore_index=IGNORED, reduction="none")
+
+    parts = zip(hidden.split(chunk), kept_targets.split(chunk), strict=True)
+    nll = torch.cat(
+        [checkpoint(chunk_nll, part, kept, use_reentrant=False, preserve_rng_state=False) for part, kept in parts]
+    )
+    tokens = (targets != IGNORED).sum(dim=1)
+    total = tokens.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=nll.device)
+    return ChunkedLossOutput(
+        loss=nll.sum() / total.clamp(min=1),
+        nll=torch.zeros(len(labels), device=nll.device).index_add(0, rows, nll.detach()),
+        tokens=tokens,
+    )
+
+
+@contextmanager
+def chunked_loss(model: PreTrainedModel, *, chunk: int = CHUNK) -> Iterator[None]:
+    """Makes ``model(..., labels=...)`` compute the chunked loss; without labels nothing changes.
+
+    Args:
+        model: A causal language model, patched or not.
+        chunk: Positions whose logits exist at the same time.
+
+    Raises:
+        ConfigError: The model adds a loss of its own for its routers, which the chunks would lose.
+        UnsupportedModelError: The head cannot be run apart from the decoder with the same logits.
+    """
+    if getattr(model.config, "output_router_logits", False):
+        raise ConfigError("the chunked loss leaves out the routers' loss: set output_router_logits to false")
+    _prove(model)
+    previous = model.__dict__.get("forward")  # device hooks sit here
+    original = model.forward
+
+    # Not functools.wraps: accelerate follows __wrapped__ when it removes its own wrappers, and would remove this one.
+    def forward(
+        self: PreTrainedModel,
+        input_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        inputs = {"input_ids": input_ids, "position_ids": position_ids, **kwargs}
+        if labels is None:
+            return original(**inputs)
+        return forward_with_loss(self, labels, chunk=chunk, num_items_in_batch=num_items_in_batch, **inputs)
+
+    model.forward = MethodType(forward, model)
+    try:
+        yield
+    finally:
+        for name in ("forward", "_original_forward"):  # the second is what accelerate leaves behind
+            model.__dict__.pop(name, None)
+        if previous is not None:
+            model.forward = previous
+
+
+@torch.no_grad()
+def _prove(model: PreTrainedModel) -> None:
+    """Checks on four tokens that head after decoder gives exactly the model's logits."""
+    training = model.training
+    model.eval()
+    try:
+        ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
+        expected = model(input_ids=ids, use_cache=False).logits
+        outputs = getattr(model, model.base_model_prefix)(input_ids=ids, use_cache=False)
+        actual = head_logits(model, outputs, outputs.last_hidden_state)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: its head cannot be run apart from its decoder ({error}), which the training loss needs"
+        ) from error
+    finally:
+        model.train(training)
+    if not torch.allclose(actual, expected, rtol=1e-4, atol=1e-5):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: its head gives other logits apart from its decoder, so the training loss would be wrong"
+        )

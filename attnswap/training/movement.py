@@ -1,0 +1,59 @@
+"""How far training moved each of the swap's parameters: a swap that never moved was never used."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+import attnswap
+
+
+@dataclass(frozen=True)
+class Moved:
+    """The distance of one parameter from its start.
+
+    Attributes:
+        largest: Largest absolute change of an element.
+        rms: Root mean square of the changes.
+    """
+
+    largest: float
+    rms: float
+
+
+class Movement:
+    """Remembers where the swap's parameters started.
+
+    Args:
+        model: A patched model before training; an unpatched one has nothing to remember.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.start: dict[str, Tensor] = {
+            name: parameter.detach().to("cpu", torch.float64, copy=True)
+            for name, parameter in attnswap.swap_parameters(model).items()
+        }
+
+    def measure(self, model: torch.nn.Module) -> dict[str, Moved]:
+        """Returns how far each parameter is from its start, by its full name."""
+        moved = {}
+        for name, parameter in attnswap.swap_parameters(model).items():
+            change = parameter.detach().to("cpu", torch.float64) - self.start[name]
+            moved[name] = Moved(change.abs().max().item(), change.square().mean().sqrt().item())
+        return moved
+
+
+def by_kind(moved: dict[str, Moved]) -> dict[str, Moved]:
+    """Merges the layers: the last part of a parameter's name with the largest and the overall rms change."""
+    kinds: dict[str, list[Moved]] = {}
+    for name, value in moved.items():
+        kinds.setdefault(name.rpartition(".")[2], []).append(value)
+    return {
+        kind: Moved(max(m.largest for m in values), (sum(m.rms**2 for m in values) / len(values)) ** 0.5)
+        for kind, values in kinds.items()
+    }
+
+
+def as_json(moved: dict[str, Moved]) -> dict[str, dict[str, float]]:
+    """Returns the measurements as plain values."""
+    return {name: asdict(value) for name, value in moved.items()}

@@ -1,0 +1,80 @@
+"""Where a run writes: beside its output directory while it works, under its name only once it is complete."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from attnswap.errors import ConfigError
+from attnswap.training.config import TrainConfig, to_mapping
+
+
+class Output:
+    """The directory of a result, and the ``.partial`` one beside it that becomes it.
+
+    Args:
+        final: The directory of the result.
+        overwrite: Whether what is there may be replaced.
+    """
+
+    def __init__(self, final: Path, *, overwrite: bool) -> None:
+        self.final = final.expanduser().absolute()
+        self.partial = self.final.with_name(self.final.name + ".partial")
+        self.overwrite = overwrite
+
+    def check(self, resume_from: str | None) -> None:
+        """Refuses a directory that is taken, before any work is done.
+
+        Args:
+            resume_from: The checkpoint to go on from, if any.
+
+        Raises:
+            ConfigError: There is a result, an unfinished run or a file in the way, or no such checkpoint.
+        """
+        if self.final.exists() and not self.final.is_dir():
+            raise ConfigError(f'output_dir: "{self.final}" is a file')
+        if not self.overwrite and self.final.is_dir() and any(self.final.iterdir()):
+            raise ConfigError(f'output_dir: "{self.final}" is not empty: name another one, or set overwrite=true')
+        if resume_from is not None:
+            if not (Path(resume_from) / "trainer_state.json").is_file():
+                raise ConfigError(f'training.resume_from_checkpoint: there is no checkpoint at "{resume_from}"')
+            return
+        left = sorted(self.partial.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+        if left and not self.overwrite:
+            raise ConfigError(
+                f'output_dir: an unfinished run has left "{left[-1]}": go on from it with '
+                f"training.resume_from_checkpoint={left[-1]}, or start anew with overwrite=true"
+            )
+
+    def prepare(self, resume_from: str | None) -> None:
+        """Makes the partial directory, empty unless a run is resumed."""
+        if resume_from is None and self.partial.exists():
+            shutil.rmtree(self.partial)
+        self.partial.mkdir(parents=True, exist_ok=True)
+
+    def publish(
+        self, config: TrainConfig, log: list[dict[str, Any]], movement: dict[str, Any], summary: dict[str, Any]
+    ) -> None:
+        """Writes the reports beside the saved model, drops the checkpoints, and renames the whole to its final name.
+
+        Args:
+            config: The recipe as it was run.
+            log: Every log entry.
+            movement: How far each swap parameter moved.
+            summary: The figures of the run.
+        """
+        for checkpoint in self.partial.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        (self.partial / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml says the same in words
+        (self.partial / "recipe.yaml").write_text(yaml.safe_dump(to_mapping(config), sort_keys=False), encoding="utf-8")
+        for name, content in (("training_log", log), ("movement", movement), ("summary", summary)):
+            text = json.dumps(content, indent=2) + "\n"
+            (self.partial / f"{name}.json").write_text(text, encoding="utf-8")
+        aside = self.final.with_name(self.final.name + ".replaced")
+        if self.final.is_dir():
+            os.replace(self.final, aside)
+        os.replace(self.partial, self.final)
+        shutil.rmtree(aside, ignore_errors=True)

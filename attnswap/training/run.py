@@ -1,0 +1,168 @@
+"""A whole training run: load, patch, train, save."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, TrainingArguments, default_data_collator, set_seed
+
+import attnswap
+from attnswap.errors import ConfigError
+from attnswap.loading import load_model, load_tokenizer
+from attnswap.training.config import TrainConfig
+from attnswap.training.data import load_data
+from attnswap.training.lora import add_lora
+from attnswap.training.loss import chunked_loss
+from attnswap.training.movement import Moved, as_json
+from attnswap.training.output import Output
+from attnswap.training.summary import summarise
+from attnswap.training.trainer import StepLog, SwapTrainer
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run gives back.
+
+    Attributes:
+        output_dir: The saved model, tokenizer and reports.
+        summary: What ``summary.json`` holds.
+        movement: How far each swap parameter moved, by name.
+    """
+
+    output_dir: Path
+    summary: dict[str, Any]
+    movement: dict[str, Moved]
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Runs a recipe: loads the model, patches it, trains it, and saves the best weights seen.
+
+    Under ``accelerate launch`` every process calls this; the first one writes.
+
+    Args:
+        config: See :func:`attnswap.training.config.load_config`.
+
+    Returns:
+        Where the result is, and what was measured.
+
+    Raises:
+        ConfigError: The recipe asks for what does not exist or cannot be, or its output directory is taken.
+        UnsupportedModelError: The model cannot be patched, or its loss not be computed in chunks.
+        NumericsError: The loss stopped being finite.
+    """
+    output = Output(Path(config.output_dir), overwrite=config.overwrite)
+    output.check(config.training.get("resume_from_checkpoint"))
+    args = training_arguments(config, output.partial)
+    tokenizer = load_tokenizer(config.model.tokenizer or config.model.reference)
+    with args.main_process_first(local=False, desc="preparing the data"):
+        data = load_data(config.data, tokenizer)
+    model = load_model(config.model.reference, dtype=getattr(torch, config.model.dtype))
+    _check_length(model, config)
+    use_cache = model.config.use_cache
+    set_seed(args.seed)  # gates may start from noise: the same in every process and on resuming
+    if config.swap is not None:
+        attnswap.patch(model, config.swap, layers=config.layers, heads=config.heads, ramp=config.ramp)
+    if config.optimizer.freeze == "all_but_swap":
+        freeze_all_but_swap(model)
+    adapters = add_lora(model, config.lora) if config.lora else None
+
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if args.process_index == 0:
+        output.prepare(args.resume_from_checkpoint)
+    steps = StepLog(output.partial / "steps.jsonl")
+    with chunked_loss(model):
+        trainer = SwapTrainer(
+            model=model,
+            args=args,
+            data_collator=default_data_collator,
+            train_dataset=data.train,
+            eval_dataset=data.held_out,
+            processing_class=tokenizer,
+            callbacks=[steps],
+            swap_lr_multiplier=config.optimizer.swap_lr_multiplier,
+        )
+        trained = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        after = _held_out_after(trainer)
+    movement = trainer.movement.measure(model)
+    if adapters is not None:
+        adapters.merge_and_unload()
+    model.config.use_cache = use_cache  # Trainer turns it off, and the saved model should generate as before
+    summary = summarise(config, trainer, trained.metrics, after, movement, steps.seconds, trainable)
+    trainer.save_model(str(output.partial))
+    if trainer.is_world_process_zero():
+        output.publish(config, trainer.state.log_history, as_json(movement), summary)
+    trainer.accelerator.wait_for_everyone()
+    return TrainResult(output.final, summary, movement)
+
+
+def training_arguments(config: TrainConfig, directory: Path) -> TrainingArguments:
+    """Builds ``TrainingArguments``: the recipe's own, and defaults that keep the best checkpoint.
+
+    Unless the recipe says otherwise a run goes once through the data, evaluates at the start and at each quarter,
+    saves then too, keeps the best, reports to nobody, and uses the CPU where there is no accelerator.
+
+    Args:
+        config: The recipe.
+        directory: Where checkpoints go.
+
+    Raises:
+        ConfigError: The values do not fit together or the machine.
+    """
+    chosen = config.training
+    strategy, every = chosen.get("eval_strategy", "steps"), chosen.get("eval_steps", 0.25)
+    defaults = {
+        "num_train_epochs": 1.0,
+        "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 1,
+        "logging_steps": 10,
+        "eval_strategy": strategy,
+        "eval_steps": every,
+        "eval_on_start": strategy != "no",
+        "save_strategy": strategy,
+        "save_steps": every,
+        "save_total_limit": 1,
+        "load_best_model_at_end": strategy != "no",
+        "report_to": "none",
+        "disable_tqdm": not sys.stderr.isatty(),
+        "use_cpu": not torch.accelerator.is_available(),
+    }
+    fixed = {"output_dir": str(directory), "remove_unused_columns": False, "label_names": ["labels"]}
+    try:
+        return TrainingArguments(**(defaults | chosen | fixed))
+    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+        raise ConfigError(f"training: {error}") from None
+
+
+def freeze_all_but_swap(model: PreTrainedModel) -> None:
+    """Leaves only the swap's parameters trainable.
+
+    Raises:
+        ConfigError: The swap has no parameters.
+    """
+    own = attnswap.swap_parameters(model)
+    if not own:
+        raise ConfigError("optimizer.freeze: this swap has no parameters of its own, so nothing would be trained")
+    model.requires_grad_(False)
+    for parameter in own.values():
+        parameter.requires_grad_(True)
+
+
+def _check_length(model: PreTrainedModel, config: TrainConfig) -> None:
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and config.data.sequence_length > longest:
+        raise ConfigError(
+            f"data.sequence_length: {config.data.sequence_length} tokens are more than the {longest} positions of "
+            f'"{config.model.reference}"'
+        )
+
+
+def _held_out_after(trainer: SwapTrainer) -> dict[str, float] | None:
+    """Returns the held-out metrics of the weights as they are now."""
+    if trainer.args.eval_strategy == "no":
+        return None
+    entries = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    loaded = trainer.state.best_global_step if trainer.args.load_best_model_at_end else trainer.state.global_step
+    known = [entry for entry in entries if entry["step"] == loaded and loaded]
+    return known[-1] if known else trainer.evaluate()

@@ -1,0 +1,81 @@
+"""The figures of a run, as plain values and as a table."""
+
+import statistics
+from typing import Any
+
+import torch
+import transformers
+from rich.table import Table
+
+import attnswap
+from attnswap.training.config import TrainConfig
+from attnswap.training.movement import Moved, as_json, by_kind
+from attnswap.training.trainer import SwapTrainer
+
+
+def summarise(
+    config: TrainConfig,
+    trainer: SwapTrainer,
+    metrics: dict[str, float],
+    after: dict[str, float] | None,
+    movement: dict[str, Moved],
+    seconds: list[float],
+    trainable: int,
+) -> dict[str, Any]:
+    """Returns what ``summary.json`` holds.
+
+    Args:
+        config: The recipe.
+        trainer: After training.
+        metrics: What training returned.
+        after: Held-out metrics of the saved weights; None: not evaluated.
+        movement: How far each swap parameter moved.
+        seconds: Duration of each step.
+        trainable: Number of weights trained.
+    """
+    args, state = trainer.args, trainer.state
+    before = next((entry for entry in state.log_history if "eval_loss" in entry and entry["step"] == 0), None)
+    return {
+        "schema": "attnswap.train/1",
+        "swap": config.swap if config.swap is not None else "none",
+        "model": config.model.reference,
+        "steps": state.global_step,
+        "best_step": state.best_global_step if args.load_best_model_at_end else None,
+        "train_loss": metrics["train_loss"],
+        "held_out_loss_before": before["eval_loss"] if before else None,
+        "held_out_loss": after["eval_loss"] if after else None,
+        "held_out_tokens": after["eval_tokens"] if after else None,
+        "sequence_length": config.data.sequence_length,
+        "windows_per_step": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
+        "processes": args.world_size,
+        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else config.model.dtype,
+        "seconds": metrics["train_runtime"],
+        "seconds_per_step": statistics.median(seconds) if seconds else None,
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "parameters_trained": trainable,
+        "parameters_of_swap": sum(p.numel() for p in attnswap.swap_parameters(trainer.model).values()),
+        "moved": as_json(by_kind(movement)),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def table(summary: dict[str, Any]) -> Table:
+    """Returns the summary as a table for the terminal."""
+    swap = summary["swap"]
+    view = Table(title=f"{swap if isinstance(swap, str) else swap['name']} on {summary['model']}", show_header=False)
+    view.add_column(style="bold")
+    view.add_column(justify="right")
+    per_step = summary["windows_per_step"] * summary["sequence_length"]
+    view.add_row("steps", f"{summary['steps']} of {per_step} tokens")
+    view.add_row("trained weights", f"{summary['parameters_trained']:,} of {summary['parameters']:,}")
+    view.add_row("training loss, mean", f"{summary['train_loss']:.4f}")
+    before, after = summary["held_out_loss_before"], summary["held_out_loss"]
+    if after is not None:
+        view.add_row("held-out loss", f"{after:.4f}" if before is None else f"{before:.4f} -> {after:.4f}")
+        view.add_row("held-out tokens", f"{summary['held_out_tokens']:,}")
+    for kind, moved in summary["moved"].items():
+        view.add_row(f"{kind} moved", f"at most {moved['largest']:.2e}, rms {moved['rms']:.2e}")
+    if summary["seconds_per_step"] is not None:
+        view.add_row("seconds a step, median", f"{summary['seconds_per_step']:.2f} ({summary['precision']})")
+    view.add_row("seconds in all", f"{summary['seconds']:.0f}")
+    return view

@@ -1,0 +1,129 @@
+"""``transformers.Trainer`` with the swap's parameters in a group of their own and losses weighed by token."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+import attnswap
+from attnswap.errors import ConfigError, NumericsError
+from attnswap.training.movement import Movement, by_kind
+
+
+class SwapTrainer(Trainer):
+    """Trains a patched model, or an unpatched one as the control.
+
+    Use it under :func:`attnswap.training.loss.chunked_loss`, with rows of ``input_ids``, ``position_ids`` and
+    ``labels``. The evaluation loss is the summed negative log-likelihood over the summed count of labels, whatever
+    the batches and processes; the training loss already is, for ``average_tokens_across_devices`` is on by default.
+
+    Args:
+        *args: As for ``Trainer``.
+        swap_lr_multiplier: Learning rate of the swap's parameters over that of the rest.
+        **kwargs: As for ``Trainer``.
+
+    Attributes:
+        movement: How far the swap's parameters are from where they were when the trainer was made.
+    """
+
+    def __init__(self, *args: Any, swap_lr_multiplier: float = 10.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.swap_lr_multiplier = swap_lr_multiplier
+        self.movement = Movement(self.model)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Makes the recipe's optimizer over :func:`attnswap.parameter_groups`.
+
+        Raises:
+            ConfigError: The optimizer insists on parameter groups of its own.
+        """
+        if self.optimizer is None:
+            trained = self.model if model is None else model
+            kind, kwargs = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)) or (
+                {"params", "model", "optimizer_dict"} & kwargs.keys()
+            ):
+                raise ConfigError(
+                    f'training.optim: "{self.args.optim}" makes its own parameter groups, which would train the '
+                    "swap's parameters like all others; take adamw_torch, sgd or another plain optimizer"
+                )
+            groups = attnswap.parameter_groups(
+                trained,
+                lr=self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+                swap_lr_multiplier=self.swap_lr_multiplier,
+            )
+            self.optimizer = kind(groups, **kwargs)
+        return self.optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Runs forward and backward.
+
+        Raises:
+            NumericsError: The loss is not finite. The weights are still those of the step before.
+        """
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise NumericsError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}: lower training.learning_rate or "
+                "optimizer.swap_lr_multiplier, or start the swap at a smaller ramp"
+            )
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Logs, with the largest change of each kind of swap parameter."""
+        if "loss" in logs:
+            for kind, moved in by_kind(self.movement.measure(self.model)).items():
+                logs[f"moved_{kind}"] = moved.largest
+        super().log(logs, *args, **kwargs)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluates, and replaces the mean over batches by the mean over tokens."""
+        output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
+        nll, tokens = (part.astype("float64").sum() for part in output.predictions)
+        output.metrics[f"{metric_key_prefix}_loss"] = float(nll / tokens)
+        output.metrics[f"{metric_key_prefix}_tokens"] = int(tokens)
+        return output
+
+
+class StepLog(TrainerCallback):
+    """Writes every log entry to a file of JSON lines as it comes, and times the steps.
+
+    Args:
+        path: The file; a run that is resumed goes on in it.
+
+    Attributes:
+        seconds: Duration of each optimizer step.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds: list[float] = []
+        self._started = 0.0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._started = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.seconds.append(time.perf_counter() - self._started)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(state.log_history[-1]) + "\n")

@@ -1,0 +1,106 @@
+"""What the training tests share: a byte-level tokenizer, tiny models, documents and a recipe."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+VOCABULARY = 260
+
+
+def byte_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    """A token for every byte, after ``<s>``, ``</s>`` and two spare ones."""
+    tokens = ["<s>", "</s>", "<a>", "<b>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
+def tiny_llama(**changes: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**(SIZES | changes))).eval()
+
+
+def tiny_gemma2() -> PreTrainedModel:
+    """With final logits capped so low that leaving the cap out would show."""
+    torch.manual_seed(0)
+    config = Gemma2Config(**SIZES, final_logit_softcapping=0.5, sliding_window=16, query_pre_attn_scalar=8)
+    return Gemma2ForCausalLM(config).eval()
+
+
+def tiny_gpt2() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=0)
+    ).eval()
+
+
+def documents(count: int = 12) -> list[str]:
+    """Different documents of 40 to 240 characters with a pattern that a tiny model learns in a few steps."""
+    return [f"{i} " + "the cat sat on the mat. " * (1 + (i * 7) % 10) + "x" * (i % 5) for i in range(count)]
+
+
+def write_model(directory: Path, model: PreTrainedModel | None = None) -> Path:
+    """Saves a tiny model with its tokenizer."""
+    (model or tiny_llama()).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def recipe(tmp_path: Path, **changes: Any) -> dict[str, Any]:
+    """A run of ten steps on a tiny model and a text file; ``training`` and ``data`` are merged, the rest replaced."""
+    model, text = tmp_path / "model", tmp_path / "text.txt"
+    if not model.exists():
+        write_model(model)
+        text.write_text("\n\n".join(documents()), encoding="utf-8")
+    training = {
+        "max_steps": 10,
+        "learning_rate": 0.01,
+        "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+        "use_cpu": True,
+    }
+    data = {
+        "source": "files",
+        "files": [str(text)],
+        "documents": "paragraph",
+        "sequence_length": 64,
+        "eval_fraction": 0.2,
+        "cache_dir": str(tmp_path / "cache"),
+    }
+    return {
+        "output_dir": str(tmp_path / "out"),
+        "model": {"reference": str(model)},
+        **changes,
+        "training": training | changes.get("training", {}),
+        "data": data | changes.get("data", {}),
+    }
