@@ -98,9 +98,7 @@ def _ratio(axes: "Axes", lines: "list[Line]", baseline: Evaluation) -> None:
         axes.fill_between(lengths, [c.lo for c in compared], [c.hi for c in compared], alpha=0.2, lw=0, **style)
     axes.axhline(0.0, color="black", ls="--", lw=1)
     _contexts(axes, [length for evaluation, _, _ in lines for length in evaluation.protocol.contexts])
-    axes.set(
-        ylabel="log perplexity ratio (nats a token)", title="against the baseline, 95% interval; below 0 is better"
-    )
+    axes.set(ylabel="log perplexity ratio (below 0: better)", title="against the baseline, 95% interval")
 
 
 def _positions(axes: "Axes", lines: "list[Line]") -> None:

@@ -66,8 +66,11 @@ class Scorer:
             for module in training:
                 module.training = True
 
-    def rows(self, inputs: torch.Tensor, last: int) -> Iterator[torch.Tensor]:
-        """Yields fp32 logits (batch, rows, vocabulary) of the last ``last`` positions of inputs (batch, fed)."""
+    def rows(self, inputs: torch.Tensor, last: int, size: int | None = None) -> Iterator[torch.Tensor]:
+        """Yields fp32 logits (batch, rows, vocabulary) of the last ``last`` positions of inputs (batch, fed).
+
+        ``size`` is the number of rows at a time; default: what ``chunk_elements`` allows.
+        """
         outputs: list[Any] = []
 
         def keep(_module: nn.Module, _args: Any, output: Any) -> Any:
@@ -82,7 +85,7 @@ class Scorer:
         finally:
             handle.remove()
         (output,) = outputs
-        size = max(1, self.chunk_elements // (self.vocabulary * len(inputs)))
+        size = size or max(1, self.chunk_elements // (self.vocabulary * len(inputs)))
         for hidden in output.last_hidden_state[:, -last:].split(size, dim=1):
             with _answering(self.model.base_model, _with_hidden(output, hidden)):
                 yield self.model(input_ids=inputs[:, : hidden.shape[1]], use_cache=False).logits.float()
@@ -117,8 +120,8 @@ class Scorer:
         for window, finite in zip(windows, nll.isfinite().all(dim=1).tolist(), strict=True):
             if not finite:
                 raise NumericsError(
-                    f"non-finite NLL in the window of tokens {window.begin} to {window.end - 1} ({window.fed} positions "
-                    "read): check the model's weights, or evaluate with --dtype fp32 (dtype=torch.float32)"
+                    f"non-finite NLL in the window of tokens {window.begin} to {window.end - 1}, context {window.fed}: "
+                    "check the model's weights, or evaluate with --dtype fp32 (dtype=torch.float32)"
                 )
         return nll
 
@@ -136,9 +139,9 @@ class Scorer:
                     f"the model has {module.num_embeddings} learned positions ({name}) and cannot read windows of "
                     f"{max(contexts)} tokens: leave out contexts beyond that"
                 )
-        inputs = ids[None, : min(16, min(contexts))].to(self.device)
+        inputs = ids[None, : min(16, max(contexts))].to(self.device)
         full = self.model(input_ids=inputs, use_cache=False).logits.float()
-        chunked = torch.cat([part.to(full.device) for part in self.rows(inputs, inputs.shape[1])], dim=1)
+        chunked = torch.cat([part.to(full.device) for part in self.rows(inputs, inputs.shape[1], size=3)], dim=1)
         # The same rows in smaller matrix products: a few units in the last place of the head's dtype.
         tolerance = max(1e-4, 4 * torch.finfo(self.model.dtype).eps) * full.abs().max().item()
         if full.isfinite().all() and not torch.allclose(chunked, full, rtol=0, atol=tolerance):

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from attnswap.errors import CheckpointError
 from attnswap.surgery.module import LayerSwap
 from attnswap.surgery.seam import Enter, Leave
 from attnswap.surgery.select import attention_modules, model_info, owning_config
@@ -92,9 +93,14 @@ def attach_from_config(model: PreTrainedModel) -> bool:
     modules = attention_modules(model)
     if any(child_of(module) is not None for _, module in modules.values()):
         return False
+    missing = [layer for layer in spec.layers if layer not in modules]
+    if missing:
+        raise CheckpointError(f"the attnswap entry of config.json names layer {missing[0]}, which the model does not have")
     config = owning_config(model, modules)
     asked = config._attn_implementation
-    connect(config, modules, spec.before if asked in (KEY, None) else asked)
+    before = spec.before if asked in (KEY, None) else asked
+    connect(config, modules, before)
+    setattr(config, KEY, {**values, "before": before})
     for layer, slots in spec.layers.items():
         for name, slot in slots.items():
             add_slot(modules[layer][1], config, name, slot)

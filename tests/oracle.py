@@ -1,0 +1,166 @@
+"""An independent oracle: attention of a patched layer by loops over batch, head, query and key, in fp64 numpy.
+
+It shares no code with the library: visibility and n are recomputed from the attention mask and document numbers, and
+each swap's formula is written out again.
+"""
+
+import contextlib
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from transformers.modeling_utils import AttentionInterface
+
+
+@dataclass
+class Recorded:
+    """What went into and came out of one attention module."""
+
+    module: object
+    hidden: np.ndarray
+    query: np.ndarray
+    key: np.ndarray
+    value: np.ndarray
+    out: np.ndarray
+    scaling: float
+    softcap: float | None
+    sinks: np.ndarray | None
+    weights: np.ndarray | None = None
+    parameters: dict = field(default_factory=dict)
+
+
+def _array(x):
+    return x.detach().double().numpy()
+
+
+@contextlib.contextmanager
+def recording(model):
+    """Records every call of the attention function under ``model``'s forward, by layer index."""
+    calls: dict[int, Recorded] = {}
+    hidden: dict[int, torch.Tensor] = {}
+    original = AttentionInterface._global_mapping["attnswap"]
+
+    def attention(module, query, key, value, mask, scaling=None, dropout=0.0, **kwargs):
+        out, weights = original(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+        sinks = kwargs.get("s_aux")
+        calls[module.layer_idx] = Recorded(
+            module,
+            _array(hidden[module.layer_idx]),
+            _array(query),
+            _array(key),
+            _array(value),
+            _array(out),
+            scaling,
+            kwargs.get("softcap"),
+            None if sinks is None else _array(sinks),
+            None if weights is None else _array(weights),
+        )
+        return out, weights
+
+    def before(module, args, kwargs):
+        hidden[module.layer_idx] = kwargs.get("hidden_states", args[0] if args else None)
+
+    hooks = []
+    for module in model.modules():
+        if type(module).__name__.endswith("Attention") and isinstance(getattr(module, "layer_idx", None), int):
+            hooks.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+    AttentionInterface._global_mapping["attnswap"] = attention
+    try:
+        yield calls
+    finally:
+        AttentionInterface._global_mapping["attnswap"] = original
+        for hook in hooks:
+            hook.remove()
+
+
+def visible_keys(i, mask_row, documents_row, window):
+    """The keys query ``i`` sees, by the definition: real, not later, of the same document, inside the window."""
+    return [
+        j
+        for j in range(i + 1)
+        if mask_row[j] and documents_row[i] == documents_row[j] and (window is None or i - j < window)
+    ]
+
+
+def softmax_row(s, sink):
+    m = max(s.max(), -np.inf if sink is None else sink)
+    e = np.exp(s - m)
+    return e / (e.sum() + (0.0 if sink is None else np.exp(sink - m)))
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def gate(parameters, side, hidden, head):
+    return hidden @ parameters[f"{side}weight"][head] + parameters[f"{side}bias"][head]
+
+
+def row_weights(swap, p, z, n, lam, sink, head, kv_head, hidden, i, keys, real):
+    """Weights of one row over its visible keys, and the factor on each value."""
+    ones = np.ones(len(keys))
+    if swap.name == "ssmax":
+        if swap.form == "affine":
+            a = p["scale"][head] * np.log(n) + p["offset"][head]
+        elif swap.form == "scale":
+            a = p["scale"][head] * np.log(n)
+        else:
+            a = 1 + p["scale"][head] * max(0.0, np.log(n) - np.log(swap.train_length))
+        return softmax_row((1 + lam * (a - 1)) * z, sink), ones
+    if swap.name == "softpick":
+        rest = 0.0 if sink is None else abs(np.exp(sink) - lam)
+        total = np.abs(np.exp(z) - lam).sum() + rest + lam * swap.eps
+        return np.maximum(np.exp(z) - lam, 0) / total, ones
+    if swap.name == "sigmoid":
+        bias = p["bias"][head] if swap.bias == "learned" else -np.log(swap.max_positions) if swap.bias is None else swap.bias
+        w = sigmoid(z + bias + swap.bias_log_n * np.log(n)) / (n if swap.divide_by_n else 1)
+        return (1 - lam) * softmax_row(z, sink) + lam * w, ones
+    if swap.name == "selective-temperature":
+        t = p["position_gain"][head] * np.log(n) + np.tanh(gate(p, "query_", hidden[i], head))
+        u = np.array([np.tanh(gate(p, "value_", hidden[j], kv_head)) for j in keys])
+        return softmax_row((1 + lam * t) * z, sink), 1 + lam * u
+    if swap.name == "forgetting-gate":
+        g = max(p["gain"][head], 0)
+        logs = {j: -g * np.log1p(np.exp(-gate(p, "", hidden[j], head))) for j in range(i + 1) if real[j]}
+        decay = [sum(logs[k] for k in range(j + 1, i + 1) if real[k]) for j in keys]
+        return softmax_row(z + lam * np.array(decay), sink), ones
+    raise AssertionError(swap.name)
+
+
+def expected(call, slots, mask, documents, window):
+    """Output (batch, queries, heads, value_dim) of a layer in which every head has a slot or keeps softmax.
+
+    Args:
+        call: The recorded call.
+        slots: (swap, heads or None, lambda, parameters as arrays) for each slot.
+        mask: Real tokens, (batch, tokens).
+        documents: Document number of each token, (batch, tokens).
+        window: Sliding window or None.
+    """
+    batch, heads, queries, _ = call.query.shape
+    groups = heads // call.key.shape[1]
+    out = np.zeros((batch, queries, heads, call.value.shape[3]))
+    weights = np.zeros((batch, heads, queries, call.key.shape[2]))
+    owner = {}
+    for swap, chosen, lam, parameters in slots:
+        for place, head in enumerate(range(heads) if chosen is None else chosen):
+            owner[head] = (swap, place, lam, parameters, 0 if chosen is None else chosen[0] // groups)
+    for b in range(batch):
+        for h in range(heads):
+            sink = None if call.sinks is None else call.sinks[h]
+            for i in range(queries):
+                keys = visible_keys(i, mask[b], documents[b], window)
+                if not keys:
+                    continue
+                z = call.key[b, h // groups, keys] @ call.query[b, h, i] * call.scaling
+                if call.softcap is not None:
+                    z = np.tanh(z / call.softcap) * call.softcap
+                if h in owner:
+                    swap, place, lam, p, first_group = owner[h]
+                    kv = h // groups - first_group
+                    w, u = row_weights(swap, p, z, len(keys), lam, sink, place, kv, call.hidden[b], i, keys, mask[b])
+                else:
+                    w, u = softmax_row(z, sink), np.ones(len(keys))
+                weights[b, h, i, keys] = w
+                out[b, i, h] = (w * u) @ call.value[b, h // groups, keys]
+    return out, weights

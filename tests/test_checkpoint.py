@@ -1,0 +1,195 @@
+"""Saving, reloading and refusing checkpoints."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, SWAPS, tiny
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
+
+import attnswap
+from attnswap.errors import CheckpointError
+from attnswap.surgery.attach import spec_of
+
+FIXTURE = Path(__file__).parent / "fixtures" / "format1"
+
+
+def logits(model, tokens):
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+@pytest.mark.parametrize("swap", SWAPS)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_round_trip_is_exact(kind, swap, patched, tokens, tmp_path):
+    """Both ways of loading give the same logits, and a second save is the same again."""
+    model = patched(kind, swap, ramp=0.75)
+    model.save_pretrained(tmp_path / "a")
+    expected = logits(model, tokens)
+    ours = attnswap.from_pretrained(tmp_path / "a")
+    assert torch.equal(logits(ours, tokens), expected)
+    plain, info = AutoModelForCausalLM.from_pretrained(tmp_path / "a", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    plain.save_pretrained(tmp_path / "b")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+    assert torch.equal(logits(again, tokens), expected)
+    assert spec_of(again) == spec_of(model)
+    assert attnswap.describe(again) == attnswap.describe(model)
+
+
+def test_mixed_heads_sharded_and_ramped(patched, tokens, tmp_path):
+    model = patched("llama", {"forgetting-gate": [0, 1], attnswap.SSMax(form="scale"): [3]}, layers="1:")
+    attnswap.patch(model, "softpick", heads=[2], layers=[0], ramp=0.0)
+    attnswap.set_ramp(model, 0.3, layers=1)
+    model.save_pretrained(tmp_path, max_shard_size="8KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert torch.equal(logits(attnswap.from_pretrained(tmp_path), tokens), logits(model, tokens))
+
+
+@pytest.mark.parametrize("swap", SWAPS)
+def test_bf16(swap, patched, tokens, tmp_path):
+    """A model saved in bf16 keeps its swap's tensors in fp32, and loads exactly."""
+    patched("llama", swap).save_pretrained(tmp_path / "fp32")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "fp32", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert loaded.dtype == torch.bfloat16
+    for name, parameter in attnswap.swap_parameters(loaded).items():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, attnswap.swap_parameters(model)[name])
+    assert torch.equal(logits(loaded, tokens), logits(model, tokens))
+    narrowed = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float16)
+    assert all(p.dtype == torch.float32 for p in attnswap.swap_parameters(narrowed).values())
+
+
+def test_base_model_and_other_implementation(patched, tokens, tmp_path):
+    model = patched("llama", "ssmax", layers=[0])
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        hidden = model.model(tokens).last_hidden_state
+        assert torch.equal(AutoModel.from_pretrained(tmp_path)(tokens).last_hidden_state, hidden)
+    eager = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert attnswap.describe(eager).before == "eager"
+    assert torch.allclose(logits(eager, tokens), logits(model, tokens), atol=1e-5)
+    attnswap.unpatch(eager)
+    assert eager.config._attn_implementation == "eager"
+
+
+def test_unpatch_after_reload(patched, tokens, tmp_path):
+    stock = tiny("llama")
+    model = patched("llama", "forgetting-gate")
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    attnswap.unpatch(loaded)
+    assert torch.equal(logits(loaded, tokens), logits(stock, tokens))
+    loaded.save_pretrained(tmp_path / "stock")
+    assert "attnswap" not in (tmp_path / "stock" / "config.json").read_text()
+
+
+def test_from_config_starts_afresh(patched, tokens, tmp_path):
+    """A config with a spec builds a model whose swap has its initial values, not uninitialised memory."""
+    patched("llama", "forgetting-gate").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    for name, parameter in attnswap.swap_parameters(model).items():
+        assert parameter.abs().max() < 1, name
+    assert torch.isfinite(logits(model, tokens)).all()
+
+
+def test_pipeline(patched, tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {f"w{i}": i for i in range(97)}
+    raw = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="w1", eos_token="w2", pad_token="w0")
+    patched("llama", "forgetting-gate").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    generate = pipeline("text-generation", model=str(tmp_path))
+    text = generate("w5 w6 w7", max_new_tokens=5, do_sample=False)[0]["generated_text"]
+    assert text.startswith("w5 w6 w7w")
+
+
+def test_a_process_without_attnswap_refuses(patched, tmp_path):
+    patched("llama", "ssmax").save_pretrained(tmp_path)
+    code = (
+        "import sys; sys.modules['attnswap'] = None\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "attnswap" in done.stderr
+
+
+def test_fixture_of_format_1_loads(tokens):
+    """A checkpoint written by version 1 of the format must load for ever."""
+    model = attnswap.from_pretrained(FIXTURE)
+    expected = torch.tensor(json.loads((FIXTURE / "logits.json").read_text()))
+    assert torch.allclose(logits(model, tokens[:1, :6])[0, -1, :8], expected, atol=1e-4)
+
+
+def edit_config(path, change):
+    config = json.loads((path / "config.json").read_text())
+    change(config)
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def test_newer_format_and_damaged_spec(patched, tmp_path):
+    patched("llama", "ssmax").save_pretrained(tmp_path)
+    edit_config(tmp_path, lambda c: c["attnswap"].update(format=2))
+    with pytest.raises(CheckpointError, match="upgrade attnswap"):
+        attnswap.from_pretrained(tmp_path)
+    edit_config(tmp_path, lambda c: c["attnswap"].update(format=1, swaps=[{"slot": "x"}]))
+    with pytest.raises(CheckpointError, match="damaged"):
+        attnswap.from_pretrained(tmp_path)
+    swap = {"slot": "x", "swap": {"name": "ssmx"}, "layers": [0], "heads": None, "ramp": 1.0}
+    edit_config(tmp_path, lambda c: c["attnswap"].update(swaps=[swap]))
+    with pytest.raises(CheckpointError, match="ssmax"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_layer_that_does_not_exist(patched, tmp_path):
+    patched("llama", "ssmax").save_pretrained(tmp_path)
+    edit_config(tmp_path, lambda c: c["attnswap"]["swaps"][0].update(layers=[0, 7]))
+    with pytest.raises(CheckpointError, match="layer 7"):
+        attnswap.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("load", [attnswap.from_pretrained, AutoModelForCausalLM.from_pretrained])
+def test_missing_swap_parameters(load, patched, tmp_path):
+    """Swap parameters that are not in the file are an error, never fresh values."""
+    from safetensors.torch import load_file, save_file
+
+    patched("llama", "ssmax").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = {k: v for k, v in load_file(file).items() if not k.endswith("attnswap.ssmax.scale")}
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="scale"):
+        load(tmp_path)
+
+
+def test_truncated_file(patched, tmp_path):
+    patched("llama", "ssmax").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    content = file.read_bytes()[:-500]
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="complete"):
+        attnswap.from_pretrained(tmp_path)
+    assert file.read_bytes() == content
+
+
+def test_not_a_patched_checkpoint(tmp_path):
+    tiny("llama").save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="attnswap.patch"):
+        attnswap.from_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="config"):
+        attnswap.from_pretrained(tmp_path / "nothing")
+
+
+def test_only_safetensors_are_written(patched, tmp_path):
+    patched("llama", "forgetting-gate").save_pretrained(tmp_path)
+    assert {p.suffix for p in tmp_path.iterdir()} <= {".safetensors", ".json"}
