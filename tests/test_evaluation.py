@@ -1,5 +1,7 @@
 """What an evaluation scores: windows, losses, bytes and errors, against brute force."""
 
+import copy
+import json
 import math
 
 import numpy as np
@@ -22,6 +24,7 @@ from transformers import (
     Qwen3Config,
 )
 
+import attnswap
 from attnswap.errors import ConfigError, NumericsError, UnsupportedModelError
 from attnswap.evaluation import evaluate_perplexity
 from attnswap.evaluation.corpus import load_corpus
@@ -59,7 +62,7 @@ ARCHITECTURES: dict[str, PreTrainedConfig] = {
 
 def build(arch: str = "llama") -> PreTrainedModel:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(ARCHITECTURES[arch]).eval()
+    return AutoModelForCausalLM.from_config(copy.deepcopy(ARCHITECTURES[arch])).eval()
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +152,15 @@ def rolling(tokens: list[int], prefix: int, length: int, context: int) -> list[t
     return pairs
 
 
+def test_lm_evals_windows_spelled_out(tokenizer):
+    corpus = load_corpus(tokenizer, TEXT)
+    windows = plan(corpus, tokenizer, [10], stride=10, max_tokens=34).windows(10)
+    read = [list(range(window.begin, window.end - 1)) for window in windows]
+    assert read == [list(range(9)), list(range(9, 19)), list(range(19, 29)), list(range(23, 33))]
+    assert [(window.first, window.end) for window in windows] == [(0, 10), (10, 20), (20, 30), (30, 34)]
+    assert [window.prefix for window in windows] == [True, False, False, False]
+
+
 @pytest.mark.parametrize("stride", [8, 32, 3])
 def test_a_stride_gives_lm_evals_windows(stride, tokenizer):
     model = build()
@@ -179,6 +191,23 @@ def test_position_curve_averages_disjoint_windows(tokenizer, without_bos):
             ]
             assert entry.n == len(expected)
             assert entry.nll == pytest.approx(np.mean(expected), abs=1e-5)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_patched_model_is_scored_as_it_runs(arch, tokenizer):
+    model, original = build(arch), build(arch)
+    options = {"text": TEXT, "contexts": [32], "max_tokens": 32, "positions": False, "quiet": True}
+    before = evaluate_perplexity(original, tokenizer, **options)
+    attnswap.patch(model, "softpick")
+    found = evaluate_perplexity(model, tokenizer, **options)
+    ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    expected = [loss(model, [0, *ids[:token]], ids[token]) for token in range(16, 32)]
+    np.testing.assert_allclose(found.nll[32][:16], expected, atol=1e-4)
+    assert np.abs(found.nll[32] - before.nll[32]).max() > 1e-2
+    assert before.swap is None
+    assert "softpick" in json.dumps(found.swap)
+    attnswap.unpatch(model)
+    np.testing.assert_array_equal(evaluate_perplexity(model, tokenizer, **options).nll[32], before.nll[32])
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -37,8 +37,8 @@ def eval_command(
 ) -> None:
     """Measure perplexity at several context lengths over the same tokens.
 
-    Every length scores the same tokens, each once and with at least half a window of text before it. With a baseline
-    the ratio of perplexities comes with a paired block-bootstrap interval.
+    Every length scores the same tokens, each once and with at least half a window of text before it. The ratio to a
+    baseline comes with a paired block-bootstrap interval.
     """
     if text and dataset:
         raise ConfigError("give --text or --dataset, not both")

@@ -1,4 +1,4 @@
-"""What an evaluation will cost, from two short timed windows, and how far it has come."""
+"""What an evaluation will cost, from a few short timed windows, and how far it has come."""
 
 import sys
 import threading
@@ -14,8 +14,11 @@ from tqdm import tqdm
 from attnswap.evaluation.scoring import Scorer
 from attnswap.evaluation.windows import Window
 
-PROBES = (256, 1024)
-"""Lengths of the timed windows; a third and shorter one warms up first."""
+PROBES = (256, 1024, 4096)
+"""Lengths of the timed windows, of which the last two taken count; a shorter one warms up first."""
+
+PROBE_SHARE = 0.15
+"""A third window is timed if it takes at most this share of the run: some costs only show at length."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Estimate:
     window_seconds: Growth
 
     def __str__(self) -> str:
-        line = f"estimate: {duration(self.seconds)}, {self.memory_bytes / 2**30:.1f} GiB on top of the weights"
+        line = f"estimate: {duration(self.seconds)}, up to {self.memory_bytes / 2**30:.1f} GiB on top of the weights"
         if self.memory_bytes > self.available_bytes:
             line += f", but only {self.available_bytes / 2**30:.1f} GiB are free: leave out the largest contexts"
         return line
@@ -66,7 +69,7 @@ class Estimate:
 def estimate(
     scorer: Scorer, ids: torch.Tensor, windows: Sequence[Window], prefix_id: int | None, batch_size: int
 ) -> Estimate:
-    """Times two short windows of the text and extrapolates.
+    """Times two or three short windows of the text and extrapolates.
 
     Args:
         scorer: Ready to score.
@@ -76,22 +79,38 @@ def estimate(
         batch_size: Windows in a forward pass.
     """
     longest = min(max(window.fed for window in windows), len(ids) - 1)
-    lengths = [min(length, longest) for length in PROBES]
-    seconds, memory = [], []
-    for length in (min(64, longest), *lengths):
-        probe = Window(0, (length + 1) // 2, length + 1, prefix=False)
-        with peak_memory(scorer.device, interval=0.002) as peak:
-            started = time.perf_counter()
-            scorer.score(ids, [probe], prefix_id)
-            seconds.append(time.perf_counter() - started)
-        memory.append(float(peak.bytes))
-    time_growth, memory_growth = Growth.fit(lengths, seconds[1:]), Growth.fit(lengths, memory[1:])
+    _measure(scorer, ids, prefix_id, min(64, longest))
+    lengths: list[int] = []
+    seconds: list[float] = []
+    memory: list[float] = []
+    cost = Growth(0.0, 0.0)
+    for length in (min(length, longest) for length in PROBES):
+        total = sum(cost.at(window.fed) for window in windows)
+        if len(lengths) > 1 and (length == lengths[-1] or cost.at(length) > PROBE_SHARE * total):
+            break
+        spent, peak = _measure(scorer, ids, prefix_id, length)
+        lengths.append(length)
+        seconds.append(spent)
+        memory.append(float(peak))
+        if len(lengths) > 1:
+            cost = Growth.fit(lengths[-2:], seconds[-2:])
+    growth = Growth.fit(lengths[-2:], memory[-2:])
     return Estimate(
-        seconds=sum(time_growth.at(window.fed) for window in windows),
-        memory_bytes=max(int(batch_size * memory_growth.at(longest)), scorer.chunk_bytes(batch_size * longest)),
+        seconds=sum(cost.at(window.fed) for window in windows),
+        memory_bytes=max(int(batch_size * growth.at(longest)), scorer.chunk_bytes(batch_size * longest)),
         available_bytes=_available(scorer.device),
-        window_seconds=time_growth,
+        window_seconds=cost,
     )
+
+
+def _measure(scorer: Scorer, ids: torch.Tensor, prefix_id: int | None, length: int) -> tuple[float, int]:
+    """Seconds and peak bytes of a window that reads ``length`` tokens and scores half of them."""
+    window = Window(0, (length + 1) // 2, length + 1, prefix=False)
+    with peak_memory(scorer.device, interval=0.002) as peak:
+        started = time.perf_counter()
+        scorer.score(ids, [window], prefix_id)
+        spent = time.perf_counter() - started
+    return spent, peak.bytes
 
 
 class Progress:

@@ -1,22 +1,25 @@
 """The report of an evaluation: a table, and files (JSON, losses, Markdown, plot)."""
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from attnswap.evaluation.bootstrap import Comparison, compare
+from attnswap.evaluation.bootstrap import compare
 from attnswap.evaluation.figure import plot
 from attnswap.evaluation.result import Evaluation, write_atomically
 
 
 def table(evaluation: Evaluation, baseline: Evaluation | None = None) -> Table:
     """Returns a table for the terminal, one row a context length; with a baseline also its columns and the ratio."""
-    shown = Table(title=_title(evaluation, baseline), caption="\n".join(evaluation.notes) or None)
+    notes = "\n".join(evaluation.notes) or None
+    # No box: all columns fit a terminal of 80 characters.
+    shown = Table(title=_title(evaluation, baseline), caption=notes, box=None, padding=(0, 2, 0, 0), pad_edge=False)
     header, rows = _cells(evaluation, baseline)
     for column in header:
-        shown.add_column(column, justify="right")
+        shown.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         shown.add_row(*row)
     return shown
@@ -76,26 +79,21 @@ def _title(evaluation: Evaluation, baseline: Evaluation | None) -> str:
     against = f" against {baseline.label}" if baseline else ""
     return (
         f"{evaluation.label}{against} on {evaluation.corpus['id']}: {protocol.scored_tokens} tokens scored, "
-        f"{evaluation.env['dtype']}, {protocol.name} windows"
+        f"{evaluation.env['dtype']}, {protocol.name}"
     )
 
 
 def _cells(evaluation: Evaluation, baseline: Evaluation | None) -> tuple[list[str], list[list[str]]]:
-    header = ["context", "perplexity", "bits/byte", "NLL", "± se"]
-    rows = [[str(m.length), f"{m.ppl:.4g}", f"{m.bpb:.4f}", f"{m.nll:.4f}", f"{m.se:.4f}"] for m in evaluation.metrics]
+    header = ["context", "ppl", "bits/byte", "NLL ± se"]
+    rows = [[str(m.length), f"{m.ppl:.4g}", f"{m.bpb:.4f}", f"{m.nll:.4f} ±{m.se:.4f}"] for m in evaluation.metrics]
     if baseline is None:
         return header, rows
-    compared: dict[int, Comparison] = {entry.length: entry for entry in compare(evaluation, baseline)}
+    compared = {entry.length: entry for entry in compare(evaluation, baseline)}
     for metrics, row in zip(evaluation.metrics, rows, strict=True):
         entry = compared.get(metrics.length)
         if entry is None:
-            row.extend(["", "", ""])
+            row.extend(["", ""])
         else:
-            row.extend(
-                [
-                    f"{baseline.at(entry.length).ppl:.4g}",
-                    f"{entry.ratio:.4f}",
-                    f"{entry.log_ratio:+.4f} [{entry.lo:+.4f}, {entry.hi:+.4f}]",
-                ]
-            )
-    return [*header, "baseline ppl", "ratio", "log ratio [95%]"], rows
+            interval = f"{entry.ratio:.4f} [{math.exp(entry.lo):.4f}, {math.exp(entry.hi):.4f}]"
+            row.extend([f"{baseline.at(entry.length).ppl:.4g}", interval])
+    return [*header, "base ppl", "ratio [95%]"], rows

@@ -4,11 +4,13 @@ from attnswap.surgery.checkpoint import from_pretrained, install
 from attnswap.surgery.patch import describe, parameter_groups, patch, set_ramp, swap_parameters, unpatch
 from attnswap.surgery.report import PatchReport
 from attnswap.surgery.seam import register
+from attnswap.surgery.spec import KEY
 
 register()
 install()
 
 __all__ = [
+    "KEY",
     "PatchReport",
     "describe",
     "from_pretrained",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
@@ -38,11 +39,7 @@ def from_pretrained(path: str | Path, *, auto_class: Any = AutoModelForCausalLM,
     _require_spec(path, kwargs)
     try:
         model, loaded = auto_class.from_pretrained(path, output_loading_info=True, **kwargs)
-    except CheckpointError:
-        raise
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError" and not isinstance(error, OSError):
-            raise
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(f'the checkpoint "{path}" cannot be read: {error}. Is it complete?') from error
     missing = [k for k in loaded["missing_keys"] if f".{KEY}." in k]
     if missing:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -33,6 +34,13 @@ RESERVED = {
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def _resolve(swap: str | dict[str, Any]) -> None:
+    try:
+        swaps.resolve(swap)
+    except TypeError as error:  # an option of a type its check cannot compare
+        raise ConfigError(f"swap: an option has the wrong type: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -176,7 +184,7 @@ class TrainConfig:
             _require(self.layers is None and self.heads is None, "layers, heads: nothing is swapped, so leave them out")
             _require(not frozen, "optimizer.freeze: nothing is swapped, so nothing would be trained")
         else:
-            swaps.resolve(self.swap)
+            _resolve(self.swap)
         _require(not (frozen and self.lora), 'lora: goes with "optimizer.freeze: none", which trains the adapters')
         object.__setattr__(self, "training", check_training(self.training))
 
@@ -187,8 +195,8 @@ def check_training(values: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: A key is unknown or reserved, or a value has the wrong type.
     """
-    hints = get_type_hints(TrainingArguments)
-    known = [f.name for f in dataclasses.fields(TrainingArguments) if f.init and f.name not in RESERVED]
+    hints = _training_types()
+    known = [name for name in hints if name not in RESERVED]
     checked = {}
     for key, value in values.items():
         if key in RESERVED:
@@ -197,6 +205,12 @@ def check_training(values: dict[str, Any]) -> dict[str, Any]:
             raise unknown_key(key, known, "training")
         checked[key] = coerce(value, hints[key], join("training", key))
     return checked
+
+
+@cache
+def _training_types() -> dict[str, Any]:
+    hints = get_type_hints(TrainingArguments)
+    return {f.name: hints[f.name] for f in dataclasses.fields(TrainingArguments) if f.init}
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:

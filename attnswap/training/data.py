@@ -48,8 +48,6 @@ def load_data(section: DataSection, tokenizer: PreTrainedTokenizerBase) -> Data:
     Raises:
         ConfigError: The data does not exist, cannot be read, or is too little to train and evaluate on.
     """
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
     documents = load_documents(section)
     train, held_out = split_documents(documents, section)
     train, held_out = (make_windows(part, section, tokenizer) for part in (train, held_out))

@@ -39,14 +39,18 @@ class Output:
         if not self.overwrite and self.final.is_dir() and any(self.final.iterdir()):
             raise ConfigError(f'output_dir: "{self.final}" is not empty: name another one, or set overwrite=true')
         if resume_from is not None:
-            if not (Path(resume_from) / "trainer_state.json").is_file():
-                raise ConfigError(f'training.resume_from_checkpoint: there is no checkpoint at "{resume_from}"')
+            if not _resumable(Path(resume_from)):
+                raise ConfigError(
+                    f'training.resume_from_checkpoint: "{resume_from}" is no checkpoint with an optimizer state '
+                    "(training.save_only_model leaves it out)"
+                )
             return
         left = sorted(self.partial.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
         if left and not self.overwrite:
             raise ConfigError(
-                f'output_dir: an unfinished run has left "{left[-1]}": go on from it with '
-                f"training.resume_from_checkpoint={left[-1]}, or start anew with overwrite=true"
+                f'output_dir: an unfinished run has left "{left[-1]}": '
+                + (f"go on with training.resume_from_checkpoint={left[-1]}, or " if _resumable(left[-1]) else "")
+                + "start anew with overwrite=true"
             )
 
     def prepare(self, resume_from: str | None) -> None:
@@ -78,3 +82,9 @@ class Output:
             os.replace(self.final, aside)
         os.replace(self.partial, self.final)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _resumable(checkpoint: Path) -> bool:
+    """Whether a checkpoint has the optimizer's state, by the names Trainer, FSDP and DeepSpeed give it."""
+    states = [*checkpoint.glob("*optimizer*"), *checkpoint.glob("global_step*")]
+    return (checkpoint / "trainer_state.json").is_file() and bool(states)

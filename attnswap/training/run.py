@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
+import transformers
 from transformers import PreTrainedModel, TrainingArguments, default_data_collator, set_seed
 
 import attnswap
@@ -52,6 +54,9 @@ def train(config: TrainConfig) -> TrainResult:
         UnsupportedModelError: The model cannot be patched, or its loss not be computed in chunks.
         NumericsError: The loss stopped being finite.
     """
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
     output = Output(Path(config.output_dir), overwrite=config.overwrite)
     output.check(config.training.get("resume_from_checkpoint"))
     args = training_arguments(config, output.partial)

@@ -1,0 +1,60 @@
+"""``attnswap patch``: patch a checkpoint and save it."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from attnswap.errors import ConfigError
+
+
+def patch_command(
+    model: Annotated[str, typer.Argument(help='Checkpoint directory, GGUF file, hub name or "embedded".')],
+    out: Annotated[Path, typer.Argument(help="Directory to write; it must not exist.")],
+    swap: Annotated[str, typer.Option(help="The swap's name; see `attnswap list`.")],
+    option: Annotated[list[str] | None, typer.Option(help="KEY=VALUE of the swap, such as form=scale.")] = None,
+    layers: Annotated[str | None, typer.Option(help='Layer numbers "0,2" or a slice "8:". Default: all.')] = None,
+    heads: Annotated[str | None, typer.Option(help='Head numbers "0,1". Default: all.')] = None,
+    ramp: Annotated[float, typer.Option(help="lambda, from 0 (as before) to 1 (the swap).")] = 1.0,
+    dtype: Annotated[str | None, typer.Option(help="Dtype of the saved weights, such as bfloat16.")] = None,
+) -> None:
+    """Patch a checkpoint and save the result, tokenizer included."""
+    import attnswap
+    from attnswap.loading import load_model, load_tokenizer
+
+    if out.exists():
+        raise ConfigError(f'"{out}" exists already; choose another directory')
+    config = attnswap.swaps.resolve({"name": swap, **_options(option or [])})
+    chosen = layers if layers is None or ":" in layers else _numbers(layers, "--layers")
+    loaded, tokenizer = load_model(model, dtype=dtype), load_tokenizer(model)
+    report = attnswap.patch(
+        loaded, config, layers=chosen, heads=None if heads is None else _numbers(heads, "--heads"), ramp=ramp
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as partial:
+        loaded.save_pretrained(Path(partial) / "model")
+        tokenizer.save_pretrained(Path(partial) / "model")
+        os.rename(Path(partial) / "model", out)
+    print(report)
+    print(f"saved to {out}")
+
+
+def _options(pairs: list[str]) -> dict[str, object]:
+    from attnswap.training.strict import parse_yaml
+
+    options = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f'"{pair}": an option is written KEY=VALUE, such as form=scale')
+        options[key.strip()] = parse_yaml(value, f'"{key}"')
+    return options
+
+
+def _numbers(text: str, name: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f'{name} "{text}" is no list of numbers such as 0,2') from None

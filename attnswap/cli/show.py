@@ -1,0 +1,119 @@
+"""``attnswap list`` and ``attnswap describe``: what there is, and what was done."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+from transformers import AutoConfig
+
+from attnswap import swaps
+from attnswap.errors import ConfigError, nearest
+from attnswap.loading import resolve
+from attnswap.surgery.spec import KEY, PatchSpec
+
+COLUMNS = ("swap", "weights", "row sum", "identity start", "learned", "route", "paper")
+
+
+def swap_row(swap: swaps.Swap) -> tuple[str, ...]:
+    """Returns one line of the table of swaps (:data:`COLUMNS`)."""
+    traits = swap.traits
+    return (
+        swap.name,
+        swap.summary,
+        traits.row_sum,
+        "exact" if traits.exact_identity else "no: ramp",
+        ", ".join(traits.learned) or "nothing",
+        traits.route,
+        traits.paper,
+    )
+
+
+def markdown_table() -> str:
+    """Returns the table of swaps as the README shows it."""
+    rows = [COLUMNS, tuple("---" for _ in COLUMNS), *(swap_row(s) for s in swaps.list_swaps())]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def list_command(
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print as a Markdown table.")] = False,
+) -> None:
+    """List the swaps with their traits and papers."""
+    if as_json:
+        values = [
+            {"summary": s.summary, "config": s.to_dict(), **dataclasses.asdict(s.traits)} for s in swaps.list_swaps()
+        ]
+        print(json.dumps([{"name": v["config"]["name"], **v} for v in values], indent=2))
+    elif markdown:
+        print(markdown_table())
+    else:
+        table = Table(Column("swap", no_wrap=True), "weights", "row sum", "identity start", "arXiv", show_lines=True)
+        for swap in swaps.list_swaps():
+            name, weights, row_sum, start, *_, paper = swap_row(swap)
+            table.add_row(name, weights, row_sum, start, paper.rpartition("arXiv ")[2].rstrip(")"))
+        Console().print(table)
+
+
+def describe_command(
+    target: Annotated[str, typer.Argument(help="A swap's name, a checkpoint directory or a recipe.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+    resolved: Annotated[bool, typer.Option("--resolved", help="A recipe with every default filled in.")] = False,
+) -> None:
+    """Describe a swap (options, features), a checkpoint (which swap serves which head) or a recipe."""
+    if target in swaps.names():
+        values = _describe_swap(target)
+    elif Path(target).suffix in (".yaml", ".yml"):
+        values = _describe_recipe(target, resolved)
+    elif Path(target).exists() or "/" in target:
+        values = _describe_checkpoint(target)
+    else:
+        known = swaps.names()
+        raise ConfigError(
+            f'"{target}" is no swap, checkpoint or recipe.{nearest(target, known)} Swaps: {", ".join(known)}'
+        )
+    if as_json:
+        print(json.dumps(values, indent=2))
+        return
+    table = Table(show_header=False)
+    for key, value in values.items():
+        table.add_row(key, value if isinstance(value, str) else json.dumps(value, indent=1))
+    Console().print(table)
+
+
+def _describe_swap(name: str) -> dict[str, Any]:
+    swap = swaps.resolve(name)
+    text = (type(swap).__doc__ or "").strip()
+    features = {k: f"per {f.per}, one for each {f.heads} head: {f.what}" for k, f in swap.features().items()}
+    return {
+        "swap": swap.name,
+        "what": swap.summary,
+        "options": {k: v for k, v in swap.to_dict().items() if k != "name"},
+        "features": features,
+        "traits": dataclasses.asdict(swap.traits),
+        "details": text,
+    }
+
+
+def _describe_checkpoint(target: str) -> dict[str, Any]:
+    path, extra = resolve(target)
+    if extra:
+        return {"checkpoint": target, "swaps": "none (a GGUF file)"}
+    config = AutoConfig.from_pretrained(path)
+    owner = config if hasattr(config, KEY) else config.get_text_config()
+    values = getattr(owner, KEY, None)
+    if not isinstance(values, dict):
+        return {"checkpoint": target, "swaps": "none"}
+    PatchSpec.from_dict(values)
+    return {"checkpoint": target, **values}
+
+
+def _describe_recipe(target: str, resolved: bool) -> dict[str, Any]:
+    from attnswap.training.config import load_config, to_mapping
+    from attnswap.training.strict import read_yaml
+
+    config = load_config(target)
+    return to_mapping(config) if resolved else dict(read_yaml(target))

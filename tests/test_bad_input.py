@@ -1,0 +1,286 @@
+"""Bad input: a clear error of the right kind, and the model, the files and the process as they were."""
+
+import pytest
+import torch
+from conftest import tiny, tiny_config
+from test_surgery import snapshot
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+import attnswap
+from attnswap.errors import ConfigError, UnsupportedModelError
+from attnswap.surgery.attach import child_of
+from attnswap.surgery.select import attention_modules
+
+MISTAKES = [
+    ({"swap": "sofpick"}, 'Did you mean "softpick"'),
+    ({"swap": {"name": "ssmax", "fom": "scale"}}, 'Did you mean "form"'),
+    ({"swap": {"form": "scale"}}, 'unknown swap "form"'),
+    ({"swap": 3}, "with a name"),
+    ({"swap": {}}, "empty"),
+    ({"swap": "ssmax", "layers": 2}, "layer 2 does not exist: the attention layers are 0 to 1"),
+    ({"swap": "ssmax", "layers": -3}, "layer -3 does not exist"),
+    ({"swap": "ssmax", "layers": [0, 9]}, "layer 9"),
+    ({"swap": "ssmax", "layers": "5:"}, "no layer selected"),
+    ({"swap": "ssmax", "layers": "a:b"}, "no slice"),
+    ({"swap": "ssmax", "layers": []}, "no layer selected"),
+    ({"swap": "ssmax", "layers": lambda i: False}, "no layer selected"),
+    ({"swap": "ssmax", "layers": [0.5]}, "whole number"),
+    ({"swap": "ssmax", "heads": [4]}, "head 4 does not exist: the layer has heads 0 to 3"),
+    ({"swap": "ssmax", "heads": [-1]}, "head -1"),
+    ({"swap": "ssmax", "heads": [1, 1]}, "each once"),
+    ({"swap": "ssmax", "heads": []}, "at least one"),
+    ({"swap": {"ssmax": [0]}, "heads": [1]}, "not both"),
+    ({"swap": {"ssmax": [0, 1], "softpick": [1]}}, "head 1 of layer 0 already"),
+    ({"swap": "selective-temperature", "heads": [0]}, "whole groups"),
+    ({"swap": "selective-temperature", "heads": [1, 2]}, "whole groups"),
+    ({"swap": "ssmax", "ramp": 1.5}, "ramp must be in"),
+    ({"swap": "ssmax", "ramp": float("nan")}, "ramp must be in"),
+    ({"swap": {"name": "softpick", "eps": -1.0}}, "eps"),
+    ({"swap": {"name": "ssmax", "form": "scale", "init": "identity"}}, "no identity start"),
+    ({"swap": {"name": "sigmoid", "bias": "lerned"}}, "bias must be"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[m for _, m in MISTAKES])
+def test_mistakes_in_patch(arguments, message, tokens):
+    model = tiny("llama")
+    traces = snapshot(model)
+    with torch.no_grad():
+        before = model(tokens).logits
+    with pytest.raises(ConfigError, match=message):
+        attnswap.patch(model, **arguments)
+    assert snapshot(model) == traces
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, before)
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES[:14], ids=[m for _, m in MISTAKES[:14]])
+def test_a_failed_second_patch_leaves_the_first(arguments, message, patched, tokens):
+    model = patched("llama", "forgetting-gate", heads=[0, 1])
+    with torch.no_grad():
+        before = model(tokens).logits
+        with pytest.raises(ConfigError):
+            attnswap.patch(model, **arguments)
+        assert torch.equal(model(tokens).logits, before)
+
+
+def test_a_head_patched_twice(patched):
+    model = patched("llama", "ssmax", heads=[0, 2])
+    report = attnswap.describe(model)
+    with pytest.raises(ConfigError, match='head 2 of layer 0 already has the swap "ssmax"'):
+        attnswap.patch(model, "softpick", heads=[2, 3])
+    assert attnswap.describe(model) == report
+    attnswap.patch(model, "softpick", heads=[1, 3])
+
+
+def test_not_patched():
+    model = tiny("llama")
+    for call in (attnswap.unpatch, lambda m: attnswap.set_ramp(m, 0.5)):
+        with pytest.raises(ConfigError, match="not patched"):
+            call(model)
+
+
+def test_bad_ramp_moves_nothing(patched):
+    model = patched("llama", "softpick")
+    for ramp in (1.1, [0.5, 0.5], [0, 0, 0, 2]):
+        with pytest.raises(ConfigError, match="ramp"):
+            attnswap.set_ramp(model, ramp)
+    with pytest.raises(ConfigError, match="layer 5"):
+        attnswap.set_ramp(model, 0.5, layers=[0, 5])
+    assert all(s.ramp == 1.0 for row in attnswap.describe(model).layers for s in row.swaps.values())
+
+
+def test_mamba_has_no_attention():
+    config = MambaConfig(vocab_size=31, hidden_size=16, num_hidden_layers=1, state_size=4)
+    model = AutoModelForCausalLM.from_config(config)
+    traces = snapshot(model)
+    with pytest.raises(UnsupportedModelError, match="no attention module"):
+        attnswap.patch(model, "ssmax")
+    assert snapshot(model) == traces
+
+
+class OwnAttention(LlamaAttention):
+    """Computes softmax attention by itself and never asks transformers for an attention function."""
+
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q, k, v = (p(hidden_states).view(shape).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.o_proj(out.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)), None
+
+
+def replace_attention(model, kind):
+    for i, layer in enumerate(model.model.layers):
+        old = layer.self_attn
+        layer.self_attn = kind(model.config, i)
+        layer.self_attn.load_state_dict(old.state_dict())
+    return model.eval()
+
+
+@pytest.mark.parametrize("swap", ["ssmax", "forgetting-gate"])
+def test_a_model_that_never_dispatches(swap, tokens):
+    model = replace_attention(tiny("llama"), OwnAttention)
+    traces = snapshot(model)
+    with torch.no_grad():
+        before = model(tokens).logits
+    with pytest.raises(UnsupportedModelError, match="OwnAttention"):
+        attnswap.patch(model, swap)
+    assert snapshot(model) == traces
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, before)
+
+
+class ExtraAttention(LlamaAttention):
+    """Passes an argument nobody knows."""
+
+    def forward(self, hidden_states, **kwargs):
+        return super().forward(hidden_states, **kwargs, secret_bias=torch.ones(1))
+
+
+class DeafAttention(LlamaAttention):
+    """Throws away what its last head computed."""
+
+    def forward(self, hidden_states, **kwargs):
+        kept = self.o_proj.weight
+        mask = torch.ones_like(kept)
+        mask[:, -self.head_dim :] = 0
+        self.o_proj.weight = nn.Parameter(kept * mask)
+        try:
+            return super().forward(hidden_states, **kwargs)
+        finally:
+            self.o_proj.weight = kept
+
+
+class SharpAttention(LlamaAttention):
+    """Does something to the softmax that an attention function cannot see: it is served by sdpa at another scale."""
+
+    def forward(self, hidden_states, **kwargs):
+        kept = self.scaling
+        self.scaling = kept * (2.0 if self.config._attn_implementation == "sdpa" else 1.0)
+        try:
+            return super().forward(hidden_states, **kwargs)
+        finally:
+            self.scaling = kept
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [(ExtraAttention, "secret_bias"), (DeafAttention, "head 3 of layer 0"), (SharpAttention, "computes more")],
+)
+def test_models_the_probe_refuses(kind, message, tokens):
+    model = replace_attention(tiny("llama"), kind)
+    traces = snapshot(model)
+    with pytest.raises(UnsupportedModelError, match=message):
+        attnswap.patch(model, "softpick")
+    assert snapshot(model) == traces
+
+
+def test_the_probe_restores_randomness_and_modes():
+    model = tiny("llama").train()
+    model.model.layers[0].eval()
+    modes = [m.training for m in model.modules()]
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    attnswap.patch(model, "ssmax")
+    assert torch.equal(torch.rand(3), expected)
+    attnswap.unpatch(model)
+    assert [m.training for m in model.modules()] == modes
+
+
+def test_changing_the_implementation_afterwards_is_noticed(patched, tokens):
+    """No way back to softmax without saying so."""
+    model = patched("llama", "softpick")
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(UnsupportedModelError, match="computed attention without attnswap"):
+        model(tokens)
+    model.config._attn_implementation = "eager"
+    with pytest.raises(UnsupportedModelError, match="computed attention without attnswap"):
+        model(tokens)
+
+
+def test_lost_hooks_are_noticed(patched, tokens):
+    model = patched("llama", "softpick")
+    for _, module in attention_modules(model).values():
+        module._forward_pre_hooks.clear()
+        module._forward_hooks.clear()
+    with pytest.raises(UnsupportedModelError, match="hooks are missing"):
+        model(tokens)
+
+
+def test_an_unpatched_model_with_our_implementation_is_refused(tokens):
+    model = tiny("llama")
+    model.set_attn_implementation("attnswap")
+    with pytest.raises(UnsupportedModelError, match="not patched"):
+        model(tokens)
+
+
+def test_a_cache_filled_without_gates(patched, tokens):
+    model = patched("llama", "forgetting-gate", ramp=0.0)
+    stock = tiny("llama")
+    with torch.no_grad():
+        cache = stock(tokens[:, :10], use_cache=True).past_key_values
+        attnswap.set_ramp(model, 1.0)
+        with pytest.raises(UnsupportedModelError, match="empty cache"):
+            model(tokens[:, 10:], past_key_values=cache)
+
+
+def test_a_mask_of_the_wrong_size(patched, tokens):
+    model = patched("llama", "ssmax")
+    mask = torch.ones(2, 1, 20, 25, dtype=torch.bool)
+    with pytest.raises(UnsupportedModelError, match="20 queries and 25 keys"):
+        model(tokens, attention_mask=mask)
+
+
+def test_unknown_feature_and_backend():
+    q = torch.randn(1, 2, 4, 8)
+    with pytest.raises(ConfigError, match='Did you mean "log_forget"'):
+        attnswap.attention(q, q, q, "forgetting-gate", log_forgt=torch.zeros(1, 2, 4))
+    with pytest.raises(ConfigError, match="needs the feature"):
+        attnswap.attention(q, q, q, "forgetting-gate")
+    with pytest.raises(ConfigError, match="folded"):
+        attnswap.attention(q, q, q, "softpick", backend="foldd")
+    with pytest.raises(ConfigError, match="use backend"):
+        attnswap.attention(q, q, q, "softpick", backend="folded")
+
+
+def test_global_touches_are_the_listed_ones():
+    """Importing attnswap adds one name to two registries and wraps one method; nothing else of transformers changes."""
+    import subprocess
+    import sys
+
+    code = """
+import transformers, torch
+from transformers import PreTrainedModel, LlamaForCausalLM
+from transformers.models.llama import modeling_llama
+from transformers import masking_utils, modeling_utils, cache_utils
+import transformers.generation.utils
+def state():
+    owners = [PreTrainedModel, LlamaForCausalLM, modeling_llama.LlamaAttention, torch.nn.Module, transformers.PreTrainedConfig,
+              masking_utils, modeling_utils, cache_utils, modeling_llama, torch.nn.functional, torch, transformers.generation.utils]
+    seen = {(getattr(o, "__name__", str(o)), k): id(v) for o in owners for k, v in vars(o).items() if k not in ("__warningregistry__",)}
+    names = [sorted(r._global_mapping) for r in (modeling_utils.AttentionInterface, masking_utils.AttentionMaskInterface)]
+    layers = [dict(cache_utils.DYNAMIC_LAYER_TYPE_MAPPING), dict(cache_utils.STATIC_LAYER_TYPE_MAPPING)]
+    return seen, names, layers
+import torch._dynamo, torch.utils.checkpoint
+before = state()
+import attnswap
+model = LlamaForCausalLM(transformers.LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, vocab_size=31, num_attention_heads=2, num_key_value_heads=1))
+attnswap.patch(model, "forgetting-gate")
+model.generate(torch.arange(5)[None], max_new_tokens=3, do_sample=False)
+after = state()
+changed = {k for k in after[0] if k in before[0] and before[0][k] != after[0][k]} | (set(before[0]) - set(after[0]))
+print(sorted(changed), [sorted(set(a) - set(b)) for a, b in zip(after[1], before[1])], after[2] == before[2])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[('PreTrainedModel', 'post_init')] [['attnswap'], ['attnswap']] True"

@@ -1,0 +1,156 @@
+"""Recipes are strict: whatever is not meant is refused with the key's full path, and nothing but ConfigError escapes."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attnswap.errors import ConfigError
+from attnswap.training import load_config, parse_config
+from attnswap.training.config import to_mapping
+from attnswap.training.strict import MAX_BYTES, parse_yaml, read_yaml
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+BASE = {"output_dir": "out", "swap": "ssmax"}
+
+KEYS = st.sampled_from(
+    "output_dir overwrite swap layers heads ramp model data training optimizer lora name form bias reference dtype "
+    "source kind files sequence_length eval_fraction learning_rate max_steps optim report_to fsdp_config r "
+    "target_modules swap_lr_multiplier freeze seed".split()
+)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.dates() | st.binary(max_size=4)
+VALUES = st.recursive(
+    SCALARS | KEYS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | SCALARS, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid_and_name_their_command(path: Path) -> None:
+    config = load_config(path)
+    assert (config.swap or {"name": "control"})["name"] == path.stem
+    assert f"accelerate launch recipes/train.py recipes/{path.name}" in path.read_text()
+
+
+def test_every_shipped_recipe_trains_on_the_same_data_as_the_control() -> None:
+    assert len({repr(load_config(path).data) for path in RECIPES}) == 1 and len(RECIPES) == 6
+
+
+def test_ssmax_and_control_differ_in_nothing_but_the_swap() -> None:
+    by_name = {path.stem: to_mapping(load_config(path)) for path in RECIPES}
+    different = {key for key in by_name["ssmax"] if by_name["ssmax"][key] != by_name["control"][key]}
+    assert different == {"swap", "output_dir"}
+
+
+def test_a_resolved_recipe_reads_back() -> None:
+    config = parse_config({**BASE, "lora": {"r": 4}, "training": {"learning_rate": "1e-4"}})
+    assert parse_config(yaml.safe_load(yaml.safe_dump(to_mapping(config)))) == config
+    assert config.training["learning_rate"] == 1e-4 and config.lora is not None and config.lora.alpha == 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trainig": {}}, 'unknown key "trainig". Did you mean "training"?'),
+        ({"training": {"max_step": 3}}, 'unknown key "training.max_step". Did you mean "training.max_steps"?'),
+        ({"data": {"sequence_lenght": 3}}, 'unknown key "data.sequence_lenght". Did you mean "data.sequence_length"?'),
+        ({"training": {"output_dir": "x"}}, "training.output_dir: cannot be set here: set output_dir at the top"),
+        ({"training": {"use_cache": True}}, "training.use_cache: cannot be set here"),
+        ({"training": {"learning_rate": "fast"}}, "training.learning_rate: must be a finite number, not 'fast' (str)"),
+        ({"training": {"learning_rate": float("nan")}}, "training.learning_rate: must be a finite number"),
+        ({"training": {"max_steps": True}}, "training.max_steps: must be a whole number, not True (bool)"),
+        ({"training": {"bf16": 1}}, "training.bf16: must be true or false, not 1 (int)"),
+        ({"training": {"lr_scheduler_type": "cosin"}}, 'unknown value "cosin". Did you mean "cosine"?'),
+        ({"swap": "ssmx"}, 'unknown swap "ssmx". Did you mean "ssmax"?'),
+        ({"swap": {"name": "ssmax", "fom": "affine"}}, 'has no option "fom". Did you mean "form"?'),
+        ({"swap": {"name": "ssmax", "train_length": "x"}}, "swap: an option has the wrong type"),
+        ({"heads": [0, "a"]}, "heads[1]: must be a whole number"),
+        ({"ramp": 1.5}, "ramp: must lie between 0 and 1"),
+        ({"model": "embedded"}, "model: must be a mapping"),
+        ({"model": {"dtype": "float23"}}, 'not \'float23\' (str). Did you mean "float32"?'),
+        ({"data": {"source": "files"}}, 'data.files: goes with "source: files"'),
+        ({"data": {"kind": "chat"}}, "the offline text holds no chats"),
+        ({"data": {"eval_fraction": 0}}, "data.eval_fraction: must lie between 0 and 1"),
+        ({"swap": "none", "layers": [0]}, "layers, heads: nothing is swapped"),
+        ({"swap": "none", "optimizer": {"freeze": "all_but_swap"}}, "nothing would be trained"),
+        ({"optimizer": {"freeze": "all_but_swap"}, "lora": {}}, "lora: goes with"),
+        ({"output_dir": 3}, "output_dir: must be a text"),
+    ],
+)
+def test_bad_values_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse_config({**BASE, **changes})
+
+
+def test_a_missing_key_is_named() -> None:
+    with pytest.raises(ConfigError, match='missing key "output_dir"'):
+        parse_config({"swap": "ssmax"})
+
+
+def test_overrides() -> None:
+    overrides = ["training.max_steps=7", "swap.form=scale", "lora.r=3", "layers='1:'", "data.eval_windows=null"]
+    config = parse_config(BASE, overrides)
+    assert config.training == {"max_steps": 7} and config.swap == {"name": "ssmax", "form": "scale"}
+    assert config.lora is not None and config.lora.r == 3
+    assert config.layers == "1:" and config.data.eval_windows is None
+    assert BASE == {"output_dir": "out", "swap": "ssmax"}
+
+
+@pytest.mark.parametrize("override", ["training", "=3", "a..b=1", "output_dir.x=1", "ramp=[", "swap=*a", "nothing=1"])
+def test_bad_overrides(override: str) -> None:
+    with pytest.raises(ConfigError):
+        parse_config(BASE, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &x [1]\nb: *x", "line 2: aliases (*x) are not allowed"),
+        ("a: 1\nb: {c: 1, c: 2}", 'line 2: the key "c" is given twice'),
+        ("[" * 40 + "]" * 40, "nested more than"),
+        ("a: [1", "not valid YAML"),
+        ("!!python/object/apply:os.system [echo]", "not valid YAML"),
+        ("a: 2001-99-99", "not valid YAML"),
+        ("!!timestamp x", "not valid YAML"),
+        ("a: !!int ''", "not valid YAML"),
+        ("a: 1\n---\nb: 2", "not valid YAML"),
+    ],
+)
+def test_yaml_that_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse_yaml(text, "recipe")
+
+
+def test_files_that_are_refused(tmp_path: Path) -> None:
+    big, binary = tmp_path / "big.yaml", tmp_path / "binary.yaml"
+    big.write_bytes(b"#" * (MAX_BYTES + 1))
+    binary.write_bytes(b"\xff\xfe\x00")
+    for path, message in ((big, "larger than 1 MB"), (binary, "not a UTF-8"), (tmp_path / "no.yaml", "cannot read")):
+        with pytest.raises(ConfigError, match=message):
+            read_yaml(path)
+    with pytest.raises(ConfigError, match="must be a mapping"):
+        parse_config(["a list"])
+
+
+@settings(max_examples=300, deadline=None)
+@given(VALUES, st.lists(st.text(max_size=12) | st.builds("{}={}".format, KEYS, st.text(max_size=8)), max_size=2))
+def test_any_values_give_a_recipe_or_a_config_error(values: Any, overrides: list[str]) -> None:
+    for mapping in (values, {**BASE, **values} if isinstance(values, dict) else {**BASE, "training": values}):
+        try:
+            parse_config(mapping, overrides)
+        except ConfigError as error:
+            assert str(error)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.characters(codec="utf-8") | st.sampled_from("&*!{}[]:-#|>'\"\n ?,%@~=0"), max_size=40))
+def test_any_text_parses_or_is_a_config_error(text: str) -> None:
+    try:
+        parse_yaml(text, "recipe")
+    except ConfigError as error:
+        assert "recipe" in str(error)

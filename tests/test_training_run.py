@@ -1,0 +1,283 @@
+"""A whole run: the loss falls, the result reloads, the swap moves, and two processes train as one does."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from training_helpers import byte_tokenizer, recipe, tiny_llama, write_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import attnswap
+from attnswap.cli.train import main
+from attnswap.errors import ConfigError, NumericsError
+from attnswap.training import SwapTrainer, TrainResult, load_config, load_data, parse_config, train
+from attnswap.training.config import to_mapping
+
+ROOT = Path(__file__).parent.parent
+IDS = torch.arange(4, 44)[None]
+
+
+def run(tmp_path: Path, **changes: Any) -> TrainResult:
+    return train(parse_config(recipe(tmp_path, **changes)))
+
+
+def logged(directory: Path, key: str) -> list[float]:
+    return [entry[key] for entry in map(json.loads, (directory / "steps.jsonl").open()) if key in entry]
+
+
+def logits(directory: Path) -> torch.Tensor:
+    with torch.no_grad():
+        return attnswap.from_pretrained(directory)(IDS).logits
+
+
+def test_training_lowers_the_loss_and_leaves_a_complete_result(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    changes = {"swap": {"name": "ssmax"}, "data": {"eval_windows": 3}}
+    result = run(tmp_path, **changes)
+    out, summary = result.output_dir, result.summary
+    assert out == tmp_path / "out" and not (tmp_path / "out.partial").exists()
+    names = {path.name for path in out.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "recipe.yaml", "steps.jsonl"} <= names
+    assert not {name for name in names if name.endswith(".bin") or name.startswith("checkpoint")}
+    assert json.loads((out / "summary.json").read_text()) == summary
+
+    losses = logged(out, "loss")
+    assert len(losses) == 10 and losses[-1] < losses[0] - 1
+    assert summary["held_out_loss"] < summary["held_out_loss_before"] - 1
+    assert json.loads((out / "training_log.json").read_text())[1]["loss"] == losses[0]
+    assert to_mapping(load_config(out / "recipe.yaml")) == to_mapping(parse_config(recipe(tmp_path, **changes)))
+    assert "%|" not in capfd.readouterr().err, "no progress bar where there is no terminal"
+
+    moved = json.loads((out / "movement.json").read_text())
+    assert moved.keys() == result.movement.keys() == attnswap.swap_parameters(attnswap.from_pretrained(out)).keys()
+    weights = load_file(out / "model.safetensors")
+    for name, value in moved.items():  # SSMax starts at scale 0 and offset 1
+        change = weights[name] - (1.0 if name.endswith("offset") else 0.0)
+        assert value["largest"] == pytest.approx(change.abs().max().item(), rel=1e-6) and value["largest"] > 1e-3
+        assert value["rms"] == pytest.approx(change.square().mean().sqrt().item(), rel=1e-6)
+    assert logged(out, "moved_scale")[-1] == pytest.approx(summary["moved"]["scale"]["largest"])
+    assert json.loads((out / "config.json").read_text())["use_cache"] is True
+
+
+def test_the_held_out_loss_is_that_of_every_document_on_its_own(tmp_path: Path) -> None:
+    result = run(tmp_path, swap="ssmax", training={"per_device_eval_batch_size": 3})
+    config = parse_config(recipe(tmp_path))
+    model = attnswap.from_pretrained(result.output_dir)
+    nll = tokens = 0.0
+    for row in load_data(config.data, AutoTokenizer.from_pretrained(result.output_dir)).held_out:
+        borders = [*(row["position_ids"] == 0).nonzero()[:, 0].tolist(), len(row["labels"])]
+        for start, end in zip(borders[:-1], borders[1:], strict=True):
+            ids, labels = row["input_ids"][None, start:end], row["labels"][start + 1 : end]
+            with torch.no_grad():
+                each = torch.log_softmax(model(ids).logits[0, :-1].double(), -1).gather(1, ids[0, 1:, None])[:, 0]
+            nll -= each[labels != -100].sum().item()
+            tokens += int((labels != -100).sum())
+    assert result.summary["held_out_tokens"] == tokens
+    assert result.summary["held_out_loss"] == pytest.approx(nll / tokens, abs=1e-5)
+
+
+def test_the_best_weights_are_kept(tmp_path: Path) -> None:
+    """A huge learning rate makes every step worse than the first, so the first checkpoint must be the result."""
+    result = run(tmp_path, training={"learning_rate": 3.0, "eval_steps": 2, "max_steps": 6})
+    evaluations = logged(result.output_dir, "eval_loss")[1:]
+    assert result.summary["held_out_loss"] == min(evaluations)
+    assert result.summary["best_step"] == 2 * (1 + evaluations.index(min(evaluations))) < 6
+
+
+def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
+    changes = {"swap": "ssmax", "training": {"gradient_accumulation_steps": 2, "max_steps": 6, "eval_steps": 2}}
+    single = run(tmp_path, **changes)
+    changes["training"] |= {"per_device_train_batch_size": 1}
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(recipe(tmp_path, **changes)))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    done = subprocess.run(
+        [*launch, "--main_process_port", "0", "recipes/train.py", str(tmp_path / "two.yaml"), f"output_dir={tmp_path}/two"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("held-out loss") == 1, "the table is printed once"
+    summary = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert summary["processes"] == 2 and summary["windows_per_step"] == single.summary["windows_per_step"] == 4
+    for key in ("loss", "eval_loss", "grad_norm"):
+        one, two = logged(single.output_dir, key), logged(tmp_path / "two", key)
+        assert len(one) == len(two) and one == pytest.approx(two, abs=1e-5 if key != "grad_norm" else 1e-4)
+    assert logged(tmp_path / "two", "loss")[-1] < logged(tmp_path / "two", "loss")[0]
+    torch.testing.assert_close(logits(tmp_path / "two"), logits(single.output_dir), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("swap", ["ssmax", "forgetting-gate"])
+def test_frozen_weights_stay_bitwise_and_the_swap_learns(tmp_path: Path, swap: str) -> None:
+    result = run(
+        tmp_path, swap=swap, optimizer={"freeze": "all_but_swap"}, training={"max_steps": 20, "weight_decay": 0.1}
+    )
+    before, after = (load_file(path / "model.safetensors") for path in (tmp_path / "model", result.output_dir))
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    assert result.summary["parameters_trained"] == result.summary["parameters_of_swap"] > 0
+    assert result.summary["held_out_loss"] < result.summary["held_out_loss_before"]
+    assert max(moved.largest for moved in result.movement.values()) > 1e-3
+
+
+def test_lora_is_merged_and_the_swap_trained_beside_it(tmp_path: Path) -> None:
+    caught: dict[str, torch.Tensor] = {}
+    save = SwapTrainer.save_model
+
+    def spy(self: SwapTrainer, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not _internal_call:
+            with torch.no_grad():
+                caught["logits"] = self.model.eval()(IDS).logits
+        save(self, output_dir, _internal_call)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SwapTrainer, "save_model", spy)
+        result = run(tmp_path, swap="ssmax", lora={"r": 4}, training={"max_steps": 20})
+    assert torch.equal(logits(result.output_dir), caught["logits"])
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(result.output_dir)(IDS).logits, caught["logits"])
+    before, after = (load_file(path / "model.safetensors") for path in (tmp_path / "model", result.output_dir))
+    assert not [name for name in after if "lora" in name]
+    assert set(after) - set(before) == {name for name in after if ".attnswap." in name}
+    assert not torch.equal(after["model.layers.0.mlp.up_proj.weight"], before["model.layers.0.mlp.up_proj.weight"])
+    assert torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    assert min(moved.largest for moved in result.movement.values()) > 1e-3
+    assert result.summary["held_out_loss"] < result.summary["held_out_loss_before"]
+    with pytest.raises(ConfigError, match="lora.target_modules"):
+        run(tmp_path, overwrite=True, lora={"target_modules": ["nowhere"]})
+
+
+def test_a_run_resumed_ends_where_a_straight_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"swap": "ssmax", "training": {"eval_steps": 3}}
+    straight = run(tmp_path, **changes, output_dir=str(tmp_path / "straight"))
+    step = SwapTrainer.training_step
+
+    def interrupted(self: SwapTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.state.global_step == 7:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SwapTrainer, "training_step", interrupted)
+        run(tmp_path, **changes)
+    checkpoint = tmp_path / "out.partial" / "checkpoint-6"
+    with pytest.raises(ConfigError, match=f"go on with training.resume_from_checkpoint={checkpoint}"):
+        run(tmp_path, **changes)
+    changes["training"] |= {"resume_from_checkpoint": str(checkpoint)}
+    resumed = run(tmp_path, **changes)
+    assert torch.equal(logits(resumed.output_dir), logits(straight.output_dir))
+    assert resumed.movement == straight.movement
+    with pytest.raises(ConfigError, match="no checkpoint with an optimizer state"):
+        run(tmp_path, overwrite=True, training={"resume_from_checkpoint": str(tmp_path)})
+
+
+def test_the_optimizer_has_the_swap_in_a_group_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups: list[dict[str, Any]] = []
+    create = SwapTrainer.create_optimizer
+    monkeypatch.setattr(
+        SwapTrainer, "create_optimizer", lambda self, model=None: groups.extend((o := create(self, model)).param_groups) or o
+    )
+    run(tmp_path, swap="ssmax", training={"weight_decay": 0.1, "max_steps": 1}, optimizer={"swap_lr_multiplier": 3.0})
+    own = [group for group in groups if group["initial_lr"] == pytest.approx(0.03)]
+    assert len(own) == 1 and own[0]["weight_decay"] == 0 and sum(p.numel() for p in own[0]["params"]) == 16
+    assert {group["initial_lr"] for group in groups if group is not own[0]} == {0.01}
+    with pytest.raises(ConfigError, match="makes its own parameter groups"):
+        run(tmp_path, overwrite=True, swap="ssmax", training={"optim": "lomo"})
+
+
+@pytest.mark.parametrize(
+    "training", [{"bf16": True}, {"activation_checkpointing": True}, {"eval_strategy": "no"}], ids=lambda t: next(iter(t))
+)
+def test_training_arguments_are_passed_on(tmp_path: Path, training: dict[str, Any]) -> None:
+    plain = run(tmp_path, swap="ssmax", output_dir=str(tmp_path / "plain"))
+    result = run(tmp_path, swap="ssmax", training=training)
+    tolerance = 0.05 if "bf16" in training else 1e-5
+    assert logged(result.output_dir, "loss") == pytest.approx(logged(plain.output_dir, "loss"), abs=tolerance)
+    assert (result.summary["held_out_loss"] is None) == ("eval_strategy" in training)
+    assert {weight.dtype for weight in load_file(result.output_dir / "model.safetensors").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_train_a_tiny_model(tmp_path: Path, path: Path) -> None:
+    tiny = recipe(tmp_path)
+    overrides = [f"{part}.{key}={json.dumps(value)}" for part in ("model", "data") for key, value in tiny[part].items()]
+    overrides += [f"output_dir={tmp_path}/out", "training.max_steps=3", "training.eval_steps=3", "training.use_cpu=true"]
+    result = train(load_config(path, overrides))
+    assert result.summary["steps"] == 3 and math.isfinite(result.summary["held_out_loss"])
+    swapped = "attnswap" in json.loads((result.output_dir / "config.json").read_text())
+    assert swapped == (path.stem != "control")
+
+
+def test_what_is_there_is_not_touched_by_mistake(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    run(tmp_path, training={"max_steps": 2})  # an empty directory is free
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(ConfigError, match="is not empty: name another one, or set overwrite=true"):
+        run(tmp_path)
+    with pytest.raises(NumericsError, match="the loss is .* at step"):
+        run(tmp_path, overwrite=True, training={"learning_rate": 1e30, "max_grad_norm": 0.0})
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+    result = run(tmp_path, overwrite=True, swap="softpick", training={"max_steps": 2})
+    assert result.movement == {} and not (tmp_path / "out.replaced").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        run(tmp_path, output_dir=str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"sequence_length": 256}}, "256 tokens are more than the 128 positions"),
+        ({"swap": "softpick", "optimizer": {"freeze": "all_but_swap"}}, "has no parameters of its own"),
+        ({"training": {"eval_steps": 2, "save_steps": 3}}, "training: --load_best_model_at_end requires the saving steps"),
+        ({"training": {"bf16": True, "fp16": True}}, "At most one of fp16 and bf16"),
+        ({"model": {"reference": "./no/such/model"}}, "no model at"),
+        ({"swap": "ssmax", "layers": [7]}, "layer"),
+        ({"swap": "ssmax", "heads": [4]}, "head"),
+    ],
+)
+def test_runs_that_cannot_be_are_refused_before_anything_is_written(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path, **changes)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_the_command_line_says_one_line_and_exits_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(tmp_path)))
+    monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / "recipe.yaml"), "swap=ssmx"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.splitlines() == [
+        'error: unknown swap "ssmx". Did you mean "ssmax"? Known: ' + ", ".join(s.name for s in attnswap.list_swaps())
+    ]
+    monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / "recipe.yaml"), "training.max_steps=1", "swap=softpick"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    output = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert "softpick on" in output and f"saved to {tmp_path / 'out'}" in output
+
+
+def test_chat_data_trains_on_the_answers_alone(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer("{% for m in messages %}{{ '<a>' + m['content'] + '</s>' }}{% endfor %}{% if add_generation_prompt %}{{ '<a>' }}{% endif %}")
+    write_model(tmp_path / "model", tiny_llama())
+    tokenizer.save_pretrained(tmp_path / "model")
+    talk = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "yes " * 3}] for i in range(12)]
+    (tmp_path / "text.txt").write_text("")
+    (tmp_path / "talk.jsonl").write_text("\n".join(json.dumps({"messages": messages}) for messages in talk))
+    result = run(tmp_path, data={"files": [str(tmp_path / "talk.jsonl")], "kind": "chat", "documents": "file"})
+    assert result.summary["held_out_tokens"] == 2 * len("yes yes yes </s>".replace("</s>", "#"))
+    assert result.summary["held_out_loss"] < result.summary["held_out_loss_before"] - 1
