@@ -94,7 +94,7 @@ def load_model(
     except SafetensorError as error:
         raise CheckpointError(f'the weights of "{reference}" cannot be read: {error}. Are they complete?') from error
     clear_dequantized_flags(model)
-    return model.to(device) if device else model
+    return model.to(device) if device else model  # type: ignore[arg-type]
 
 
 def clear_dequantized_flags(model: PreTrainedModel) -> list[str]:
@@ -112,7 +112,7 @@ def clear_dequantized_flags(model: PreTrainedModel) -> list[str]:
     method = getattr(model, "quantization_method", None)
     if getattr(method, "value", method) != "gguf" or not all(p.is_floating_point() for p in model.parameters()):
         return []
-    removed = []
+    removed: list[str] = []
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):
         if name in model.__dict__:
             delattr(model, name)

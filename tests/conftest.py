@@ -108,7 +108,7 @@ def tokens() -> Tensor:
     return torch.randint(3, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(5))
 
 
-@pytest.fixture()
+@pytest.fixture
 def patched():
     """Builds a tiny patched model away from identity."""
 

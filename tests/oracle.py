@@ -112,7 +112,13 @@ def row_weights(swap, p, z, n, lam, sink, head, kv_head, hidden, i, keys, real):
         total = np.abs(np.exp(z) - lam).sum() + rest + lam * swap.eps
         return np.maximum(np.exp(z) - lam, 0) / total, ones
     if swap.name == "sigmoid":
-        bias = p["bias"][head] if swap.bias == "learned" else -np.log(swap.max_positions) if swap.bias is None else swap.bias
+        bias = (
+            p["bias"][head]
+            if swap.bias == "learned"
+            else -np.log(swap.max_positions)
+            if swap.bias is None
+            else swap.bias
+        )
         w = sigmoid(z + bias + swap.bias_log_n * np.log(n)) / (n if swap.divide_by_n else 1)
         return (1 - lam) * softmax_row(z, sink) + lam * w, ones
     if swap.name == "selective-temperature":

@@ -1,24 +1,21 @@
 """Bad input: a clear error of the right kind, and the model, the files and the process as they were."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
-from conftest import tiny, tiny_config
+from conftest import tiny
 from test_surgery import snapshot
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    GPT2Config,
-    LlamaConfig,
-    LlamaForCausalLM,
     MambaConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
 )
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import attnswap
 from attnswap.errors import ConfigError, UnsupportedModelError
-from attnswap.surgery.attach import child_of
 from attnswap.surgery.select import attention_modules
 
 MISTAKES = [
@@ -254,33 +251,35 @@ def test_unknown_feature_and_backend():
         attnswap.attention(q, q, q, "softpick", backend="folded")
 
 
-def test_global_touches_are_the_listed_ones():
-    """Importing attnswap adds one name to two registries and wraps one method; nothing else of transformers changes."""
-    import subprocess
-    import sys
-
-    code = """
-import transformers, torch
-from transformers import PreTrainedModel, LlamaForCausalLM
+GLOBAL_STATE = """
+import torch, torch._dynamo, torch.utils.checkpoint, transformers, transformers.generation.utils
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import cache_utils, masking_utils, modeling_utils
 from transformers.models.llama import modeling_llama
-from transformers import masking_utils, modeling_utils, cache_utils
-import transformers.generation.utils
+
+OWNERS = [PreTrainedModel, PreTrainedConfig, LlamaForCausalLM, modeling_llama.LlamaAttention, torch.nn.Module]
+OWNERS += [masking_utils, modeling_utils, cache_utils, modeling_llama, torch.nn.functional, torch]
+OWNERS += [transformers.generation.utils]
+
 def state():
-    owners = [PreTrainedModel, LlamaForCausalLM, modeling_llama.LlamaAttention, torch.nn.Module, transformers.PreTrainedConfig,
-              masking_utils, modeling_utils, cache_utils, modeling_llama, torch.nn.functional, torch, transformers.generation.utils]
-    seen = {(getattr(o, "__name__", str(o)), k): id(v) for o in owners for k, v in vars(o).items() if k not in ("__warningregistry__",)}
-    names = [sorted(r._global_mapping) for r in (modeling_utils.AttentionInterface, masking_utils.AttentionMaskInterface)]
+    seen = {(o.__name__, k): id(v) for o in OWNERS for k, v in vars(o).items() if k != "__warningregistry__"}
+    registries = [modeling_utils.AttentionInterface, masking_utils.AttentionMaskInterface]
     layers = [dict(cache_utils.DYNAMIC_LAYER_TYPE_MAPPING), dict(cache_utils.STATIC_LAYER_TYPE_MAPPING)]
-    return seen, names, layers
-import torch._dynamo, torch.utils.checkpoint
+    return seen, [set(r._global_mapping) for r in registries], layers
+
 before = state()
 import attnswap
-model = LlamaForCausalLM(transformers.LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, vocab_size=31, num_attention_heads=2, num_key_value_heads=1))
+sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, vocab_size=31)
+model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, num_key_value_heads=1, **sizes))
 attnswap.patch(model, "forgetting-gate")
 model.generate(torch.arange(5)[None], max_new_tokens=3, do_sample=False)
 after = state()
-changed = {k for k in after[0] if k in before[0] and before[0][k] != after[0][k]} | (set(before[0]) - set(after[0]))
-print(sorted(changed), [sorted(set(a) - set(b)) for a, b in zip(after[1], before[1])], after[2] == before[2])
+changed = {k for k in before[0] if after[0].get(k) != before[0][k]}
+print(sorted(changed), [sorted(a - b) for a, b in zip(after[1], before[1])], after[2] == before[2])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+
+def test_global_touches_are_the_listed_ones():
+    """Importing attnswap adds one name to two registries and wraps one method; nothing else of transformers changes."""
+    done = subprocess.run([sys.executable, "-c", GLOBAL_STATE], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[('PreTrainedModel', 'post_init')] [['attnswap'], ['attnswap']] True"

@@ -184,7 +184,7 @@ def test_truncated_file(patched, tmp_path):
 
 def test_not_a_patched_checkpoint(tmp_path):
     tiny("llama").save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="attnswap.patch"):
+    with pytest.raises(CheckpointError, match=r"attnswap\.patch"):
         attnswap.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="config"):
         attnswap.from_pretrained(tmp_path / "nothing")

@@ -14,7 +14,7 @@ import attnswap
 from attnswap import cli
 
 
-@pytest.fixture()
+@pytest.fixture
 def run(capsys, monkeypatch):
     """Runs the command line in this process and returns (exit code, stdout, stderr)."""
 
@@ -28,7 +28,7 @@ def run(capsys, monkeypatch):
     return call
 
 
-@pytest.fixture()
+@pytest.fixture
 def checkpoint(tmp_path):
     tiny("llama").save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")

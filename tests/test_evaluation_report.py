@@ -103,6 +103,8 @@ def test_comparison_is_paired_and_consistent_with_the_metrics(pair):
         assert entry.se > 0
         back = next(other for other in compare(baseline, ours) if other.length == entry.length)
         assert (back.lo, back.hi) == pytest.approx((-entry.hi, -entry.lo))
+    rough = replace(ours, env={**ours.env, "block": 4, "seed": 7})
+    assert compare(rough, baseline) == compare(ours, baseline, block=4, seed=7) != compare(ours, baseline)
     itself = compare(ours, ours)
     assert [(e.length, e.ratio, e.lo, e.hi, e.se) for e in itself] == [
         (8, 1.0, 0.0, 0.0, 0.0),

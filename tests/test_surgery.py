@@ -5,8 +5,9 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, SWAPS, VOCABULARY, WINDOW, move_away, tiny
+from conftest import ARCHITECTURES, SWAPS, VOCABULARY, WINDOW, move_away, tiny, tiny_config
 from oracle import expected, recording
+from transformers import AutoModelForCausalLM
 
 import attnswap
 from attnswap.surgery.attach import child_of, spec_of
@@ -81,7 +82,12 @@ def test_every_layer_equals_the_oracle(kind, swap):
 @pytest.mark.parametrize(
     ("kind", "name"),
     # transformers' own gpt_oss does not look at position ids when it makes masks, so it cannot be packed.
-    [(k, n) for k in ("llama", "mistral", "gpt_oss") for n in ("plain", "interior", "packed") if (k, n) != ("gpt_oss", "packed")],
+    [
+        (k, n)
+        for k in ("llama", "mistral", "gpt_oss")
+        for n in ("plain", "interior", "packed")
+        if (k, n) != ("gpt_oss", "packed")
+    ],
 )
 @pytest.mark.parametrize("swap", SWAPS)
 def test_layouts_and_ramps(kind, swap, name, ramp):
@@ -311,6 +317,20 @@ def test_a_second_model_is_untouched(tokens):
     with torch.no_grad():
         assert (twin(tokens).logits - before).abs().max() > 1e-2
         assert torch.equal(model(tokens).logits, before)
+
+
+def test_models_built_from_one_config_object(tokens):
+    """transformers lets models share a config; a patch of one must not reach the other."""
+    config = tiny_config("llama")
+    first, second = (AutoModelForCausalLM.from_config(config).eval() for _ in range(2))
+    with torch.no_grad():
+        before = second(tokens).logits
+        attnswap.patch(first, "softpick")
+        assert torch.equal(second(tokens).logits, before)
+    assert "attnswap" not in config.to_dict()
+    attnswap.patch(second, "ssmax")
+    attnswap.patch(AutoModelForCausalLM.from_config(config), "ssmax")
+    assert attnswap.describe(first).layers[0].swaps.keys() == {"softpick"}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

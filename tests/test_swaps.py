@@ -6,7 +6,21 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from contract import CHECKS, SETTINGS, Case, Inputs, bound, cases, check_ids, compare, draw, run, variant_id, variants
+from contract import (
+    CHECKS,
+    SETTINGS,
+    Case,
+    Inputs,
+    bound,
+    cases,
+    check_ids,
+    compare,
+    draw,
+    run,
+    shares_value_features,
+    variant_id,
+    variants,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -65,9 +79,11 @@ def softpick_row(z, bias, keys, f, swap, ramp, own):
 
 
 def sigmoid_row(z, bias, keys, f, swap, ramp, own):
-    constant = f["bias"] if swap.bias == "learned" else -math.log(swap.max_positions) if swap.bias is None else swap.bias
+    constant = (
+        f["bias"] if swap.bias == "learned" else -math.log(swap.max_positions) if swap.bias is None else swap.bias
+    )
     b = constant + swap.bias_log_n * math.log(len(keys))
-    full = 1 / (1 + torch.exp(-(z + bias + b)))
+    full = 0.5 + 0.5 * torch.tanh((z + bias + b) / 2)
     if swap.divide_by_n:
         full = full / len(keys)
     return (1 - ramp) * softmax(z + bias) + ramp * full, torch.ones_like(z)
@@ -164,8 +180,12 @@ def test_reference_equals_the_formula(swap: Swap):
         inputs = draw(config, case)
         lambdas = torch.full((case.heads,), ramp)
         wanted = by_hand(config, inputs, lambdas)
+        found = run(config, inputs, "dense", ramp=lambdas)
+        if shares_value_features(config):  # heads of a group share lambda there, and so its gradient
+            for both in (found, wanted):
+                both["gradient of ramp"] = both["gradient of ramp"].reshape(case.kv_heads, -1).sum(1)
         looser = tolerance * (1e4 if case.level in ("huge", "low") else 1)
-        compare(run(config, inputs, "dense", ramp=lambdas), wanted, looser, looser, f"{ramp} {case}")
+        compare(found, wanted, looser, looser, f"{ramp} {case}")
 
     check()
 
@@ -252,7 +272,9 @@ def test_a_forgetting_gate_that_shuts_hides_the_past():
     open_gate = attend(attnswap.ForgettingGate(), inputs, log_forget=torch.zeros(2, 4, 6))
     assert torch.equal(found[:, :, :3], open_gate[:, :, :3])
     tail = {k: v[:, :, 3:] for k, v in inputs.tensors.items()}
-    alone = attnswap.attention(*tail.values(), attnswap.ForgettingGate(), log_forget=torch.zeros(2, 4, 3), **inputs.options)
+    alone = attnswap.attention(
+        *tail.values(), attnswap.ForgettingGate(), log_forget=torch.zeros(2, 4, 3), **inputs.options
+    )
     assert (found[:, :, 3:] - alone).abs().max() < 1e-14
 
 
@@ -336,7 +358,9 @@ def test_value_temperature_gates_follow_the_hidden_states():
     biases = {"query_bias": torch.randn(4), "value_bias": torch.randn(2)}
     found = swap.gates(hidden, {**weights, **biases})
     for side in ("query", "value"):
-        by_token = torch.tanh(torch.stack([weights[f"{side}_weight"] @ x + biases[f"{side}_bias"] for x in hidden[0]], 1))
+        by_token = torch.tanh(
+            torch.stack([weights[f"{side}_weight"] @ x + biases[f"{side}_bias"] for x in hidden[0]], 1)
+        )
         assert (found[f"{side}_temperature"][0] - by_token).abs().max() < 1e-6
 
 
@@ -439,7 +463,9 @@ option_values = st.one_of(
 mappings = st.builds(
     lambda name, options: {"name": name, **options},
     st.one_of(st.sampled_from([*REGISTRY]), junk),
-    st.dictionaries(st.one_of(st.sampled_from(option_names), st.text(max_size=6), st.integers()), option_values, max_size=3),
+    st.dictionaries(
+        st.one_of(st.sampled_from(option_names), st.text(max_size=6), st.integers()), option_values, max_size=3
+    ),
 )
 
 

@@ -20,7 +20,11 @@ def batch() -> dict[str, torch.Tensor]:
     ids = torch.randint(0, VOCABULARY, (3, 40))
     labels = ids.masked_fill(torch.rand(ids.shape) < 0.3, -100)
     labels[2] = -100
-    return {"input_ids": ids, "labels": labels, "position_ids": torch.cat([torch.arange(25), torch.arange(15)]).expand(3, -1)}
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "position_ids": torch.cat([torch.arange(25), torch.arange(15)]).expand(3, -1),
+    }
 
 
 def gradients(model: PreTrainedModel, loss: torch.Tensor) -> dict[str, torch.Tensor]:

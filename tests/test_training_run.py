@@ -1,5 +1,6 @@
 """A whole run: the loss falls, the result reloads, the swap moves, and two processes train as one does."""
 
+import itertools
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from training_helpers import byte_tokenizer, recipe, tiny_llama, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import attnswap
-from attnswap.cli.train import main
+from attnswap.cli import main
 from attnswap.errors import ConfigError, NumericsError
 from attnswap.training import SwapTrainer, TrainResult, load_config, load_data, parse_config, train
 from attnswap.training.config import to_mapping
@@ -38,18 +39,24 @@ def logits(directory: Path) -> torch.Tensor:
         return attnswap.from_pretrained(directory)(IDS).logits
 
 
-def test_training_lowers_the_loss_and_leaves_a_complete_result(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_training_lowers_the_loss_and_leaves_a_complete_result(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     changes = {"swap": {"name": "ssmax"}, "data": {"eval_windows": 3}}
+    recipe(tmp_path)
+    capfd.readouterr()  # what saving the tiny model printed
     result = run(tmp_path, **changes)
     out, summary = result.output_dir, result.summary
-    assert out == tmp_path / "out" and not (tmp_path / "out.partial").exists()
+    assert out == tmp_path / "out"
+    assert not (tmp_path / "out.partial").exists()
     names = {path.name for path in out.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "recipe.yaml", "steps.jsonl"} <= names
     assert not {name for name in names if name.endswith(".bin") or name.startswith("checkpoint")}
     assert json.loads((out / "summary.json").read_text()) == summary
 
     losses = logged(out, "loss")
-    assert len(losses) == 10 and losses[-1] < losses[0] - 1
+    assert len(losses) == 10
+    assert losses[-1] < losses[0] - 1
     assert summary["held_out_loss"] < summary["held_out_loss_before"] - 1
     assert json.loads((out / "training_log.json").read_text())[1]["loss"] == losses[0]
     assert to_mapping(load_config(out / "recipe.yaml")) == to_mapping(parse_config(recipe(tmp_path, **changes)))
@@ -60,7 +67,8 @@ def test_training_lowers_the_loss_and_leaves_a_complete_result(tmp_path: Path, c
     weights = load_file(out / "model.safetensors")
     for name, value in moved.items():  # SSMax starts at scale 0 and offset 1
         change = weights[name] - (1.0 if name.endswith("offset") else 0.0)
-        assert value["largest"] == pytest.approx(change.abs().max().item(), rel=1e-6) and value["largest"] > 1e-3
+        assert value["largest"] == pytest.approx(change.abs().max().item(), rel=1e-6)
+        assert value["largest"] > 1e-3
         assert value["rms"] == pytest.approx(change.square().mean().sqrt().item(), rel=1e-6)
     assert logged(out, "moved_scale")[-1] == pytest.approx(summary["moved"]["scale"]["largest"])
     assert json.loads((out / "config.json").read_text())["use_cache"] is True
@@ -73,7 +81,7 @@ def test_the_held_out_loss_is_that_of_every_document_on_its_own(tmp_path: Path) 
     nll = tokens = 0.0
     for row in load_data(config.data, AutoTokenizer.from_pretrained(result.output_dir)).held_out:
         borders = [*(row["position_ids"] == 0).nonzero()[:, 0].tolist(), len(row["labels"])]
-        for start, end in zip(borders[:-1], borders[1:], strict=True):
+        for start, end in itertools.pairwise(borders):
             ids, labels = row["input_ids"][None, start:end], row["labels"][start + 1 : end]
             with torch.no_grad():
                 each = torch.log_softmax(model(ids).logits[0, :-1].double(), -1).gather(1, ids[0, 1:, None])[:, 0]
@@ -98,7 +106,14 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(recipe(tmp_path, **changes)))
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     done = subprocess.run(
-        [*launch, "--main_process_port", "0", "recipes/train.py", str(tmp_path / "two.yaml"), f"output_dir={tmp_path}/two"],
+        [
+            *launch,
+            "--main_process_port",
+            "0",
+            "recipes/train.py",
+            str(tmp_path / "two.yaml"),
+            f"output_dir={tmp_path}/two",
+        ],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -108,10 +123,12 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("held-out loss") == 1, "the table is printed once"
     summary = json.loads((tmp_path / "two" / "summary.json").read_text())
-    assert summary["processes"] == 2 and summary["windows_per_step"] == single.summary["windows_per_step"] == 4
+    assert summary["processes"] == 2
+    assert summary["windows_per_step"] == single.summary["windows_per_step"] == 4
     for key in ("loss", "eval_loss", "grad_norm"):
         one, two = logged(single.output_dir, key), logged(tmp_path / "two", key)
-        assert len(one) == len(two) and one == pytest.approx(two, abs=1e-5 if key != "grad_norm" else 1e-4)
+        assert len(one) == len(two)
+        assert one == pytest.approx(two, abs=1e-5 if key != "grad_norm" else 1e-4)
     assert logged(tmp_path / "two", "loss")[-1] < logged(tmp_path / "two", "loss")[0]
     torch.testing.assert_close(logits(tmp_path / "two"), logits(single.output_dir), atol=1e-4, rtol=0)
 
@@ -151,7 +168,7 @@ def test_lora_is_merged_and_the_swap_trained_beside_it(tmp_path: Path) -> None:
     assert torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
     assert min(moved.largest for moved in result.movement.values()) > 1e-3
     assert result.summary["held_out_loss"] < result.summary["held_out_loss_before"]
-    with pytest.raises(ConfigError, match="lora.target_modules"):
+    with pytest.raises(ConfigError, match=r"lora\.target_modules"):
         run(tmp_path, overwrite=True, lora={"target_modules": ["nowhere"]})
 
 
@@ -165,9 +182,10 @@ def test_a_run_resumed_ends_where_a_straight_one_does(tmp_path: Path, monkeypatc
             raise KeyboardInterrupt
         return step(self, *args, **kwargs)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(SwapTrainer, "training_step", interrupted)
-        run(tmp_path, **changes)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, **changes)
     checkpoint = tmp_path / "out.partial" / "checkpoint-6"
     with pytest.raises(ConfigError, match=f"go on with training.resume_from_checkpoint={checkpoint}"):
         run(tmp_path, **changes)
@@ -180,21 +198,34 @@ def test_a_run_resumed_ends_where_a_straight_one_does(tmp_path: Path, monkeypatc
 
 
 def test_the_optimizer_has_the_swap_in_a_group_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    groups: list[dict[str, Any]] = []
+    groups: dict[str, dict[str, Any]] = {}
     create = SwapTrainer.create_optimizer
-    monkeypatch.setattr(
-        SwapTrainer, "create_optimizer", lambda self, model=None: groups.extend((o := create(self, model)).param_groups) or o
-    )
+
+    def spy(self: SwapTrainer, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = create(self, model)
+        groups.update({group["name"]: dict(group) for group in optimizer.param_groups})
+        return optimizer
+
+    monkeypatch.setattr(SwapTrainer, "create_optimizer", spy)
     run(tmp_path, swap="ssmax", training={"weight_decay": 0.1, "max_steps": 1}, optimizer={"swap_lr_multiplier": 3.0})
-    own = [group for group in groups if group["initial_lr"] == pytest.approx(0.03)]
-    assert len(own) == 1 and own[0]["weight_decay"] == 0 and sum(p.numel() for p in own[0]["params"]) == 16
-    assert {group["initial_lr"] for group in groups if group is not own[0]} == {0.01}
+    swap = groups.pop("swap")
+    assert swap["lr"] == pytest.approx(0.03)
+    assert swap["weight_decay"] == 0
+    assert sum(parameter.numel() for parameter in swap["params"]) == 2 * 4 * 2
+    assert {group["lr"] for group in groups.values()} == {0.01}
+    assert {group["weight_decay"] for group in groups.values()} == {0.0, 0.1}
+    with pytest.raises(ConfigError, match=r"training\.optim: You need to install"):
+        run(tmp_path, overwrite=True, training={"optim": "lomo"})
+    own_groups = staticmethod(lambda args, model: (torch.optim.SGD, {"params": [], "lr": 0.1}))
+    monkeypatch.setattr(SwapTrainer, "get_optimizer_cls_and_kwargs", own_groups)
     with pytest.raises(ConfigError, match="makes its own parameter groups"):
-        run(tmp_path, overwrite=True, swap="ssmax", training={"optim": "lomo"})
+        run(tmp_path, overwrite=True)
 
 
 @pytest.mark.parametrize(
-    "training", [{"bf16": True}, {"activation_checkpointing": True}, {"eval_strategy": "no"}], ids=lambda t: next(iter(t))
+    "training",
+    [{"bf16": True}, {"activation_checkpointing": True}, {"eval_strategy": "no"}],
+    ids=lambda t: next(iter(t)),
 )
 def test_training_arguments_are_passed_on(tmp_path: Path, training: dict[str, Any]) -> None:
     plain = run(tmp_path, swap="ssmax", output_dir=str(tmp_path / "plain"))
@@ -209,9 +240,15 @@ def test_training_arguments_are_passed_on(tmp_path: Path, training: dict[str, An
 def test_shipped_recipes_train_a_tiny_model(tmp_path: Path, path: Path) -> None:
     tiny = recipe(tmp_path)
     overrides = [f"{part}.{key}={json.dumps(value)}" for part in ("model", "data") for key, value in tiny[part].items()]
-    overrides += [f"output_dir={tmp_path}/out", "training.max_steps=3", "training.eval_steps=3", "training.use_cpu=true"]
+    overrides += [
+        f"output_dir={tmp_path}/out",
+        "training.max_steps=3",
+        "training.eval_steps=3",
+        "training.use_cpu=true",
+    ]
     result = train(load_config(path, overrides))
-    assert result.summary["steps"] == 3 and math.isfinite(result.summary["held_out_loss"])
+    assert result.summary["steps"] == 3
+    assert math.isfinite(result.summary["held_out_loss"])
     swapped = "attnswap" in json.loads((result.output_dir / "config.json").read_text())
     assert swapped == (path.stem != "control")
 
@@ -222,11 +259,12 @@ def test_what_is_there_is_not_touched_by_mistake(tmp_path: Path) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     with pytest.raises(ConfigError, match="is not empty: name another one, or set overwrite=true"):
         run(tmp_path)
-    with pytest.raises(NumericsError, match="the loss is .* at step"):
+    with pytest.raises(NumericsError, match=r"the loss is .* at step"):
         run(tmp_path, overwrite=True, training={"learning_rate": 1e30, "max_grad_norm": 0.0})
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
     result = run(tmp_path, overwrite=True, swap="softpick", training={"max_steps": 2})
-    assert result.movement == {} and not (tmp_path / "out.replaced").exists()
+    assert result.movement == {}
+    assert not (tmp_path / "out.replaced").exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file"):
         run(tmp_path, output_dir=str(tmp_path / "file"))
@@ -237,7 +275,10 @@ def test_what_is_there_is_not_touched_by_mistake(tmp_path: Path) -> None:
     [
         ({"data": {"sequence_length": 256}}, "256 tokens are more than the 128 positions"),
         ({"swap": "softpick", "optimizer": {"freeze": "all_but_swap"}}, "has no parameters of its own"),
-        ({"training": {"eval_steps": 2, "save_steps": 3}}, "training: --load_best_model_at_end requires the saving steps"),
+        (
+            {"training": {"eval_steps": 2, "save_steps": 3}},
+            "training: --load_best_model_at_end requires the saving steps",
+        ),
         ({"training": {"bf16": True, "fp16": True}}, "At most one of fp16 and bf16"),
         ({"model": {"reference": "./no/such/model"}}, "no model at"),
         ({"swap": "ssmax", "layers": [7]}, "layer"),
@@ -249,30 +290,37 @@ def test_runs_that_cannot_be_are_refused_before_anything_is_written(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         run(tmp_path, **changes)
-    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_the_command_line_says_one_line_and_exits_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(tmp_path)))
-    monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / "recipe.yaml"), "swap=ssmx"])
+    monkeypatch.setattr(sys, "argv", ["attnswap", "train", str(tmp_path / "recipe.yaml"), "swap=ssmx"])
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 2
     assert capsys.readouterr().err.splitlines() == [
         'error: unknown swap "ssmx". Did you mean "ssmax"? Known: ' + ", ".join(s.name for s in attnswap.list_swaps())
     ]
-    monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / "recipe.yaml"), "training.max_steps=1", "swap=softpick"])
+    monkeypatch.setattr(
+        sys, "argv", ["attnswap", "train", str(tmp_path / "recipe.yaml"), "training.max_steps=1", "swap=softpick"]
+    )
     with pytest.raises(SystemExit) as stopped:
         main()
     output = capsys.readouterr().out
     assert stopped.value.code == 0
-    assert "softpick on" in output and f"saved to {tmp_path / 'out'}" in output
+    assert "softpick on" in output
+    assert f"saved to {tmp_path / 'out'}" in output
 
 
 def test_chat_data_trains_on_the_answers_alone(tmp_path: Path) -> None:
-    tokenizer = byte_tokenizer("{% for m in messages %}{{ '<a>' + m['content'] + '</s>' }}{% endfor %}{% if add_generation_prompt %}{{ '<a>' }}{% endif %}")
+    tokenizer = byte_tokenizer(
+        "{% for m in messages %}{{ '<a>' + m['content'] + '</s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<a>' }}{% endif %}"
+    )
     write_model(tmp_path / "model", tiny_llama())
     tokenizer.save_pretrained(tmp_path / "model")
     talk = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "yes " * 3}] for i in range(12)]

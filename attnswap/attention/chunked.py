@@ -1,12 +1,13 @@
 """Any swap in bounded memory: rows are computed in chunks and recomputed in the backward pass."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from attnswap.attention.dense import Block, attend_block
 from attnswap.attention.problem import Problem
-from attnswap.swaps.base import Terms
 
 CHUNK_ELEMENTS = 1 << 24
 """Scores held at once (64 MiB in fp32)."""
@@ -25,6 +26,14 @@ def row_blocks(problem: Problem, elements: int = CHUNK_ELEMENTS) -> list[Block]:
     return blocks
 
 
+def by_blocks(problem: Problem, rows: Callable[[Block], Tensor]) -> Tensor:
+    """Computes the output block by block; where gradients are wanted a block is computed again in the backward pass."""
+    blocks = row_blocks(problem)
+    if torch.is_grad_enabled() and len(blocks) > 1:
+        return torch.cat([checkpoint(rows, block, use_reentrant=False) for block in blocks], 2)
+    return torch.cat([rows(block) for block in blocks], 2)
+
+
 def attend(problem: Problem) -> Tensor:
     """Computes a swap with memory linear in the number of keys, forward and backward.
 
@@ -32,14 +41,4 @@ def attend(problem: Problem) -> Tensor:
         Output (batch, heads, queries, value_dim) in the dtype of the values.
     """
     terms, p = problem.terms(), problem.maths_parameters()
-
-    def rows(query: Tensor, key: Tensor, value: Tensor, block: Block, terms: Terms) -> Tensor:
-        return attend_block(problem, terms, block, p)[0].to(value.dtype)
-
-    blocks = row_blocks(problem)
-    recompute = torch.is_grad_enabled() and len(blocks) > 1
-    outs = []
-    for block in blocks:
-        args = (problem.query, problem.key, problem.value, block, terms)
-        outs.append(checkpoint(rows, *args, use_reentrant=False) if recompute else rows(*args))
-    return torch.cat(outs, 2)
+    return by_blocks(problem, lambda block: attend_block(problem, terms, block, p)[0].to(problem.value.dtype))

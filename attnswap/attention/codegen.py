@@ -54,7 +54,9 @@ def _emit(expr: Expr, lines: list[str], seen: dict[Expr, str]) -> str:
         return f"T({expr.args[0]!r})"
     if expr not in seen:
         args = [_emit(a, lines, seen) for a in expr.args]
-        form = f"({args[0]} {_INFIX[expr.op]} {args[1]})" if expr.op in _INFIX else VOCABULARY[expr.op].cpp.format(*args)
+        form = (
+            f"({args[0]} {_INFIX[expr.op]} {args[1]})" if expr.op in _INFIX else VOCABULARY[expr.op].cpp.format(*args)
+        )
         seen[expr] = f"t{len(seen)}"
         lines.append(f"const {'bool' if expr.op == 'gt' else 'T'} {seen[expr]} = {form};")
     return seen[expr]

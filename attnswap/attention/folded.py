@@ -1,14 +1,14 @@
 """Swaps that are softmax over a scaled query, a biased key or a scaled value, on the stock kernel."""
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils.checkpoint import checkpoint
 
-from attnswap.attention.chunked import row_blocks
+from attnswap.attention.chunked import by_blocks
 from attnswap.attention.dense import Block, bias
 from attnswap.attention.problem import Problem
-from attnswap.swaps.base import Terms
 
 
 def refusal(problem: Problem) -> str | None:
@@ -37,28 +37,24 @@ def attend(problem: Problem) -> Tensor:
         query = (query.to(problem.dtype) * terms.query_scale[..., None]).to(query.dtype)
     if terms.value_scale is not None:
         value = (value.to(problem.dtype) * terms.value_scale[..., None]).to(value.dtype)
-    options = {"dropout_p": problem.dropout, "scale": problem.scaling, "enable_gqa": problem.groups > 1}
+    stock = functools.partial(
+        scaled_dot_product_attention,
+        dropout_p=problem.dropout,
+        scale=problem.scaling,
+        enable_gqa=problem.groups > 1,
+    )
     unbiased = terms.key_bias is None and visibility.bias is None
     if unbiased and (visibility.plain_causal or visibility.plain_full):
-        return scaled_dot_product_attention(query, problem.key, value, is_causal=visibility.plain_causal, **options)
+        return stock(query, problem.key, value, is_causal=visibility.plain_causal)
 
-    def rows(query: Tensor, key: Tensor, value: Tensor, block: Block, terms: Terms) -> Tensor:
+    def rows(block: Block) -> Tensor:
         keys = slice(block.k0, block.k1)
-        visible = visibility.mask(block.start, block.stop, block.k0, block.k1)
-        mask = visible
+        visible = mask = visibility.mask(block.start, block.stop, block.k0, block.k1)
         if not unbiased:
-            mask = torch.where(visible, bias(problem, terms, block), -torch.inf).to(query.dtype)
+            mask = torch.where(visible, bias(problem, terms, block), -torch.inf)
         mask = mask.expand(query.shape[0], -1, -1, -1)
-        out = scaled_dot_product_attention(
-            query[:, :, block.start : block.stop], key[:, :, keys], value[:, :, keys], attn_mask=mask, **options
-        )
+        out = stock(query[:, :, block.start : block.stop], problem.key[:, :, keys], value[:, :, keys], attn_mask=mask)
         # The stock kernel leaves rows without a visible key undefined.
         return torch.where(visible.any(-1, keepdim=True), out, 0.0)
 
-    blocks = row_blocks(problem)
-    recompute = torch.is_grad_enabled() and len(blocks) > 1
-    outs = []
-    for block in blocks:
-        args = (query, problem.key, value, block, terms)
-        outs.append(checkpoint(rows, *args, use_reentrant=False) if recompute else rows(*args))
-    return torch.cat(outs, 2)
+    return by_blocks(problem, rows)

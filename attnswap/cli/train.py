@@ -7,8 +7,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from attnswap.errors import AttnSwapError
-
 
 def train_command(
     recipe: Annotated[Path, typer.Argument(help="A recipe in YAML, e.g. recipes/ssmax.yaml.")],
@@ -26,16 +24,6 @@ def train_command(
         console = Console()
         console.print(table(result.summary))
         console.print(f"saved to {result.output_dir}", soft_wrap=True)
-
-
-def main() -> None:
-    """Runs :func:`train_command` as a program: an error is one line, printed once, and its exit code."""
-    try:
-        typer.run(train_command)
-    except AttnSwapError as error:
-        if _first_process():
-            Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise SystemExit(error.exit_code) from None
 
 
 def _first_process() -> bool:

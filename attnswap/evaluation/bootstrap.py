@@ -4,7 +4,7 @@ Neighbouring tokens have correlated losses, so blocks of consecutive tokens are 
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,10 +38,6 @@ class Comparison:
     lo: float
     hi: float
     se: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the report entry."""
-        return asdict(self)
 
 
 def block_bootstrap(values: np.ndarray, *, block: int = BLOCK, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
@@ -79,9 +75,9 @@ def compare(
     evaluation: "Evaluation",
     baseline: "Evaluation",
     *,
-    block: int = BLOCK,
+    block: int | None = None,
     resamples: int = RESAMPLES,
-    seed: int = 0,
+    seed: int | None = None,
     level: float = 0.95,
 ) -> list[Comparison]:
     """Compares two evaluations of the same tokens, paired token by token.
@@ -89,9 +85,9 @@ def compare(
     Args:
         evaluation: The model in question.
         baseline: What it is compared with.
-        block: See :func:`block_bootstrap`.
+        block: See :func:`block_bootstrap`; default: what the evaluation's own standard errors used.
         resamples: See :func:`block_bootstrap`.
-        seed: See :func:`block_bootstrap`.
+        seed: See :func:`block_bootstrap`; default: the evaluation's.
         level: Coverage of the percentile interval.
 
     Returns:
@@ -101,6 +97,8 @@ def compare(
         ConfigError: They scored other tokens, under another protocol, or share no context length.
     """
     check_comparable(evaluation.protocol, baseline.protocol)
+    block = evaluation.env["block"] if block is None else block
+    seed = evaluation.env["seed"] if seed is None else seed
     tail = (1 - level) / 2
     found = []
     for length in (n for n in evaluation.protocol.contexts if n in baseline.nll):

@@ -1,5 +1,7 @@
 """Put the seam around a model's attention modules, and take it away again."""
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,6 +38,28 @@ def child_of(module: nn.Module) -> LayerSwap | None:
     while child is not None and not isinstance(child, LayerSwap):
         child = next(iter(child.children()), None)
     return child
+
+
+def own_config(model: PreTrainedModel) -> Callable[[], None]:
+    """Gives a model a config object of its own, since models built from one config share it.
+
+    Returns:
+        A function that gives the model its old config object back.
+    """
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)
+    replaced = []
+    for module in model.modules():
+        config = module.__dict__.get("config")
+        if isinstance(config, PreTrainedConfig) and id(config) in copies:
+            replaced.append((module, config))
+            module.__dict__["config"] = copies[id(config)]
+
+    def give_back() -> None:
+        for module, config in replaced:
+            module.__dict__["config"] = config
+
+    return give_back
 
 
 def connect(config: PreTrainedConfig, modules: Modules, before: str) -> None:
@@ -95,7 +119,9 @@ def attach_from_config(model: PreTrainedModel) -> bool:
         return False
     missing = [layer for layer in spec.layers if layer not in modules]
     if missing:
-        raise CheckpointError(f"the attnswap entry of config.json names layer {missing[0]}, which the model does not have")
+        raise CheckpointError(
+            f"the attnswap entry of config.json names layer {missing[0]}, which the model does not have"
+        )
     config = owning_config(model, modules)
     asked = config._attn_implementation
     before = spec.before if asked in (KEY, None) else asked

@@ -59,7 +59,9 @@ def _require_spec(path: str | Path, kwargs: dict[str, Any]) -> None:
         raise CheckpointError(f'no readable config in "{path}": {error}') from error
     owner = config if hasattr(config, KEY) else config.get_text_config()
     if not isinstance(getattr(owner, KEY, None), dict):
-        raise CheckpointError(f'"{path}" is not a patched checkpoint; load it with transformers and call attnswap.patch')
+        raise CheckpointError(
+            f'"{path}" is not a patched checkpoint; load it with transformers and call attnswap.patch'
+        )
 
 
 def rebuild(model: PreTrainedModel) -> None:
@@ -83,7 +85,7 @@ class _InitWeights:
             self.original(module)
             return
         others = (p for n, p in self.model.named_parameters() if f".{KEY}." not in n)
-        unset = [n for n, p in module.named_parameters() if not getattr(p, "_is_hf_initialized", False)]
+        unset = [n for n, p in module.state_dict(keep_vars=True).items() if not getattr(p, "_is_hf_initialized", False)]
         if unset and any(getattr(p, "_is_hf_initialized", False) for p in others):
             raise CheckpointError(
                 f'the checkpoint names the swap "{module.swap.name}" in its config but lacks its parameters '
@@ -91,9 +93,7 @@ class _InitWeights:
                 "attnswap.patch"
             )
         if unset:
-            slots = next(c for c in self.model.modules() if module in getattr(c, "_modules", {}).values())
-            name = next(k for k, m in slots._modules.items() if m is module)
-            module.set_start(slots.slots[name].ramp, _start)  # type: ignore[union-attr,operator,index]
+            module.set_start(_start)
 
 
 def _start(parameter: torch.Tensor, mean: float, std: float) -> None:

@@ -89,9 +89,7 @@ def compact_mask(
     pattern = Pattern()
     if not recognise(mask_function, pattern):
         dense = sdpa_mask(**{**arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
-        visibility = Visibility(
-            q_length, kv_length, device, causal=False, q_offset=q_offset - kv_offset, dense=dense
-        )
+        visibility = Visibility(q_length, kv_length, device, causal=False, q_offset=q_offset - kv_offset, dense=dense)
         return ForwardMask(visibility, arguments)
     valid = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if valid is not None:
@@ -130,7 +128,7 @@ def recognise(mask_function: Callable, into: Pattern) -> bool:
     names = getattr(getattr(mask_function, "__code__", None), "co_freevars", ())
     cells = dict(zip(names, (c.cell_contents for c in getattr(mask_function, "__closure__", None) or ()), strict=True))
     if name == "and_masks":
-        return all([recognise(part, into) for part in cells["mask_functions"]])
+        return all(recognise(part, into) for part in cells["mask_functions"])
     if name == "sliding_window_overlay":
         into.window = min(cells["sliding_window"], into.window or cells["sliding_window"])
         return True

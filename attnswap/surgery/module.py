@@ -36,24 +36,22 @@ class SwapModule(nn.Module):
         for name, parameter in slot.swap.gate_parameters().items():
             self._add(name, tuple(sizes[size] for size in parameter.shape), device)
             self.starts[name] = (parameter.initial, parameter.std)
+        self.ramp: Tensor
         self.register_buffer("ramp", torch.tensor(slot.ramp, dtype=torch.float32, device=device))
-        self.set_start(slot.ramp)
+        self.set_start()
 
     def _add(self, name: str, shape: tuple[int, ...], device: torch.device | str | None) -> None:
         self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device)))
 
     @torch.no_grad()
-    def set_start(self, ramp: float | tuple[float, ...], fill: Callable[[Tensor, float, float], Any] | None = None) -> None:
-        """Gives every tensor its initial value.
+    def set_start(self, fill: Callable[[Tensor, float, float], Any] | None = None) -> None:
+        """Gives every parameter its initial value.
 
         Args:
-            ramp: lambda, for the buffer.
             fill: Called with each parameter, its mean and its deviation; default: fills it in place.
         """
         for name, (initial, std) in self.starts.items():
             (fill or _fill)(self.get_parameter(name), initial, std)
-        if not self.ramp.is_meta:
-            self.ramp.copy_(torch.tensor(ramp))
 
     def forward(self, hidden_states: Tensor) -> dict[str, Tensor]:
         """Computes the slot's features.
@@ -66,7 +64,7 @@ class SwapModule(nn.Module):
         """
         with torch.autocast(hidden_states.device.type, enabled=False):
             gate_names = self.swap.gate_parameters()
-            features = {k: self.get_parameter(k) for k in self.starts if k not in gate_names}
+            features: dict[str, Tensor] = {k: self.get_parameter(k) for k in self.starts if k not in gate_names}
             if gate_names:
                 gates = {k: self.get_parameter(k) for k in gate_names}
                 features |= self.swap.gates(hidden_states.float(), gates)
@@ -106,6 +104,12 @@ class LayerSwap(nn.ModuleDict):
         """Adds a slot with fresh parameters."""
         self.slots[name] = slot
         self[name] = SwapModule(slot, self.info, device)
+
+    def set_ramp(self, name: str, moved: Slot) -> None:
+        """Gives a slot another lambda."""
+        self.slots[name] = moved
+        ramp = self[name].get_buffer("ramp")
+        self[name].register_buffer("ramp", torch.tensor(moved.ramp, dtype=torch.float32, device=ramp.device))
 
     def drop(self, name: str) -> None:
         """Removes a slot and its parameters."""

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -13,7 +12,14 @@ from attnswap.surgery import attach
 from attnswap.surgery.module import SwapModule
 from attnswap.surgery.probe import verify
 from attnswap.surgery.report import PatchReport, build_report
-from attnswap.surgery.select import LayersLike, attention_modules, model_info, owning_config, select_heads, select_layers
+from attnswap.surgery.select import (
+    LayersLike,
+    attention_modules,
+    model_info,
+    owning_config,
+    select_heads,
+    select_layers,
+)
 from attnswap.surgery.spec import KEY, PatchSpec, Slot
 from attnswap.swaps import Swap, SwapLike, resolve
 from attnswap.swaps.base import ModelInfo
@@ -68,6 +74,8 @@ def patch(
             name = _slot_name(slot.swap, present)
             spec = spec.with_slot(layer, name, slot)
             added.append((layer, name, slot))
+    give_back = attach.own_config(model)
+    config = owning_config(model, modules)
     attach.connect(config, modules, before)
     try:
         for layer, name, slot in added:
@@ -75,6 +83,7 @@ def patch(
         verify(model, config, modules, before)
     except BaseException:
         _take_back(config, modules, before, added, keep=old is not None)
+        give_back()
         raise
     setattr(config, KEY, spec.to_dict())
     _keep_fp32(model)
@@ -135,15 +144,13 @@ def set_ramp(model: PreTrainedModel, ramp: float | Iterable[float], *, layers: L
         for name, slot in spec.layers[layer].items():
             moved = Slot(slot.swap, slot.heads, value if isinstance(value, tuple) else float(value))
             spec = spec.with_slot(layer, name, moved)
-            child.slots[name] = moved
-            buffer = child[name].ramp
-            child[name].ramp = torch.tensor(value, dtype=torch.float32, device=buffer.device)
+            child.set_ramp(name, moved)
     setattr(attach.config_of(model), KEY, spec.to_dict())
 
 
 def swap_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Returns the parameters that patching added, by their names in the model."""
-    found = {}
+    found: dict[str, nn.Parameter] = {}
     for prefix, module in model.named_modules():
         if isinstance(module, SwapModule):
             found |= {f"{prefix}.{name}": p for name, p in module.named_parameters()}
@@ -222,7 +229,9 @@ def _slot_name(swap: Swap, present: Mapping[str, Slot]) -> str:
     return next(name for name in names if name not in present)
 
 
-def _take_back(config: Any, modules: attach.Modules, before: str, added: list[tuple[int, str, Slot]], keep: bool) -> None:
+def _take_back(
+    config: Any, modules: attach.Modules, before: str, added: list[tuple[int, str, Slot]], keep: bool
+) -> None:
     if not keep:
         attach.disconnect(config, modules, before)
         return

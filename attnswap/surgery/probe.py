@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from attnswap.errors import AttnSwapError, UnsupportedModelError
 from attnswap.surgery.attach import Modules, child_of
 from attnswap.surgery.seam import Enter
 from attnswap.surgery.spec import Slot
-from attnswap.swaps.base import Swap
+from attnswap.swaps.base import Call, Swap, Terms
 
 TOKENS = 6
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -25,9 +26,8 @@ class Plain(Swap):
 class Flat(Swap):
     """Not an identity: softmax with its scores halved."""
 
-    def terms(self, call):  # type: ignore[no-untyped-def]
-        from attnswap.swaps.base import Terms
-
+    def terms(self, call: Call) -> Terms:
+        """Halves every score."""
         return Terms(query_scale=torch.full_like(call.n, 0.5))
 
 
@@ -100,7 +100,8 @@ def _ours() -> str:
 def _forward(model: PreTrainedModel) -> Tensor:
     """Runs two rows of a few tokens, the second left-padded, and returns the outputs at real tokens in fp32."""
     device = next(model.parameters()).device
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    embeddings: Any = model.get_input_embeddings()
+    vocabulary = embeddings.weight.shape[0]
     ids = (torch.arange(2 * TOKENS, device=device).reshape(2, TOKENS) * 7 + 3) % vocabulary
     mask = torch.ones_like(ids)
     mask[1, :2] = 0

@@ -60,14 +60,18 @@ class PatchReport:
             else:
                 grouped.append((row.layer, row.layer, cells))
         return [
-            (str(first) if first == last else f"{first}-{last}", *cell) for first, last, cells in grouped for cell in cells
+            (str(first) if first == last else f"{first}-{last}", *cell)
+            for first, last, cells in grouped
+            for cell in cells
         ]
 
     def __str__(self) -> str:
         head = ("layers", "heads", "attention", "lambda")
         table = [head, *self.rows()]
         widths = [max(len(row[i]) for row in table) for i in range(4)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
+        ]
         summary = (
             f"{self.model}: {len(self.patched_layers)} of {len(self.layers)} layers swapped, "
             f"{self.parameters:,} new parameters"

@@ -220,7 +220,7 @@ def as_visibility(
 
 def previous_function(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """Returns the attention function a module used before; ``"eager"`` is the one of its own modeling file."""
-    eager = None
+    eager: Any = None
     for cls in type(module).__mro__:
         eager = eager or getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
     if name == "eager" and eager is None:

@@ -61,12 +61,12 @@ def append(cache: Cache, layer: int, new: Tensor, keys: int) -> Tensor:
         UnsupportedModelError: The cache was filled while the swap was not there, or is of a kind without a
             per-token side store.
     """
-    main = cache.layers[layer]
+    main: Any = cache.layers[layer]
     side = getattr(main, "attnswap_side", None)
     if side is None:
         side = _make_side(main)
         main.attnswap_side = side
-        main.__class__ = _with_side(type(main))
+        main.__class__ = _with_side(main.__class__)
     column = new[..., None]
     full = side.update(column, torch.empty_like(column))[0][..., 0]
     if full.shape[2] != keys:

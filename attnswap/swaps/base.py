@@ -264,7 +264,8 @@ class Swap:
         for key in values:
             if key not in known:
                 raise ConfigError(
-                    f'swap "{cls.name}" has no option "{key}".{nearest(key, known)} Options: {", ".join(known) or "none"}'
+                    f'swap "{cls.name}" has no option "{key}".{nearest(key, known)} '
+                    f"Options: {', '.join(known) or 'none'}"
                 )
         return cls(**values)
 

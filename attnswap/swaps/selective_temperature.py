@@ -4,8 +4,8 @@
     t_i = 1 + tanh(f(x_i)) + p_i,   u_j = 1 + tanh(g(x_j))
 
 ``f`` and ``g`` are linear maps of the hidden state that enters the attention module; ``p_i`` grows with the number
-of keys the query sees: ``gain * ln n_i`` per head (``position="log_n"``), or ``exp(-exp(beta)) ln n_i``, the form of the
-released code (``"released"``). With f = g = 0 and gain = 0 the model is left as it was.
+of keys the query sees: ``gain * ln n_i`` per head (``position="log_n"``), or ``exp(-exp(beta)) ln n_i``, the form
+of the released code (``"released"``). With f = g = 0 and gain = 0 the model is left as it was.
 
 Caveats: the value temperature belongs to the key's token and is kept beside the KV cache, one number per
 key/value head and token; a selection of heads that splits a key/value group is therefore refused. The released code
@@ -39,7 +39,9 @@ class SelectiveTemperature(Swap):
     init: Literal["identity", "paper"] | None = None
 
     name: ClassVar[str] = "selective-temperature"
-    paper: ClassVar[str] = "Selective Attention: Enhancing Transformer through Principled Context Control (arXiv 2411.12892)"
+    paper: ClassVar[str] = (
+        "Selective Attention: Enhancing Transformer through Principled Context Control (arXiv 2411.12892)"
+    )
     summary: ClassVar[str] = "token- and position-aware temperature of queries and values"
     needs_n: ClassVar[bool] = True
     native_ramp: ClassVar[bool] = True
@@ -72,7 +74,10 @@ class SelectiveTemperature(Swap):
         if self.query:
             found |= {"query_weight": Parameter(("heads", "hidden"), std=std), "query_bias": Parameter(("heads",))}
         if self.value:
-            found |= {"value_weight": Parameter(("kv_heads", "hidden"), std=std), "value_bias": Parameter(("kv_heads",))}
+            found |= {
+                "value_weight": Parameter(("kv_heads", "hidden"), std=std),
+                "value_bias": Parameter(("kv_heads",)),
+            }
         return found
 
     def gates(self, hidden: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar, Literal, Self
 
+from attnswap.errors import ConfigError
 from attnswap.swaps import expression as fn
 from attnswap.swaps.base import Call, Feature, ModelInfo, Swap, Terms, require
 
@@ -42,7 +43,10 @@ class Sigmoid(Swap):
 
     def __post_init__(self) -> None:
         ok = self.bias is None or self.bias == "learned" or isinstance(self.bias, int | float)
-        require(ok and not isinstance(self.bias, bool), f'sigmoid: bias must be a number, "learned" or null, not {self.bias!r}')
+        require(
+            ok and not isinstance(self.bias, bool),
+            f'sigmoid: bias must be a number, "learned" or null, not {self.bias!r}',
+        )
 
     def bind(self, info: ModelInfo) -> Self:
         if self.bias not in (None, "learned") or self.max_positions is not None:
@@ -64,7 +68,11 @@ class Sigmoid(Swap):
 
     def terms(self, call: Call) -> Terms:
         bias = call.features["bias"] if self.bias == "learned" else self._start if self.bias is None else self.bias
-        require(bias is not None, "sigmoid: bias=None takes the model's trained length; outside a model give a number, for example bias=-math.log(2048)")
+        if bias is None:
+            raise ConfigError(
+                "sigmoid: bias=None takes the model's trained length; outside a model give a number, for example "
+                "bias=-math.log(2048)"
+            )
         return Terms(query_bias=bias + self.bias_log_n * call.n.clamp(min=1).log())
 
     def weight(self, s: Any, shift: Any, p: SimpleNamespace) -> Any:

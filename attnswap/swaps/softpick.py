@@ -34,7 +34,9 @@ class Softpick(Swap):
     eps_after_max_shift: bool = False
 
     name: ClassVar[str] = "softpick"
-    paper: ClassVar[str] = "Softpick: No Attention Sink, No Massive Activations with Rectified Softmax (arXiv 2504.20966)"
+    paper: ClassVar[str] = (
+        "Softpick: No Attention Sink, No Massive Activations with Rectified Softmax (arXiv 2504.20966)"
+    )
     summary: ClassVar[str] = "relu(e^z - 1) over sum |e^z - 1|: rows may sum to less than 1, no sinks"
     row_sum: ClassVar = "at most one"
     native_ramp: ClassVar[bool] = True

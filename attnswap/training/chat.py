@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from attnswap.errors import ConfigError
 from attnswap.training.packing import IGNORED, Document
@@ -62,6 +62,7 @@ def encode_conversation(messages: Sequence[Message], tokenizer: PreTrainedTokeni
         encoded = tokenizer.apply_chat_template(
             messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
+        assert isinstance(encoded, BatchEncoding)
         ids, learned = list(encoded["input_ids"]), [bool(m) for m in encoded["assistant_masks"]]
     else:
         text = _render(messages, tokenizer)
@@ -75,7 +76,7 @@ def encode_conversation(messages: Sequence[Message], tokenizer: PreTrainedTokeni
 
 
 def _render(messages: list[Message], tokenizer: PreTrainedTokenizerBase, prompt: bool = False) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
 
 
 def _assistant_spans(messages: list[Message], text: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]]:

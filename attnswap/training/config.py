@@ -101,8 +101,12 @@ class DataSection:
         _require(self.eval_windows is None or self.eval_windows > 0, "data.eval_windows: must be positive")
         _require(self.max_documents is None or self.max_documents > 1, "data.max_documents: must be at least 2")
         _require(0 <= self.seed < 1 << 63, "data.seed: must be at least 0 and below 2^63")
-        _require((self.source == "files") == bool(self.files), 'data.files: goes with "source: files", and only with it')
-        _require((self.source == "hub") == (self.name is not None), 'data.name: goes with "source: hub", and only with it')
+        _require(
+            (self.source == "files") == bool(self.files), 'data.files: goes with "source: files", and only with it'
+        )
+        _require(
+            (self.source == "hub") == (self.name is not None), 'data.name: goes with "source: hub", and only with it'
+        )
         _require(self.kind == "text" or self.source != "offline", "data.kind: the offline text holds no chats")
 
 

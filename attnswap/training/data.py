@@ -107,9 +107,7 @@ def make_windows(documents: Dataset, section: DataSection, tokenizer: PreTrained
         )
         return {key: [window[key] for window in packed] for key in ("input_ids", "position_ids", "labels")}
 
-    key = _digest(
-        documents._fingerprint, section.kind, section.sequence_length, bos, pad, _tokenizer_key(tokenizer)
-    )
+    key = _digest(documents._fingerprint, section.kind, section.sequence_length, bos, pad, _tokenizer_key(tokenizer))
     return documents.map(
         batch_windows,
         batched=True,

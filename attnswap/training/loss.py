@@ -8,7 +8,6 @@ The loss stands in for the model's own ``forward`` while training, so that DDP, 
 the model as always and gradients pass through the same hooks.
 """
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,7 +78,8 @@ def head_logits(model: PreTrainedModel, outputs: ModelOutput, hidden: Tensor) ->
         Logits of shape (1, positions, vocabulary).
     """
     ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-    with _standing_in(model, _Given(dataclasses.replace(outputs, last_hidden_state=hidden))):
+    outputs = type(outputs)(**{**outputs, "last_hidden_state": hidden})
+    with _standing_in(model, _Given(outputs)):
         # The class's own forward: the instance's is the chunked one.
         return type(model).forward(model, input_ids=ids, use_cache=False).logits
 
@@ -180,11 +180,11 @@ def _prove(model: PreTrainedModel) -> None:
         actual = head_logits(model, outputs, outputs.last_hidden_state)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UnsupportedModelError(
-            f"{type(model).__name__}: its head cannot be run apart from its decoder ({error}), which the training loss needs"
+            f"{type(model).__name__}: its head cannot be run apart from its decoder, as the training loss does: {error}"
         ) from error
     finally:
         model.train(training)
     if not torch.allclose(actual, expected, rtol=1e-4, atol=1e-5):
         raise UnsupportedModelError(
-            f"{type(model).__name__}: its head gives other logits apart from its decoder, so the training loss would be wrong"
+            f"{type(model).__name__}: its head gives other logits apart from its decoder, so the loss would be wrong"
         )

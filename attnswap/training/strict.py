@@ -69,10 +69,14 @@ def _refuse_aliases_and_depth(text: str, where: str) -> None:
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
-            raise ConfigError(f"{where} line {event.start_mark.line + 1}: aliases (*{event.anchor}) are not allowed")
+            raise ConfigError(f"{where}{_line(event)}: aliases (*{event.anchor}) are not allowed")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
-            raise ConfigError(f"{where} line {event.start_mark.line + 1}: nested more than {MAX_DEPTH} levels deep")
+            raise ConfigError(f"{where}{_line(event)}: nested more than {MAX_DEPTH} levels deep")
+
+
+def _line(part: yaml.Event | yaml.Node) -> str:
+    return f" line {part.start_mark.line + 1}" if part.start_mark else ""
 
 
 def _refuse_repeated_keys(node: yaml.Node | None, where: str) -> None:
@@ -80,7 +84,7 @@ def _refuse_repeated_keys(node: yaml.Node | None, where: str) -> None:
         seen = set()
         for key, value in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise ConfigError(f'{where} line {key.start_mark.line + 1}: the key "{key.value}" is given twice')
+                raise ConfigError(f'{where}{_line(key)}: the key "{key.value}" is given twice')
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
             _refuse_repeated_keys(value, where)
     elif isinstance(node, yaml.SequenceNode):
@@ -156,15 +160,13 @@ def coerce(value: Any, hint: Any, path: str) -> Any:
         return [coerce(item, args[0], f"{path}[{i}]") for i, item in enumerate(value)]
     if (origin is dict or hint is dict) and isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return {key: coerce(item, args[1] if args else Any, join(path, key)) for key, item in value.items()}
-    if hint is float:
-        number = _as_float(value)
-        if number is not None:
-            return number
-    elif hint is int and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and (number := _as_float(value)) is not None:
+        return number
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
         return value
-    elif hint in (bool, str, types.NoneType) and isinstance(value, hint):
+    if hint in (bool, str, types.NoneType) and isinstance(value, hint):
         return value
-    elif isinstance(hint, type) and issubclass(hint, Enum) and value in [member.value for member in hint]:
+    if isinstance(hint, type) and issubclass(hint, Enum) and value in [member.value for member in hint]:
         return value
     raise ConfigError(f"{path}: must be {_name(hint)}, not {show(value)}")
 

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 import attnswap
@@ -28,23 +27,29 @@ class SwapTrainer(Trainer):
         **kwargs: As for ``Trainer``.
 
     Attributes:
+        model: The model, without what Trainer wraps around it.
         movement: How far the swap's parameters are from where they were when the trainer was made.
     """
+
+    model: PreTrainedModel
 
     def __init__(self, *args: Any, swap_lr_multiplier: float = 10.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.swap_lr_multiplier = swap_lr_multiplier
         self.movement = Movement(self.model)
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Makes the recipe's optimizer over :func:`attnswap.parameter_groups`.
 
         Raises:
-            ConfigError: The optimizer insists on parameter groups of its own.
+            ConfigError: The optimizer is not installed, or insists on parameter groups of its own.
         """
         if self.optimizer is None:
             trained = self.model if model is None else model
-            kind, kwargs = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            try:
+                kind, kwargs = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            except (ImportError, ValueError) as error:
+                raise ConfigError(f"training.optim: {error}") from None
             if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)) or (
                 {"params", "model", "optimizer_dict"} & kwargs.keys()
             ):
@@ -93,9 +98,8 @@ class SwapTrainer(Trainer):
         """Evaluates, and replaces the mean over batches by the mean over tokens."""
         output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
         nll, tokens = (part.astype("float64").sum() for part in output.predictions)
-        output.metrics[f"{metric_key_prefix}_loss"] = float(nll / tokens)
-        output.metrics[f"{metric_key_prefix}_tokens"] = int(tokens)
-        return output
+        mean = {f"{metric_key_prefix}_loss": float(nll / tokens), f"{metric_key_prefix}_tokens": int(tokens)}
+        return output._replace(metrics={**(output.metrics or {}), **mean})
 
 
 class StepLog(TrainerCallback):
@@ -116,14 +120,15 @@ class StepLog(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Starts the clock."""
         self._started = time.perf_counter()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stops the clock."""
         self.seconds.append(time.perf_counter() - self._started)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Writes the newest entry, in the first process."""
         if state.is_world_process_zero:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(state.log_history[-1]) + "\n")
