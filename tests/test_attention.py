@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import attnswap
-from attnswap.attention import chunked, folded
+from attnswap.attention import chunked
 from attnswap.attention.dispatch import BACKENDS
 from attnswap.attention.visibility import Visibility
 from attnswap.errors import ConfigError
@@ -310,7 +310,7 @@ def test_no_tensor_of_all_scores_is_ever_held(swap: str):
 
 
 def test_the_block_size_can_be_set_for_the_whole_module(monkeypatch: pytest.MonkeyPatch):
-    """Lowering the module's limit takes effect on the next call, in both chunked paths."""
+    """Lowering the module's limit takes effect on the next call, on the stock kernel too."""
     made: list[int] = []
     original = chunked.row_blocks
 
@@ -319,8 +319,7 @@ def test_the_block_size_can_be_set_for_the_whole_module(monkeypatch: pytest.Monk
         made.append(len(blocks))
         return blocks
 
-    for module in (chunked, folded):
-        monkeypatch.setattr(module, "row_blocks", counted)
+    monkeypatch.setattr(chunked, "row_blocks", counted)
     monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 2 * 4 * 7)  # one row of (2, 4, 1, 7) at a time
     attnswap.attention(Q, K, V, "softpick")
     attnswap.attention(Q, K, V, "ssmax", attn_mask=torch.ones(5, 7, dtype=torch.bool).tril())

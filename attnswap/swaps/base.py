@@ -11,10 +11,11 @@ gives ``a, b, c, u`` (:meth:`Swap.terms`) and ``w, d, z0`` (:meth:`Swap.weight`,
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
@@ -166,6 +167,14 @@ class Swap:
                 raise ConfigError(f'two swaps are named "{cls.name}": {known.__qualname__} and {cls.__qualname__}')
             REGISTRY[cls.name] = cls
 
+    def __post_init__(self) -> None:
+        """Checks every option against its type hint."""
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value, hint = getattr(self, field.name), hints[field.name]
+            if not _fits(value, hint):
+                raise ConfigError(f"{self.name}: {field.name} must be {_spell(hint)}, not {value!r}")
+
     # --- what it needs ------------------------------------------------------------------------------------------
 
     @property
@@ -270,6 +279,27 @@ class Swap:
         return cls(**values)
 
 
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in get_args(hint))
+    if get_args(hint):
+        return any(_fits(value, part) for part in get_args(hint))
+    if hint in (int, float):
+        allowed = int if hint is int else (int, float)
+        return isinstance(value, allowed) and not isinstance(value, bool) and math.isfinite(value)
+    return value is None if hint is type(None) else isinstance(value, hint)
+
+
+def _spell(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " or ".join(f'"{choice}"' for choice in get_args(hint))
+    if get_args(hint):
+        return " or ".join(_spell(part) for part in get_args(hint))
+    return {int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}.get(
+        hint, hint.__name__
+    )
+
+
 def require(condition: bool, message: str) -> None:
     """Raises ConfigError with ``message`` unless the condition holds."""
     if not condition:
@@ -278,7 +308,6 @@ def require(condition: bool, message: str) -> None:
 
 def resolve_init(init: str | None, identity_allowed: bool, name: str) -> str:
     """Returns the start a config uses: ``"identity"`` by default where the swap allows it, else ``"paper"``."""
-    require(init in (None, "identity", "paper"), f'{name}: init must be "identity" or "paper", not {init!r}')
     require(
         init != "identity" or identity_allowed,
         f'{name}: this form has no identity start; use init="paper" and a ramp from 0 instead',

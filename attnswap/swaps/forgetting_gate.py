@@ -40,6 +40,7 @@ class ForgettingGate(Swap):
     native_ramp: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "init", resolve_init(self.init, True, self.name))
 
     @property

@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from attnswap.swaps.base import Call, Feature, Parameter, Swap, Terms, require, resolve_init
+from attnswap.swaps.base import Call, Feature, Parameter, Swap, Terms, resolve_init
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,7 @@ class SelectiveTemperature(Swap):
     native_ramp: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        known = self.position in ("log_n", "released")
-        require(known, f'selective-temperature: position must be "log_n" or "released", not {self.position!r}')
+        super().__post_init__()
         object.__setattr__(self, "init", resolve_init(self.init, self.position == "log_n", self.name))
 
     @property

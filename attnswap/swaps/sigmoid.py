@@ -42,11 +42,8 @@ class Sigmoid(Swap):
     shifted: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        ok = self.bias is None or self.bias == "learned" or isinstance(self.bias, int | float)
-        require(
-            ok and not isinstance(self.bias, bool),
-            f'sigmoid: bias must be a number, "learned" or null, not {self.bias!r}',
-        )
+        super().__post_init__()
+        require(self.max_positions is None or self.max_positions > 0, "sigmoid: max_positions must be positive")
 
     def bind(self, info: ModelInfo) -> Self:
         if self.bias not in (None, "learned") or self.max_positions is not None:

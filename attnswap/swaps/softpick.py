@@ -42,6 +42,7 @@ class Softpick(Swap):
     native_ramp: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.eps >= 0, f"softpick: eps must not be negative, not {self.eps}")
 
     @property

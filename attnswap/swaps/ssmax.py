@@ -46,10 +46,7 @@ class SSMax(Swap):
     native_ramp: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        require(
-            self.form in ("affine", "scale", "anchored"),
-            f'ssmax: form must be "affine", "scale" or "anchored", not {self.form!r}',
-        )
+        super().__post_init__()
         require(self.train_length is None or self.train_length > 0, "ssmax: train_length must be a positive number")
         object.__setattr__(self, "init", resolve_init(self.init, self.form != "scale", "ssmax"))
 

@@ -155,7 +155,8 @@ class TrainConfig:
     Attributes:
         output_dir: Where the result goes; it must not exist yet, or be empty.
         overwrite: Replace what is in ``output_dir``, once the run is complete.
-        swap: A swap by name, or a mapping with its ``name`` and options; None or ``"none"`` trains the unpatched model.
+        swap: A swap by name, or a mapping with its ``name`` and options; None or ``"none"`` patches nothing: the
+            control, or a model that was saved patched and is trained on.
         layers: Which layers to patch, as in :func:`attnswap.patch`; None: all.
         heads: Which heads to patch; None: all.
         ramp: lambda of the swap while training, from 0 (as before) to 1 (the swap).
@@ -186,7 +187,6 @@ class TrainConfig:
         frozen = self.optimizer.freeze == "all_but_swap"
         if self.swap is None:
             _require(self.layers is None and self.heads is None, "layers, heads: nothing is swapped, so leave them out")
-            _require(not frozen, "optimizer.freeze: nothing is swapped, so nothing would be trained")
         else:
             _resolve(self.swap)
         _require(not (frozen and self.lora), 'lora: goes with "optimizer.freeze: none", which trains the adapters')

@@ -144,11 +144,11 @@ def freeze_all_but_swap(model: PreTrainedModel) -> None:
     """Leaves only the swap's parameters trainable.
 
     Raises:
-        ConfigError: The swap has no parameters.
+        ConfigError: There is no swap, or it has no parameters.
     """
     own = attnswap.swap_parameters(model)
     if not own:
-        raise ConfigError("optimizer.freeze: this swap has no parameters of its own, so nothing would be trained")
+        raise ConfigError("optimizer.freeze: the swap has no parameters of its own, so nothing would be trained")
     model.requires_grad_(False)
     for parameter in own.values():
         parameter.requires_grad_(True)
