@@ -48,6 +48,7 @@ class SoftplusWeights(Swap):
     shifted: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.eps > 0, f"softplus-weights: eps must be positive, not {self.eps}")
 
     def features(self) -> dict[str, Feature]:
@@ -212,6 +213,9 @@ def test_it_is_known_everywhere(swap: Swap):
     near = swap.name[:-1]
     with pytest.raises(ConfigError, match=f'Did you mean "{swap.name}"'):
         resolve(near)
+    for option in swap.to_dict().keys() - {"name"}:
+        with pytest.raises(ConfigError, match=option):
+            resolve({"name": swap.name, option: "many"})
     with pytest.raises(ConfigError, match="no option"):
         resolve({"name": swap.name, "epz": 1})
 

@@ -406,6 +406,8 @@ def test_the_key_index_of_each_query_is_handed_to_the_swap():
         ({"name": "sigmoid", "bias": "lerned"}, ["lerned", "learned"]),
         ({"name": "sigmoid", "bias": True}, ["bias"]),
         ({"name": "sigmoid", "bias": math.nan}, ["bias"]),
+        ({"name": "sigmoid", "bias": 10**400}, ["bias"]),
+        ({"name": "ssmax", "form": "anchored", "train_length": 10**400}, ["train_length"]),
         ({"name": "sigmoid", "bias_log_n": "x"}, ["bias_log_n"]),
         ({"name": "sigmoid", "divide_by_n": 3}, ["divide_by_n"]),
         ({"name": "sigmoid", "max_positions": -4}, ["max_positions"]),
@@ -442,15 +444,13 @@ def test_configs_resolve_from_name_mapping_and_object():
 
 def test_a_second_swap_of_the_same_name_is_refused():
     before = dict(REGISTRY)
-    with pytest.raises(ConfigError, match="softpick"):
-
-        class Impostor(Swap):
-            name = "softpick"
-
-    with pytest.raises(ConfigError, match="softpick"):
-        # A class of the same name, from another file.
-        type("Softpick", (Swap,), {"name": "softpick", "__module__": "my_swaps"})
-    assert before == REGISTRY
+    try:
+        for kind, module in (("Impostor", "my_swaps"), ("Softpick", "my_swaps")):
+            with pytest.raises(ConfigError, match="softpick"):
+                type(kind, (Swap,), {"name": "softpick", "__module__": module, "__qualname__": kind})
+            assert before == REGISTRY
+    finally:
+        REGISTRY.update(before)
 
 
 plain = st.one_of(

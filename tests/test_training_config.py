@@ -85,7 +85,7 @@ def test_a_resolved_recipe_reads_back() -> None:
         ({"training": {"lr_scheduler_type": "cosin"}}, 'unknown value "cosin". Did you mean "cosine"?'),
         ({"swap": "ssmx"}, 'unknown swap "ssmx". Did you mean "ssmax"?'),
         ({"swap": {"name": "ssmax", "fom": "affine"}}, 'has no option "fom". Did you mean "form"?'),
-        ({"swap": {"name": "ssmax", "train_length": "x"}}, "swap: an option has the wrong type"),
+        ({"swap": {"name": "ssmax", "train_length": "x"}}, "train_length must be a whole number"),
         ({"heads": [0, "a"]}, "heads[1]: must be a whole number"),
         ({"ramp": 1.5}, "ramp: must lie between 0 and 1"),
         ({"model": "embedded"}, "model: must be a mapping"),

@@ -7,19 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from training_helpers import byte_tokenizer, documents, tiny_gemma2, tiny_llama
 from transformers import PreTrainedTokenizerBase
 
 import attnswap
-from attnswap.errors import ConfigError
+from attnswap.errors import ConfigError, UnsupportedModelError
 from attnswap.loading import load_tokenizer
 from attnswap.training import load_data
 from attnswap.training.chat import encode_conversation
 from attnswap.training.config import DataSection
 from attnswap.training.data import load_documents, split_documents
-from attnswap.training.packing import IGNORED, Document, pack
+from attnswap.training.packing import IGNORED, Document, check_separation, pack
 
 
 def windows(lengths: list[int], length: int, bos: int | None, whole: bool = False) -> list[dict[str, list[int]]]:
@@ -189,3 +190,19 @@ def test_chat_files_become_whole_conversations(tmp_path: Path, smollm2: PreTrain
     text = "".join(smollm2.decode(row["labels"][row["labels"] != IGNORED]) for row in rows)
     assert sorted(text.replace("<|im_end|>", "").replace("Hello  there.\n", "")) == list("01234567")
     assert len(rows) == 4, "two conversations of 55 tokens to a window, and neither is cut"
+
+
+def test_a_model_that_cannot_be_packed_is_refused():
+    """transformers' gpt_oss does not look at position ids when it makes its masks; llama does."""
+    check_separation(tiny("llama"))
+    check_separation(tiny("gemma2"))
+    with pytest.raises(UnsupportedModelError, match="pack: false"):
+        check_separation(tiny("gpt_oss"))
+
+
+def test_one_document_for_each_window():
+    documents = [Document(list(range(10, 10 + n)), list(range(10, 10 + n))) for n in (5, 3, 20)]
+    windows = list(pack(documents, 8, bos=1, pad=0, together=False))
+    assert [w["input_ids"][:2] for w in windows] == [[1, 10], [1, 10], [1, 10], [1, 17], [1, 24]]
+    assert all(len(w["input_ids"]) == 8 for w in windows)
+    assert [sum(label != -100 for label in w["labels"]) for w in windows] == [5, 3, 7, 7, 6]

@@ -73,6 +73,7 @@ class DataSection:
         split: Its split; slices such as ``train[:1000]`` work.
         column: Its column; None: ``text``, or ``messages`` for chat.
         sequence_length: Tokens in a window.
+        pack: Put several documents into a window, kept apart by position ids; false: one for each window.
         eval_fraction: Share of the documents held out for evaluation, at least one document.
         eval_windows: Evaluate on at most so many windows; None: all.
         max_documents: Use so many documents, drawn by ``seed``; None: all.
@@ -89,6 +90,7 @@ class DataSection:
     split: str = "train"
     column: str | None = None
     sequence_length: int = 1024
+    pack: bool = True
     eval_fraction: float = 0.05
     eval_windows: int | None = None
     max_documents: int | None = None

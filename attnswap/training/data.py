@@ -103,11 +103,19 @@ def make_windows(documents: Dataset, section: DataSection, tokenizer: PreTrained
 
     def batch_windows(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         packed = list(
-            pack(encode(batch["document"]), section.sequence_length, bos=bos, pad=pad, whole=section.kind == "chat")
+            pack(
+                encode(batch["document"]),
+                section.sequence_length,
+                bos=bos,
+                pad=pad,
+                whole=section.kind == "chat",
+                together=section.pack,
+            )
         )
         return {key: [window[key] for window in packed] for key in ("input_ids", "position_ids", "labels")}
 
-    key = _digest(documents._fingerprint, section.kind, section.sequence_length, bos, pad, _tokenizer_key(tokenizer))
+    shape = (section.kind, section.sequence_length, section.pack)
+    key = _digest(documents._fingerprint, *shape, bos, pad, _tokenizer_key(tokenizer))
     return documents.map(
         batch_windows,
         batched=True,

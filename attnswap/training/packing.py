@@ -8,6 +8,11 @@ first token of each document carries no label.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+import torch
+from transformers import PreTrainedModel
+
+from attnswap.errors import UnsupportedModelError
+
 IGNORED = -100
 
 
@@ -39,7 +44,13 @@ class _Window:
 
 
 def pack(
-    documents: Iterable[Document], length: int, *, bos: int | None, pad: int, whole: bool = False
+    documents: Iterable[Document],
+    length: int,
+    *,
+    bos: int | None,
+    pad: int,
+    whole: bool = False,
+    together: bool = True,
 ) -> Iterator[dict[str, list[int]]]:
     """Yields windows of exactly ``length`` tokens.
 
@@ -51,6 +62,7 @@ def pack(
         bos: Put before every document or piece that does not start with it; None: nothing.
         pad: Fills the end of a window where nothing fits.
         whole: Never cut a document to fill a window: it starts in a new one, and what exceeds that one is dropped.
+        together: Put several documents into a window; if not, each piece has one for itself.
 
     Yields:
         ``input_ids``, ``position_ids`` and ``labels``, each of ``length`` numbers; never a window without a label.
@@ -64,7 +76,7 @@ def pack(
             ids, labels = ids[:length], labels[:length]
         while len(ids) > 1 and any(label != IGNORED for label in labels[1:]):
             room = length - len(window.input_ids)
-            if room < (len(ids) if whole else 2):
+            if room < (len(ids) if whole else 2) or (window.input_ids and not together):
                 yield window.closed(length, pad)
                 window, room = _Window(), length
             window.add(ids[:room], labels[:room])
@@ -72,3 +84,32 @@ def pack(
             ids, labels = head + ids[room:], [IGNORED] * len(head) + labels[room:]
     if window.input_ids:
         yield window.closed(length, pad)
+
+
+def check_separation(model: PreTrainedModel) -> None:
+    """Makes sure that a model keeps packed documents apart.
+
+    Not every architecture does: some of transformers' models do not look at position ids when they make their masks.
+
+    Args:
+        model: The model that will be trained, on any device.
+
+    Raises:
+        UnsupportedModelError: What a token sees reaches across the border of its document.
+    """
+    device = next(model.parameters()).device
+    ids = torch.arange(3, 19, device=device)[None] % model.config.get_text_config().vocab_size
+    positions = torch.arange(8, device=device).repeat(2)[None]
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 8:]
+            alone = model(input_ids=ids[:, 8:], use_cache=False).logits
+    finally:
+        model.train(training)
+    if (packed - alone).abs().max() > 0.05 * alone.float().std():
+        raise UnsupportedModelError(
+            f"{type(model).__name__} lets packed documents see each other (its mask ignores position ids); set "
+            "data.pack: false, which gives each document windows of its own"
+        )

@@ -19,6 +19,7 @@ from attnswap.training.lora import add_lora
 from attnswap.training.loss import chunked_loss
 from attnswap.training.movement import Moved, as_json
 from attnswap.training.output import Output
+from attnswap.training.packing import check_separation
 from attnswap.training.summary import summarise
 from attnswap.training.trainer import StepLog, SwapTrainer
 
@@ -69,6 +70,8 @@ def train(config: TrainConfig) -> TrainResult:
     set_seed(args.seed)  # gates may start from noise: the same in every process and on resuming
     if config.swap is not None:
         attnswap.patch(model, config.swap, layers=config.layers, heads=config.heads, ramp=config.ramp)
+    if config.data.pack:
+        check_separation(model)
     if config.optimizer.freeze == "all_but_swap":
         freeze_all_but_swap(model)
     adapters = add_lora(model, config.lora) if config.lora else None
