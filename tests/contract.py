@@ -189,6 +189,8 @@ def draw(swap: Swap, case: Case) -> Inputs:
         query = torch.cat([torch.full_like(query[..., :1], 130 * case.width**0.5), query[..., 1:]], -1)
         key = torch.cat([torch.full_like(key[..., :1], -1.0) + 0.01 * key[..., :1], key[..., 1:]], -1)
     options, visible = draw_mask(case, generator)
+    if swap.causal_only:
+        options["is_causal"], visible = True, visible & causal_mask(case)
     return Inputs(
         {"query": query, "key": key, "value": value},
         draw_features(swap, case, generator),
@@ -198,13 +200,19 @@ def draw(swap: Swap, case: Case) -> Inputs:
     )
 
 
-def draw_mask(case: Case, generator: torch.Generator) -> tuple[dict[str, object], Tensor]:
-    """Returns the mask options of a call, and the visible keys of every (batch, head, query)."""
-    shape = (case.batch, case.heads, case.queries, case.keys)
+def causal_mask(case: Case) -> Tensor:
+    """Returns which keys are not later than each query, (queries, keys)."""
     causal = torch.zeros(case.queries, case.keys, dtype=torch.bool)
     for i in range(case.queries):
         for j in range(case.keys):
             causal[i, j] = case.keys - 1 - j >= case.queries - 1 - i  # counted from the end, where both align
+    return causal
+
+
+def draw_mask(case: Case, generator: torch.Generator) -> tuple[dict[str, object], Tensor]:
+    """Returns the mask options of a call, and the visible keys of every (batch, head, query)."""
+    shape = (case.batch, case.heads, case.queries, case.keys)
+    causal = causal_mask(case)
     if case.mask == "none":
         return {}, torch.ones(shape, dtype=torch.bool)
     if case.mask == "causal":

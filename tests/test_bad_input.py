@@ -94,6 +94,10 @@ def test_bad_ramp_moves_nothing(patched):
             attnswap.set_ramp(model, ramp)
     with pytest.raises(ConfigError, match="layer 5"):
         attnswap.set_ramp(model, 0.5, layers=[0, 5])
+    shared = patched("llama", "selective-temperature")
+    with pytest.raises(ConfigError, match="same ramp"):
+        attnswap.set_ramp(shared, [0, 1, 0, 1])
+    attnswap.set_ramp(shared, [0, 0, 1, 1])
     assert all(s.ramp == 1.0 for row in attnswap.describe(model).layers for s in row.swaps.values())
 
 
@@ -283,3 +287,15 @@ def test_global_touches_are_the_listed_ones():
     """Importing attnswap adds one name to two registries and wraps one method; nothing else of transformers changes."""
     done = subprocess.run([sys.executable, "-c", GLOBAL_STATE], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[('PreTrainedModel', 'post_init')] [['attnswap'], ['attnswap']] True"
+
+
+def test_gates_over_time_refuse_to_see_the_future():
+    q, gate = torch.randn(1, 2, 4, 8), torch.full((1, 2, 4), -0.1)
+    with pytest.raises(UnsupportedModelError, match="later keys"):
+        attnswap.attention(q, q, q, "forgetting-gate", log_forget=gate)
+    with pytest.raises(UnsupportedModelError, match="later keys"):
+        attnswap.attention(q, q, q, "forgetting-gate", log_forget=gate, attn_mask=torch.ones(4, 4, dtype=torch.bool))
+    causal = torch.ones(4, 4, dtype=torch.bool).tril()
+    a = attnswap.attention(q, q, q, "forgetting-gate", log_forget=gate, attn_mask=causal)
+    b = attnswap.attention(q, q, q, "forgetting-gate", log_forget=gate, is_causal=True)
+    assert torch.allclose(a, b, atol=1e-6)

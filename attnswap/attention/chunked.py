@@ -13,11 +13,11 @@ CHUNK_ELEMENTS = 1 << 24
 """Scores held at once (64 MiB in fp32)."""
 
 
-def row_blocks(problem: Problem, elements: int = CHUNK_ELEMENTS) -> list[Block]:
+def row_blocks(problem: Problem, elements: int | None = None) -> list[Block]:
     """Cuts the queries into blocks whose scores stay below ``elements``, keys outside the visible span dropped."""
     visibility = problem.visibility
     batch, heads = problem.query.shape[:2]
-    rows = max(1, elements // max(1, batch * heads * visibility.k_length))
+    rows = max(1, (elements or CHUNK_ELEMENTS) // max(1, batch * heads * visibility.k_length))
     rows = rows if rows < 64 else rows - rows % 64
     blocks = []
     for start in range(0, visibility.q_length, rows):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from attnswap.attention import chunked, dense, folded
 from attnswap.attention.problem import Problem
-from attnswap.errors import ConfigError, nearest
+from attnswap.errors import ConfigError, UnsupportedModelError, nearest
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,14 @@ def compute(problem: Problem, before: Callable[[], Tensor], backend: str = "auto
 
     Returns:
         Output (batch, heads, queries, value_dim) in the dtype of the values.
+
+    Raises:
+        UnsupportedModelError: The swap is for causal attention and a query sees later keys.
     """
+    if problem.swap.causal_only and problem.visibility.sees_future:
+        raise UnsupportedModelError(
+            f'"{problem.swap.name}" works over time, but here queries see later keys; use it in causal attention only'
+        )
     ramp = problem.ramp
     if isinstance(ramp, float) and ramp == 0.0:
         return before()

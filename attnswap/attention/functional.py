@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from attnswap.attention import folded
-from attnswap.attention.dispatch import compute
+from attnswap.attention.dispatch import choose, compute
 from attnswap.attention.problem import Problem, complete_features
 from attnswap.attention.visibility import Visibility, split_mask
 from attnswap.errors import ConfigError
@@ -66,7 +66,7 @@ def attention(
         visibility=visibility,
         features=complete_features(config, features, query, key),
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        ramp=_ramp(ramp, query),
+        ramp=_ramp(ramp, query, key, config),
         dropout=dropout_p,
     )
 
@@ -74,6 +74,7 @@ def attention(
         plain = {"swap": Swap(), "features": {}, "ramp": 1.0}
         return folded.attend(Problem(**{**problem.__dict__, **plain}))
 
+    choose(problem, backend)  # refuses an unknown or unfit backend at every point of the ramp
     return compute(problem, softmax, backend)
 
 
@@ -83,6 +84,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, dropout_
     if key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
         raise ConfigError(f"shapes of query, key and value do not go together: {shapes}")
+    if not query.shape[2] or not key.shape[2]:
+        raise ConfigError(f"{query.shape[2]} queries and {key.shape[2]} keys: give at least one token of each")
     heads, kv_heads = query.shape[1], key.shape[1]
     if heads != kv_heads and (not enable_gqa or heads % kv_heads):
         way = "" if enable_gqa else "; pass enable_gqa=True to share keys between heads"
@@ -103,13 +106,22 @@ def _visibility(query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal:
     return Visibility(q_length, k_length, query.device, is_causal, q_offset=k_length - q_length, dense=dense, bias=bias)
 
 
-def _ramp(ramp: float | Tensor, query: Tensor) -> float | Tensor:
+def _ramp(ramp: float | Tensor, query: Tensor, key: Tensor, swap: Swap) -> float | Tensor:
     if isinstance(ramp, Tensor):
         if ramp.ndim and tuple(ramp.shape) != (query.shape[1],):
             raise ConfigError(
                 f"ramp has shape {tuple(ramp.shape)}; give a number or a tensor of shape ({query.shape[1]},)"
             )
+        if not bool(((ramp >= 0) & (ramp <= 1)).all()):
+            raise ConfigError(f"ramp must be in [0, 1], not {ramp.tolist()}")
+        if ramp.ndim and any(f.heads == "kv" for f in swap.features().values()):
+            groups = ramp.reshape(key.shape[1], -1)
+            if not bool((groups == groups[:, :1]).all()):
+                raise ConfigError(
+                    f'"{swap.name}" keeps one value per key/value head: give the {groups.shape[1]} query heads that '
+                    f"share one the same ramp, not {ramp.tolist()}"
+                )
         return ramp.to(device=query.device, dtype=torch.float32)
-    if not 0 <= ramp <= 1:
-        raise ConfigError(f"ramp must be in [0, 1], not {ramp}")
+    if not isinstance(ramp, int | float) or not 0 <= ramp <= 1:
+        raise ConfigError(f"ramp must be in [0, 1], not {ramp!r}")
     return float(ramp)

@@ -120,6 +120,10 @@ def complete_features(swap: Swap, features: Mapping[str, Tensor], query: Tensor,
             if feature.per != "head" or feature.initial is None:
                 raise ConfigError(f'swap "{swap.name}" needs the feature "{name}" of shape {shape}: {feature.what}')
             value = torch.full(shape, feature.initial, device=query.device)
+        if not isinstance(value, Tensor):
+            raise ConfigError(
+                f'feature "{name}" of swap "{swap.name}" must be a tensor of shape {shape}, not {value!r}'
+            )
         if feature.per == "head" and value.ndim == 0:
             value = value.expand(shape)
         if tuple(value.shape) != shape and not (value.ndim == 3 and value.shape == (1, *shape[1:])):

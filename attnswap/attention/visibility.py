@@ -66,6 +66,16 @@ class Visibility:
     def _last_query_at_end(self) -> bool:
         return isinstance(self.q_offset, int) and self.q_offset + self.q_length == self.k_length
 
+    @cached_property
+    def sees_future(self) -> bool:
+        """Whether some query sees a key after its own index."""
+        if self.causal:
+            return False
+        if self.dense is None:
+            return self.q_length > 1 or not self._last_query_at_end
+        later = torch.arange(self.k_length, device=self.device)[None] > self.positions()[:, None]
+        return bool((self.dense & later).any())
+
     def positions(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Returns the key index of queries ``start`` to ``stop``, shape (stop - start,)."""
         stop = self.q_length if stop is None else stop

@@ -136,8 +136,8 @@ def set_ramp(model: PreTrainedModel, ramp: float | Iterable[float], *, layers: L
     info = model_info(owning_config(model, modules))
     for layer in patched:
         for slot in spec.layers[layer].values():
-            if isinstance(value, tuple) and len(value) != slot.count(info.heads):
-                raise ConfigError(f"{len(value)} ramp values for {slot.count(info.heads)} heads of layer {layer}")
+            if isinstance(value, tuple):
+                _check_values(value, slot, info, layer)
     for layer in patched:
         child = attach.child_of(modules[layer][1])
         assert child is not None
@@ -186,6 +186,18 @@ def check_ramp(ramp: float | tuple[float, ...]) -> None:
     for value in ramp if isinstance(ramp, tuple) else (ramp,):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
             raise ConfigError(f"ramp must be in [0, 1], not {value!r}")
+
+
+def _check_values(values: tuple[float, ...], slot: Slot, info: ModelInfo, layer: int) -> None:
+    if len(values) != slot.count(info.heads):
+        raise ConfigError(f"{len(values)} ramp values for {slot.count(info.heads)} heads of layer {layer}")
+    groups = info.heads // info.kv_heads
+    shares = any(f.heads == "kv" for f in slot.swap.features().values())
+    if shares and any(len(set(values[i : i + groups])) > 1 for i in range(0, len(values), groups)):
+        raise ConfigError(
+            f'"{slot.swap.name}" keeps one value per key/value head: give the {groups} query heads that share one the '
+            f"same ramp, not {list(values)}"
+        )
 
 
 def _pairs(swap: Any, heads: HeadsLike) -> list[tuple[Swap, HeadsLike]]:

@@ -11,7 +11,7 @@ gives ``a, b, c, u`` (:meth:`Swap.terms`) and ``w, d, z0`` (:meth:`Swap.weight`,
 """
 
 import dataclasses
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -156,6 +156,8 @@ class Swap:
     row_sum: ClassVar[Literal["one", "at most one", "free", "signed"]] = "one"
     needs_n: ClassVar[bool] = False
     native_ramp: ClassVar[bool] = False
+    causal_only: ClassVar[bool] = False
+    """Whether the maths means nothing for a query that sees later keys."""
     shifted: ClassVar[bool] = True
     """Whether scores are taken relative to the row's largest one; if not, the shift is 0."""
 
@@ -163,12 +165,14 @@ class Swap:
         super().__init_subclass__(**kwargs)
         if "name" in cls.__dict__:
             known = REGISTRY.get(cls.name)
-            if known is not None and known.__qualname__ != cls.__qualname__:
+            # The same class again is a notebook cell or `python -m` on its file; anything else is a clash.
+            modules = {cls.__module__, known.__module__} - {"__main__"} if known else set()
+            if known is not None and (known.__qualname__ != cls.__qualname__ or len(modules) > 1):
                 raise ConfigError(f'two swaps are named "{cls.name}": {known.__qualname__} and {cls.__qualname__}')
             REGISTRY[cls.name] = cls
 
     def __post_init__(self) -> None:
-        """Checks every option against its type hint."""
+        """Checks every option against its type hint; an override starts with ``super().__post_init__()``."""
         hints = get_type_hints(type(self))
         for field in dataclasses.fields(self):
             value, hint = getattr(self, field.name), hints[field.name]
@@ -273,7 +277,7 @@ class Swap:
         for key in values:
             if key not in known:
                 raise ConfigError(
-                    f'swap "{cls.name}" has no option "{key}".{nearest(key, known)} '
+                    f'swap "{cls.name}" has no option "{key}".{nearest(str(key), known)} '
                     f"Options: {', '.join(known) or 'none'}"
                 )
         return cls(**values)
@@ -286,7 +290,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, part) for part in get_args(hint))
     if hint in (int, float):
         allowed = int if hint is int else (int, float)
-        return isinstance(value, allowed) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, allowed) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     return value is None if hint is type(None) else isinstance(value, hint)
 
 

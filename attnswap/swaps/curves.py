@@ -17,10 +17,10 @@ def draw(swap: Swap, keys: int = 64, width: int = 50) -> None:
     """
     torch.manual_seed(0)
     others = torch.randn(keys - 1, dtype=torch.float64)
-    p = SimpleNamespace(ramp=1.0)
     features = {}
     for name, feature in swap.features().items():
         features[name] = torch.full((1, 1 if feature.per == "head" else keys), feature.initial or 0.0).double()
+    p = SimpleNamespace(ramp=1.0, **{k: v.squeeze() for k, v in features.items() if v.numel() == 1})
     n = torch.tensor([[float(keys)]], dtype=torch.float64)
     terms = swap.terms(Call(n=n, features=features, ramp=1.0, position=torch.tensor([keys - 1])))
     print(f"{swap.name}: weight of one key among {keys} (#), softmax's (|)")

@@ -120,6 +120,18 @@ class Function:
     slopes: tuple[Callable[..., Any], ...]
 
 
+def _overflowing(function: Callable[..., float]) -> Callable[..., float]:
+    """Makes a function of plain numbers overflow to infinity, as tensors and C++ do."""
+
+    def safe(*args: float) -> float:
+        try:
+            return function(*args)
+        except OverflowError:
+            return math.inf
+
+    return safe
+
+
 def _softplus(x: float) -> float:
     return x + math.log1p(math.exp(-x)) if x > 0 else math.log1p(math.exp(x))
 
@@ -129,7 +141,7 @@ def _sigmoid(x: float) -> float:
 
 
 VOCABULARY: dict[str, Function] = {
-    "exp": Function(torch.exp, math.exp, "std::exp({0})", (lambda x: exp(x),)),
+    "exp": Function(torch.exp, _overflowing(math.exp), "std::exp({0})", (lambda x: exp(x),)),
     "log": Function(
         torch.log, lambda x: math.log(x) if x > 0 else -math.inf, "std::log({0})", (lambda x: constant(1) / x,)
     ),
@@ -153,9 +165,9 @@ VOCABULARY: dict[str, Function] = {
     ),
     "power": Function(
         torch.pow,
-        math.pow,
+        _overflowing(math.pow),
         "std::pow({0}, {1})",
-        (lambda x, p: p * power(x, p - 1), lambda x, p: power(x, p) * log(x)),
+        (lambda x, p: p * power(x, p - 1), lambda x, p: where(x > 0, power(x, p) * log(x), 0.0)),
     ),
     "minimum": Function(
         torch.minimum,
@@ -250,6 +262,8 @@ def clamp(x: Any, low: Any, high: Any) -> Any:
 
 def where(condition: Any, a: Any, b: Any) -> Any:
     """``a`` where the condition holds, else ``b``."""
+    if isinstance(condition, bool):
+        return a if condition else b
     if isinstance(condition, Tensor) and not isinstance(a, Expr) and not isinstance(b, Expr):
         return torch.where(condition, a, b)
     return _apply("where", condition, a, b)

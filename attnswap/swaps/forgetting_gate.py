@@ -38,6 +38,7 @@ class ForgettingGate(Swap):
     paper: ClassVar[str] = "Forgetting Transformer: Softmax Attention with a Forget Gate (arXiv 2503.02130)"
     summary: ClassVar[str] = "a data-dependent decay of older keys, added to the scores"
     native_ramp: ClassVar[bool] = True
+    causal_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -53,13 +53,18 @@ class Softpick(Swap):
         return fn.log(p.ramp)
 
     def weight(self, s: Any, shift: Any, p: SimpleNamespace) -> Any:
-        return fn.relu(fn.exp(s - shift) - p.ramp * fn.exp(-shift))
+        return fn.relu(fn.exp(s - shift) - p.ramp * _unit(shift))
 
     def norm(self, s: Any, shift: Any, p: SimpleNamespace) -> Any:
-        return fn.abs(fn.exp(s - shift) - p.ramp * fn.exp(-shift))
+        return fn.abs(fn.exp(s - shift) - p.ramp * _unit(shift))
 
     def null(self, shift: Any, n: Any, p: SimpleNamespace) -> Any:
-        return p.ramp * self.eps * (1.0 if self.eps_after_max_shift else fn.exp(-shift))
+        return p.ramp * self.eps * (1.0 if self.eps_after_max_shift else _unit(shift))
+
+
+def _unit(shift: Any) -> Any:
+    """e^0 relative to the shift. A positive fp32 lambda keeps the shift above -88; at lambda 0 nothing overflows."""
+    return fn.exp(fn.minimum(-shift, 88.0))
 
 
 if __name__ == "__main__":
