@@ -35,7 +35,7 @@ def swap_row(swap: swaps.Swap) -> tuple[str, ...]:
 def markdown_table() -> str:
     """Returns the table of swaps as the README shows it."""
     rows = [COLUMNS, tuple("---" for _ in COLUMNS), *(swap_row(s) for s in swaps.list_swaps())]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 
 def list_command(

@@ -1,0 +1,51 @@
+"""What the README shows is what the code and the committed results say."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from attnswap.cli.show import markdown_table
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def block(name: str) -> str:
+    found = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", README, re.DOTALL)
+    assert found, f"the README has lost its {name} block"
+    return found.group(1).strip()
+
+
+def test_table_of_swaps():
+    assert block("swaps") == markdown_table()
+
+
+def test_demo_table_is_the_committed_result():
+    results = ROOT / "recipes" / "results" / "demo"
+    shown, rows = block("demo"), json.loads((results / "demo.json").read_text())["rows"]
+    assert (results / "demo.md").read_text().strip() in shown
+    for row in rows:
+        line = next(line for line in shown.splitlines() if line.startswith(f"| {row['context']} |"))
+        for name in ("original", "control", "ssmax"):
+            assert f"{row[name]:.3f}" in line
+    for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", shown):
+        assert (ROOT / picture).is_file()
+
+
+def test_the_demo_lowers_held_out_loss_by_two_standard_errors():
+    rows = json.loads((ROOT / "recipes" / "results" / "demo" / "demo.json").read_text())["rows"]
+    for row in rows:
+        assert -row["log_ratio_to_original"] > 2 * row["standard_error"]
+
+
+@pytest.mark.parametrize("path", re.findall(r"`((?:recipes|notebooks|tests)/[\w./-]+)`", README))
+def test_paths_exist(path):
+    assert (ROOT / path).exists()
+
+
+def test_shell_commands_name_real_files_and_options():
+    for command in re.findall(r"^(?:accelerate|attnswap) .*$", README, re.MULTILINE):
+        for path in re.findall(r"recipes/[\w.-]+", command):
+            assert (ROOT / path).exists()
