@@ -31,7 +31,7 @@ def main() -> None:
 
     Exit codes: 0 fine, 1 unexpected, 2 usage or input, 3 unsupported model, 4 numerics.
     """
-    _quieten()
+    quieten()
     try:
         app()
     except AttnSwapError as error:
@@ -44,7 +44,7 @@ def main() -> None:
         _fail(f"{type(error).__name__}: {error} (set ATTNSWAP_DEBUG=1 for the traceback)", 1)
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Keeps transformers' bars off where nobody watches, and its warnings out of results."""
     from transformers.utils import logging
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import attnswap
+from attnswap.cli import quieten
 from attnswap.errors import AttnSwapError
 from attnswap.evaluation import Evaluation, compare, evaluate_perplexity, plot
 from attnswap.evaluation.result import write_atomically
@@ -39,6 +40,7 @@ def main(out: Path = Path("out"), steps: int = STEPS, contexts: tuple[int, ...] 
         contexts: Context lengths to measure.
     """
     started = time.monotonic()
+    quieten()
     show_identity()
     for name, recipe in RUNS.items():
         fine_tune(recipe, out / name, steps)
@@ -74,8 +76,10 @@ def show_identity() -> None:
 
 def fine_tune(recipe: str, out: Path, steps: int) -> None:
     """Trains a recipe as a user would, with ``accelerate launch``."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", *([] if torch.cuda.is_available() else ["--cpu"])]
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += "--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
+    launch += ["--num_cpu_threads_per_process", str(torch.get_num_threads())]
+    launch += [] if torch.cuda.is_available() else ["--cpu"]
     values = [f"output_dir={out}", "overwrite=true", f"training.max_steps={steps}", f"training.eval_steps={steps}"]
     command = [*launch, str(RECIPES / "train.py"), str(RECIPES / f"{recipe}.yaml"), *values]
     print(f"\naccelerate launch recipes/train.py recipes/{recipe}.yaml {' '.join(values)}", flush=True)
@@ -107,7 +111,7 @@ def compare_all(found: dict[str, Evaluation]) -> list[dict[str, float]]:
 
 def write(out: Path, found: dict[str, Evaluation], rows: list[dict[str, float]], steps: int, seconds: float) -> None:
     """Writes the table, the JSON and the picture, and prints the table."""
-    head = ("context", *found, "ln(ssmax/original)", "ln(ssmax/control), 95% interval")
+    head = ("context", *found, "ln ssmax/original", "ln ssmax/control [95%]")
     table, lines = Table(*head), [" | ".join(head), " | ".join("---" for _ in head)]
     for row in rows:
         cells = [
@@ -124,7 +128,7 @@ def write(out: Path, found: dict[str, Evaluation], rows: list[dict[str, float]],
     write_atomically(out / "demo.md", text.encode())
     write_atomically(out / "demo.json", (json.dumps(result, indent=2) + "\n").encode())
     plot([found["control"], found["ssmax"]], out / "demo.png", baseline=found["original"], labels=["control", "ssmax"])
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
     print(f"perplexity over the same {scored} tokens at every context; {seconds / 60:.1f} minutes in all")
     print(f"results: {out}/demo.md, {out}/demo.json, {out}/demo.png")
 
