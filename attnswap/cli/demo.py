@@ -77,7 +77,7 @@ def show_identity() -> None:
 def fine_tune(recipe: str, out: Path, steps: int) -> None:
     """Trains a recipe as a user would, with ``accelerate launch``."""
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
-    launch += "--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
+    launch += ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     launch += ["--num_cpu_threads_per_process", str(torch.get_num_threads())]
     launch += [] if torch.cuda.is_available() else ["--cpu"]
     values = [f"output_dir={out}", "overwrite=true", f"training.max_steps={steps}", f"training.eval_steps={steps}"]
