@@ -144,10 +144,13 @@ def test_a_wrong_n_would_be_noticed(monkeypatch):
 
 
 @pytest.mark.parametrize("swap", SWAPS)
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_padded_and_packed_rows_equal_separate_ones(kind, swap, patched):
+    """Padding shifts a sliding window, in the stock model too, so models with one take no padding inside."""
     model = patched(kind, swap)
-    for name in ("left", "interior", "packed"):
+    names = ["left", "interior", "packed"]
+    names = names[::2] if kind in ("mistral", "gemma2") else names[:1] if kind == "gpt_oss" else names
+    for name in names:
         given, mask, documents = layout(name)
         with torch.no_grad():
             whole = model(**given).logits
@@ -156,7 +159,7 @@ def test_padded_and_packed_rows_equal_separate_ones(kind, swap, patched):
                 places = np.flatnonzero(mask[b] & (documents[b] == d))
                 with torch.no_grad():
                     alone = model(input_ids=given["input_ids"][b : b + 1, places]).logits[0]
-                assert (whole[b, places] - alone).abs().max() < 1e-4, name
+                assert (whole[b, places] - alone).abs().max() < 2e-5, name
 
 
 @pytest.mark.parametrize("swap", SWAPS)
