@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract import Case, bound, draw, output, short_blocks, variant_id, variants
+from cases import Case, bound, draw, output, short_blocks, variant_id, variants
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 

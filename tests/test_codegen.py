@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract import Case, bound, draw_features, variant_id, variants
+from cases import Case, bound, draw_features, variant_id, variants
 from torch import Tensor
 
 import attnswap

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from contract import Inputs
-from contract import weights as weights_of
+from cases import Inputs
+from cases import weights as weights_of
 from torch import Tensor
 
 import attnswap

@@ -6,14 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from contract import (
-    CHECKS,
+from cases import (
     SETTINGS,
     Case,
     Inputs,
     bound,
     cases,
-    check_ids,
     compare,
     draw,
     run,
@@ -21,6 +19,7 @@ from contract import (
     variant_id,
     variants,
 )
+from contract import CHECKS, check_ids
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
