@@ -412,6 +412,17 @@ def test_cached_decoding_equals_the_full_forward(kind, swap, patched, tokens):
 
 
 @pytest.mark.parametrize("swap", SWAPS)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_generation_with_a_static_cache(kind, swap, patched, tokens):
+    """Masks are then made ahead of the forward, over keys that are not written yet."""
+    model, mask = patched(kind, swap), torch.ones_like(tokens)
+    mask[1, :5] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    static = model.generate(tokens, cache_implementation="static", disable_compile=True, **options)
+    assert torch.equal(static, model.generate(tokens, use_cache=False, **options))
+
+
+@pytest.mark.parametrize("swap", SWAPS)
 def test_beam_search_reorders_gates(swap, patched, tokens):
     model = patched("llama", swap)
     options = {"max_new_tokens": 8, "do_sample": False, "num_beams": 3, "pad_token_id": 0}

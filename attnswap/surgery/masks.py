@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from attnswap.attention.visibility import Visibility
 class ForwardMask:
     """What a patched model passes to its attention modules in place of a mask tensor.
 
+    ``generate`` with a static cache makes masks ahead of the forward, and treats them as 4-D tensors on the way.
+
     Attributes:
         visibility: Which keys each query sees.
         arguments: What the mask function was called with, so that the mask of any other implementation can be made.
@@ -30,6 +32,20 @@ class ForwardMask:
     visibility: Visibility
     arguments: Mapping[str, Any]
     made: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """The shape a mask tensor would have: (batch, 1, queries, keys)."""
+        return self.arguments["batch_size"], 1, self.visibility.q_length, self.visibility.k_length
+
+    @property
+    def ndim(self) -> int:
+        """Dimensions of :attr:`shape`."""
+        return 4
+
+    def contiguous(self) -> Self:
+        """Returns itself."""
+        return self
 
     def for_implementation(self, name: str) -> Any:
         """Returns the mask exactly as transformers makes it for another attention implementation."""
@@ -54,7 +70,7 @@ def compact_mask(
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function: Callable = causal_mask_function,
-    attention_mask: Tensor | None = None,
+    attention_mask: "Tensor | ForwardMask | None" = None,
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> ForwardMask:
@@ -67,13 +83,15 @@ def compact_mask(
         q_offset: Index of the first query in the sequence.
         kv_offset: Index of the first key in the sequence (sliding caches drop older ones).
         mask_function: transformers' rule of which indices see each other.
-        attention_mask: Padding, shape (batch, seen tokens), True for real tokens.
+        attention_mask: Padding, shape (batch, seen tokens), True for real tokens; or a mask made ahead.
         device: Where masks are made.
         **kwargs: What only other implementations read.
 
     Returns:
         The compact description. A rule without a known closed form is evaluated into a dense mask.
     """
+    if isinstance(attention_mask, ForwardMask):
+        return attention_mask
     arguments = {
         "batch_size": batch_size,
         "q_length": q_length,
