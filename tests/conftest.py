@@ -90,7 +90,7 @@ def move_away(model: nn.Module, length: int, seed: int = 1) -> None:
         child = child_of(module)
         if child is None:
             continue
-        for slot in child.values():
+        for slot in child.children():
             for name, p in slot.named_parameters():
                 if name == "gain":  # log f = gain * logsigmoid(x): about ln(1/2) after half the length
                     p.copy_(0.69 / (length / 2) / 0.69 * (1 + noise(p, 0.2).abs()))

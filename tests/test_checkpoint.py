@@ -193,3 +193,34 @@ def test_not_a_patched_checkpoint(tmp_path):
 def test_only_safetensors_are_written(patched, tmp_path):
     patched("llama", "forgetting-gate").save_pretrained(tmp_path)
     assert {p.suffix for p in tmp_path.iterdir()} <= {".safetensors", ".json"}
+
+
+def test_state_of_another_lambda_is_refused(patched):
+    """lambda has a phase on the host side, so a state dict alone cannot move it."""
+    state = patched("llama", "softpick", ramp=0.5).state_dict()
+    model = patched("llama", "softpick")
+    with pytest.raises(RuntimeError, match=r"attnswap\.set_ramp"):
+        model.load_state_dict(state)
+    attnswap.set_ramp(model, 0.5)
+    model.load_state_dict(state)
+
+
+def test_the_whole_model_pickled_by_torch(patched, tokens, tmp_path):
+    """Hooks travel with a copied or pickled model, so it stays what it was."""
+    model = patched("llama", "forgetting-gate")
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(logits(loaded, tokens), logits(model, tokens))
+
+
+def test_lora_on_a_patched_model(patched, tokens):
+    """Adapters of peft go beside the swap; merged, they leave it in place."""
+    from peft import LoraConfig, get_peft_model
+
+    model = patched("llama", "forgetting-gate")
+    expected = logits(model, tokens)
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["attnswap"])
+    adapted = get_peft_model(model, config)
+    assert torch.allclose(logits(adapted, tokens), expected, atol=1e-6)
+    merged = adapted.merge_and_unload()
+    assert torch.allclose(logits(merged, tokens), expected, atol=1e-5)

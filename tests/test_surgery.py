@@ -48,7 +48,12 @@ def window_of(model, layer):
 def slots_of(module):
     child = child_of(module)
     return [
-        (s.swap, s.heads, s.ramp, {k: p.detach().double().numpy() for k, p in child[n].named_parameters()})
+        (
+            s.swap,
+            s.heads,
+            s.ramp,
+            {k: p.detach().double().numpy() for k, p in child.get_submodule(n).named_parameters()},
+        )
         for n, s in (child.slots.items() if child is not None else [])
     ]
 

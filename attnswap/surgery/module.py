@@ -77,6 +77,20 @@ class SwapModule(nn.Module):
 
         return super()._apply(keep_dtype, recurse)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        saved, errors = state_dict.get(f"{prefix}ramp"), args[-1]
+        if (
+            saved is not None
+            and not self.ramp.is_meta
+            and not torch.equal(saved.float().to(self.ramp.device), self.ramp)
+        ):
+            # The phase that goes with lambda is kept outside the tensors.
+            errors.append(
+                f"the state has lambda {saved.tolist()} for {prefix}ramp, but the model is at {self.ramp.tolist()}: "
+                "call attnswap.set_ramp first"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_repr(self) -> str:
         """Shows the config in the model's printout."""
         return repr(self.swap)
@@ -87,8 +101,10 @@ def _fill(tensor: Tensor, mean: float, std: float) -> None:
         tensor.normal_(mean, std) if std else tensor.fill_(mean)
 
 
-class LayerSwap(nn.ModuleDict):
+class LayerSwap(nn.Module):
     """The slots of one attention module; lives there as the child ``attnswap``.
+
+    Not an ``nn.ModuleDict``, which peft does not take among its ``modules_to_save``.
 
     Attributes:
         info: The layer's sizes.
@@ -103,18 +119,19 @@ class LayerSwap(nn.ModuleDict):
     def add(self, name: str, slot: Slot, device: torch.device | str | None) -> None:
         """Adds a slot with fresh parameters."""
         self.slots[name] = slot
-        self[name] = SwapModule(slot, self.info, device)
+        self.add_module(name, SwapModule(slot, self.info, device))
 
     def set_ramp(self, name: str, moved: Slot) -> None:
         """Gives a slot another lambda."""
         self.slots[name] = moved
-        ramp = self[name].get_buffer("ramp")
-        self[name].register_buffer("ramp", torch.tensor(moved.ramp, dtype=torch.float32, device=ramp.device))
+        module = self.get_submodule(name)
+        device = module.get_buffer("ramp").device
+        module.register_buffer("ramp", torch.tensor(moved.ramp, dtype=torch.float32, device=device))
 
     def drop(self, name: str) -> None:
         """Removes a slot and its parameters."""
-        del self.slots[name], self[name]
+        del self.slots[name], self._modules[name]
 
-    def forward(self, hidden_states: Tensor) -> dict[str, dict[str, Tensor]]:  # type: ignore[override]
+    def forward(self, hidden_states: Tensor) -> dict[str, dict[str, Tensor]]:
         """Computes the features of every slot, by slot name."""
-        return {name: module(hidden_states) for name, module in self.items()}
+        return {name: module(hidden_states) for name, module in self.named_children()}
