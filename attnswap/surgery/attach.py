@@ -40,6 +40,12 @@ def child_of(module: nn.Module) -> LayerSwap | None:
     return child
 
 
+def children_of(module: nn.Module) -> list[LayerSwap]:
+    """Returns every copy of a layer's swaps; wrappers of other libraries keep a frozen and a trained one."""
+    child = module._modules.get(KEY)
+    return [] if child is None else [c for c in child.modules() if isinstance(c, LayerSwap)]
+
+
 def own_config(model: PreTrainedModel) -> Callable[[], None]:
     """Gives a model a config object of its own, since models built from one config share it.
 

@@ -84,17 +84,21 @@ def slot_problem(layer: LayerInputs, slot: Slot, features: dict[str, Tensor]) ->
     features = dict(features)
     ramp = features.pop("ramp")
     query, key, value, sinks = layer.query, layer.key, layer.value, layer.sinks
+    visibility = layer.visibility
     if slot.heads is not None:
         heads = torch.tensor(slot.heads, device=query.device)
         key_heads = kv_heads_of(slot.heads, query.shape[1] // key.shape[1])
         query, sinks = query[:, heads], None if sinks is None else sinks[heads]
         key, value = key[:, key_heads], value[:, key_heads]
+        masks = {name: getattr(visibility, name) for name in ("dense", "bias")}
+        cut = {name: mask[:, heads] for name, mask in masks.items() if mask is not None and mask.shape[1] > 1}
+        visibility = replace(visibility, **cut) if cut else visibility
     return Problem(
         swap=slot.swap,
         query=query,
         key=key,
         value=value,
-        visibility=layer.visibility,
+        visibility=visibility,
         features=complete_features(slot.swap, features, query, key),
         scaling=layer.scaling,
         ramp=1.0 if slot.phase == "swap" else ramp,

@@ -139,12 +139,11 @@ def set_ramp(model: PreTrainedModel, ramp: float | Iterable[float], *, layers: L
             if isinstance(value, tuple):
                 _check_values(value, slot, info, layer)
     for layer in patched:
-        child = attach.child_of(modules[layer][1])
-        assert child is not None
         for name, slot in spec.layers[layer].items():
             moved = Slot(slot.swap, slot.heads, value if isinstance(value, tuple) else float(value))
             spec = spec.with_slot(layer, name, moved)
-            child.set_ramp(name, moved)
+            for child in attach.children_of(modules[layer][1]):
+                child.set_ramp(name, moved)
     setattr(attach.config_of(model), KEY, spec.to_dict())
 
 

@@ -205,6 +205,8 @@ def as_visibility(
         seen = mask.visibility
     elif mask is not None:
         dense, bias = split_mask(mask)
+        dense = dense.expand(-1, -1, q_length, -1) if dense is not None and dense.shape[2] == 1 else dense
+        bias = bias.expand(-1, -1, q_length, -1) if bias is not None and bias.shape[2] == 1 else bias
         offset = k_length - q_length
         seen = Visibility(q_length, dense.shape[3], query.device, False, offset, dense=dense, bias=bias)  # type: ignore[union-attr]
     else:

@@ -64,6 +64,10 @@ def append(cache: Cache, layer: int, new: Tensor, keys: int) -> Tensor:
     main: Any = cache.layers[layer]
     side = getattr(main, "attnswap_side", None)
     if side is None:
+        if int(main.get_seq_length()) != new.shape[2]:
+            raise UnsupportedModelError(
+                f"the KV cache of layer {layer} was filled before the swap was there; start from an empty cache"
+            )
         side = _make_side(main)
         main.attnswap_side = side
         main.__class__ = _with_side(main.__class__)
