@@ -51,7 +51,7 @@ class Visibility:
         """Whether every query sees every key."""
         if not self.unmasked:
             return False
-        return not self.causal or (self.q_length == 1 and self.q_offset is not None and self._last_query_at_end)
+        return not self.causal or (self.q_length == 1 and self._last_query_at_end)
 
     @property
     def unmasked(self) -> bool:

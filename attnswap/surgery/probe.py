@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from attnswap.errors import AttnSwapError, UnsupportedModelError
 from attnswap.surgery.attach import Modules, child_of
 from attnswap.surgery.seam import Enter
-from attnswap.surgery.spec import Slot
+from attnswap.surgery.spec import KEY, Slot
 from attnswap.swaps.base import Call, Swap, Terms
 
 TOKENS = 6
@@ -53,7 +53,7 @@ def verify(model: PreTrainedModel, config: PreTrainedConfig, modules: Modules, b
             config._attn_implementation_internal = before
             with _hooks_silenced(modules):
                 reference = _forward(model)
-            config._attn_implementation_internal = _ours()
+            config._attn_implementation_internal = KEY
             with _replaced(swapped, Plain()):
                 same = _forward(model)
             with _replaced(swapped, Flat()), _gains(swapped) as gains, torch.enable_grad():
@@ -67,7 +67,7 @@ def verify(model: PreTrainedModel, config: PreTrainedConfig, modules: Modules, b
                 f"{type(model).__name__} cannot run a forward with attnswap: {type(error).__name__}: {error}"
             ) from error
         finally:
-            config._attn_implementation_internal = _ours()
+            config._attn_implementation_internal = KEY
     spread = float(reference.std()) or 1.0
     difference = float((same - reference).abs().max())
     if not difference <= TOLERANCE.get(model.dtype, 0.2) * spread:
@@ -89,12 +89,6 @@ def _check_heads(model: PreTrainedModel, layer: int, module: nn.Module, slope: T
                     f"head {head} of layer {layer} ({type(module).__name__}) of {type(model).__name__} has no effect "
                     "on the model's output when its attention is served by attnswap"
                 )
-
-
-def _ours() -> str:
-    from attnswap.surgery.spec import KEY
-
-    return KEY
 
 
 def _forward(model: PreTrainedModel) -> Tensor:
