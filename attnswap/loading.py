@@ -1,6 +1,7 @@
 """Find and load models and tokenizers: a hub name, a directory, a GGUF file, or the embedded one."""
 
 import importlib.util
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -82,19 +83,35 @@ def load_model(
 
     Raises:
         ConfigError: There is no model of that name or in that place.
-        CheckpointError: Its weights are damaged.
+        CheckpointError: Its weights are damaged, or are a swap's without its config.
     """
     path, extra = resolve(reference)
     if dtype is not None:
         kwargs["dtype"] = dtype
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, **extra, **kwargs)
+        both: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **extra, **kwargs)
     except OSError as error:
         raise ConfigError(f'"{reference}" has no model that transformers can load: {error}') from error
     except SafetensorError as error:
         raise CheckpointError(f'the weights of "{reference}" cannot be read: {error}. Are they complete?') from error
+    model, loaded = both
+    refuse_orphans(loaded["unexpected_keys"], reference)
     clear_dequantized_flags(model)
-    return model.to(device) if device else model  # type: ignore[arg-type]
+    return model.to(device) if device else model
+
+
+def refuse_orphans(unexpected: Iterable[str], reference: str | Path) -> None:
+    """Raises CheckpointError if a checkpoint holds swap parameters that its config does not name.
+
+    Such a model would compute plain softmax. It is what replacing ``model.config`` after patching leaves behind.
+    """
+    orphans = sorted(key for key in unexpected if ".attnswap." in f".{key}")
+    if orphans:
+        raise CheckpointError(
+            f'"{reference}" holds {len(orphans)} swap parameters, such as {orphans[0]}, but its config.json does not '
+            "name their swaps, so it would load as plain softmax. Was model.config replaced after attnswap.patch? "
+            "Patch the original model again, load these weights into it with load_state_dict, and save it"
+        )
 
 
 def clear_dequantized_flags(model: PreTrainedModel) -> list[str]:

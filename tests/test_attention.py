@@ -83,10 +83,10 @@ def test_masks_of_every_shape_and_dtype_say_the_same(backend: str, causal: bool)
 
 
 def test_a_large_finite_bias_is_a_bias_and_counts_as_visible():
-    """Only values at or below half the dtype's smallest number hide a key; -1e4 merely disfavours it."""
+    """Only values at or below half the dtype's smallest number hide a key; -1e3 merely disfavours it."""
     q, k, v = tensors()
     bias = torch.zeros(5, 7)
-    bias[:, 3:] = -1e4
+    bias[:, 3:] = -1e3
     options = {"scale": torch.ones(4), "offset": torch.zeros(4)}
     for backend in ALL:
         found = attnswap.attention(q, k, v, "ssmax", attn_mask=bias, backend=backend, **options)
@@ -219,7 +219,14 @@ REFUSED = {
     "three dimensions": ({"query": Q[0]}, "4 dimensions"),
     "mask of one dimension": ({"attn_mask": torch.ones(7, dtype=torch.bool)}, "attn_mask"),
     "mask of five dimensions": ({"attn_mask": torch.ones(1, 1, 1, 5, 7, dtype=torch.bool)}, "attn_mask"),
-    "mask that does not broadcast": ({"attn_mask": torch.ones(5, 6, dtype=torch.bool)}, "broadcast"),
+    "mask that does not broadcast": ({"attn_mask": torch.ones(5, 6, dtype=torch.bool)}, "does not fit"),
+    "mask of -1e4": ({"attn_mask": torch.full((5, 7), -1e4)}, "hides a key only nearly"),
+    "mask of -1e9": ({"attn_mask": torch.full((5, 7), -1e9)}, "hides a key only nearly"),
+    "mask of fp16's minimum": (
+        {"attn_mask": torch.full((5, 7), torch.finfo(torch.float16).min, dtype=torch.float16).float()},
+        "hides a key only nearly",
+    ),
+    "mask of -1e4 in bf16": ({"attn_mask": torch.full((5, 7), -1e4, dtype=torch.bfloat16)}, "hides a key only nearly"),
     "mask of integers": ({"attn_mask": torch.ones(5, 7, dtype=torch.long)}, "int64"),
     "dropout of 1": ({"dropout_p": 1.0}, "dropout_p"),
     "negative dropout": ({"dropout_p": -0.1}, "dropout_p"),

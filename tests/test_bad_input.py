@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny
@@ -32,6 +33,10 @@ MISTAKES = [
     ({"swap": "ssmax", "layers": []}, "no layer selected"),
     ({"swap": "ssmax", "layers": lambda i: False}, "no layer selected"),
     ({"swap": "ssmax", "layers": [0.5]}, "whole number"),
+    ({"swap": "ssmax", "layers": 0.5}, "whole number"),
+    ({"swap": "ssmax", "heads": "0"}, "whole number"),
+    ({"swap": "ssmax", "ramp": "0.5"}, "ramp must be in"),
+    ({"swap": "ssmax", "ramp": [0.5] * 4}, "one number here"),
     ({"swap": "ssmax", "heads": [4]}, "head 4 does not exist: the layer has heads 0 to 3"),
     ({"swap": "ssmax", "heads": [-1]}, "head -1"),
     ({"swap": "ssmax", "heads": [1, 1]}, "each once"),
@@ -92,6 +97,9 @@ def test_bad_ramp_moves_nothing(patched):
     for ramp in (1.1, [0.5, 0.5], [0, 0, 0, 2]):
         with pytest.raises(ConfigError, match="ramp"):
             attnswap.set_ramp(model, ramp)
+    for ramp in ("0.5", ["a"] * 4, True, None, torch.tensor(2.0)):
+        with pytest.raises(ConfigError, match="ramp must be in"):
+            attnswap.set_ramp(model, ramp)
     with pytest.raises(ConfigError, match="layer 5"):
         attnswap.set_ramp(model, 0.5, layers=[0, 5])
     shared = patched("llama", "selective-temperature")
@@ -99,6 +107,14 @@ def test_bad_ramp_moves_nothing(patched):
         attnswap.set_ramp(shared, [0, 1, 0, 1])
     attnswap.set_ramp(shared, [0, 0, 1, 1])
     assert all(s.ramp == 1.0 for row in attnswap.describe(model).layers for s in row.swaps.values())
+
+
+def test_numbers_of_numpy_and_torch_are_numbers():
+    model = tiny("llama")
+    attnswap.patch(model, "softpick", layers=np.array([0, 1]), heads=torch.tensor([0, 2]), ramp=np.float32(0.5))
+    attnswap.set_ramp(model, torch.tensor([0.25, 1.0]), layers=np.int64(1))
+    assert [s.ramp for row in attnswap.describe(model).layers for s in row.swaps.values()] == [0.5, (0.25, 1.0)]
+    assert attnswap.describe(model).layers[0].kept == (1, 3)
 
 
 def test_mamba_has_no_attention():
@@ -239,7 +255,7 @@ def test_a_cache_filled_without_gates(patched, tokens):
 def test_a_mask_of_the_wrong_size(patched, tokens):
     model = patched("llama", "ssmax")
     mask = torch.ones(2, 1, 20, 25, dtype=torch.bool)
-    with pytest.raises(UnsupportedModelError, match="20 queries and 25 keys"):
+    with pytest.raises(ConfigError, match="does not fit 2 rows, 4 heads, 20 queries and 20 keys"):
         model(tokens, attention_mask=mask)
 
 

@@ -1,6 +1,7 @@
 """Saving, reloading and refusing checkpoints."""
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -224,3 +225,53 @@ def test_lora_on_a_patched_model(patched, tokens):
     assert torch.allclose(logits(adapted, tokens), expected, atol=1e-6)
     merged = adapted.merge_and_unload()
     assert torch.allclose(logits(merged, tokens), expected, atol=1e-5)
+
+
+def test_a_ramp_moves_in_every_copy_that_peft_keeps(patched, tokens):
+    """modules_to_save keeps a frozen and a trained copy of the swaps; both have the new lambda."""
+    from peft import LoraConfig, get_peft_model
+
+    model = patched("llama", "softpick", ramp=0.0)
+    expected = logits(patched("llama", "softpick"), tokens)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["attnswap"]))
+    attnswap.set_ramp(model, 1.0)
+    assert torch.allclose(logits(adapted, tokens), expected, atol=1e-6)
+
+
+def test_a_patched_inner_model_is_saved_by_the_model_around_it(tokens, tmp_path):
+    model = tiny("llama")
+    attnswap.patch(model.model, "softpick")
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, tokens), logits(model, tokens))
+    attnswap.unpatch(model)
+    assert torch.equal(logits(model, tokens), logits(tiny("llama"), tokens))
+
+
+@pytest.mark.parametrize("load", [attnswap.loading.load_model, attnswap.from_pretrained])
+def test_swap_parameters_without_their_config(load, patched, tmp_path):
+    """Replacing the config after patching must not end in a plain softmax model that looks loaded."""
+    patched("llama", "ssmax").save_pretrained(tmp_path)
+    if load is attnswap.from_pretrained:  # it asks for a spec, so leave it one of two layers
+        edit_config(tmp_path, lambda c: c["attnswap"]["swaps"][0].update(layers=[0]))
+    else:
+        edit_config(tmp_path, lambda c: [c.pop(k) for k in ("attnswap", "attn_implementation")])
+    with pytest.raises(CheckpointError, match=r"layers\.[01]\.self_attn\.attnswap.*does not name"):
+        load(tmp_path)
+
+
+def test_assigned_half_precision_state_stays_fp32(patched, tokens):
+    model = patched("llama", "forgetting-gate")
+    state = {k: v.bfloat16() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    assert all(p.dtype == torch.float32 for p in attnswap.swap_parameters(model).values())
+    assert torch.isfinite(logits(model, tokens)).all()
+
+
+def test_a_cache_with_gates_can_be_pickled(patched, tokens):
+    model = patched("llama", "forgetting-gate")
+    with torch.no_grad():
+        cache = model(tokens[:, :12], use_cache=True).past_key_values
+        twin = pickle.loads(pickle.dumps(cache))
+        expected = model(tokens[:, 12:], past_key_values=cache).logits
+        assert torch.equal(model(tokens[:, 12:], past_key_values=twin).logits, expected)

@@ -370,6 +370,20 @@ def test_output_attentions(kind, swap, patched, tokens):
         assert np.abs(asked.attentions[layer].double().numpy() - weights).max() < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt_oss"])
+def test_output_attentions_of_partly_patched_models(kind, patched, tokens):
+    """One entry per layer, also where the previous implementation (sdpa in llama) returns no weights of its own."""
+    model = patched(kind, "ssmax", layers=[1])
+    _, mask, documents = layout("plain")
+    with torch.no_grad(), recording(model) as calls:
+        found = model(tokens, output_attentions=True).attentions
+    assert len(found) == 2
+    for layer, (_, module) in attention_modules(model).items():
+        _, weights = expected(calls[layer], slots_of(module), mask, documents, window_of(model, layer))
+        ours = found[layer].double().numpy()[..., : weights.shape[-1]]
+        assert np.abs(ours - weights).max() < 1e-5
+
+
 @pytest.mark.parametrize("swap", SWAPS)
 def test_gradients_reach_every_swap_parameter(swap, patched, tokens):
     model = patched("llama", swap)

@@ -156,7 +156,7 @@ def by_hand(swap: Swap, inputs: Inputs, ramp: Tensor) -> dict[str, Tensor]:
 
 
 def token_is_padding(inputs: Inputs) -> Tensor:
-    """Under a dense mask: tokens whose own key no head of theirs sees, as far as they are among the queries."""
+    """Under a dense mask: tokens whose key no query of any head sees, as far as they are among the queries."""
     batch, _, queries, keys = inputs.visible.shape
     padded = torch.zeros(batch, keys, dtype=torch.bool)
     if "attn_mask" in inputs.options:
@@ -164,7 +164,8 @@ def token_is_padding(inputs: Inputs) -> Tensor:
             for i in range(queries):
                 own = i + keys - queries
                 if 0 <= own < keys:
-                    padded[b, own] = not any(bool(head[i, own]) for head in inputs.visible[b])
+                    seen = [bool(head[row, own]) for head in inputs.visible[b] for row in range(queries)]
+                    padded[b, own] = not any(seen)
     return padded
 
 

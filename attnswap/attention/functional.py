@@ -96,13 +96,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, dropout_
 
 def _visibility(query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Visibility:
     q_length, k_length = query.shape[2], key.shape[2]
-    dense, bias = (None, None) if attn_mask is None else split_mask(attn_mask)
     full = (query.shape[0], query.shape[1], q_length, k_length)
-    if dense is not None:
-        if any(size not in (1, whole) for size, whole in zip(dense.shape, full, strict=True)):
-            raise ConfigError(f"attn_mask of shape {tuple(dense.shape)} does not broadcast to {full}")
-        dense = dense.expand(*dense.shape[:2], q_length, k_length)
-        bias = None if bias is None else bias.expand(*bias.shape[:2], q_length, k_length)
+    dense, bias = (None, None) if attn_mask is None else split_mask(attn_mask, full)
     return Visibility(q_length, k_length, query.device, is_causal, q_offset=k_length - q_length, dense=dense, bias=bias)
 
 
@@ -114,14 +109,9 @@ def _ramp(ramp: float | Tensor, query: Tensor, key: Tensor, swap: Swap) -> float
             )
         if not bool(((ramp >= 0) & (ramp <= 1)).all()):
             raise ConfigError(f"ramp must be in [0, 1], not {ramp.tolist()}")
-        if ramp.ndim and any(f.heads == "kv" for f in swap.features().values()):
-            groups = ramp.reshape(key.shape[1], -1)
-            if not bool((groups == groups[:, :1]).all()):
-                raise ConfigError(
-                    f'"{swap.name}" keeps one value per key/value head: give the {groups.shape[1]} query heads that '
-                    f"share one the same ramp, not {ramp.tolist()}"
-                )
+        if ramp.ndim:
+            swap.check_shared(ramp.tolist(), query.shape[1] // key.shape[1])
         return ramp.to(device=query.device, dtype=torch.float32)
-    if not isinstance(ramp, int | float) or not 0 <= ramp <= 1:
+    if isinstance(ramp, bool) or not isinstance(ramp, int | float) or not 0 <= ramp <= 1:
         raise ConfigError(f"ramp must be in [0, 1], not {ramp!r}")
     return float(ramp)

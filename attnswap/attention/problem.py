@@ -63,16 +63,14 @@ class Problem:
     def terms(self) -> Terms:
         """Evaluates the swap's terms for all queries and keys."""
         features = {}
-        valid = self.visibility.token_valid
         for name, declared in self.swap.features().items():
             value = self.features[name]
             if declared.per == "head":
                 features[name] = self.per_head(value)
                 continue
             value = value.to(self.dtype)
-            if declared.per == "key" and valid is not None:
-                value = value.masked_fill(~valid[:, None], declared.padding)
-            features[name] = value
+            valid = self.visibility.token_valid if declared.per == "key" else None
+            features[name] = value if valid is None else value.masked_fill(~valid[:, None], declared.padding)
         last = self.visibility.k_length - 1
         call = Call(
             n=self.visibility.n.to(self.dtype),

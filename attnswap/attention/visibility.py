@@ -141,40 +141,75 @@ class Visibility:
     def token_valid(self) -> Tensor | None:
         """Keys that belong to real tokens, shape (batch or 1, keys); None: all of them.
 
-        Under a dense mask a key that cannot see itself is padding, as far as its own row is among the queries.
+        Under a dense mask a key that neither sees itself nor is seen by another query is padding, as far as its own
+        row is among the queries; nothing is known of keys from before.
         """
         if self.dense is None:
             return self.key_valid
         position = self.positions()
-        inside = (position >= 0) & (position < self.k_length)
-        own = self.mask().any(1)[:, torch.arange(self.q_length, device=self.device)[inside], position[inside]]
-        valid = torch.ones(own.shape[0], self.k_length, dtype=torch.bool, device=self.device)
-        valid[:, position[inside]] = own
+        position = position[(position >= 0) & (position < self.k_length)]
+        seen = self._seen_somewhere
+        valid = torch.ones_like(seen)
+        valid[:, position] = seen[:, position]
         return valid if self.key_valid is None else valid & self.key_valid
 
+    @cached_property
+    def _seen_somewhere(self) -> Tensor:
+        """Keys that some query of some head sees, shape (batch or 1, keys)."""
+        return self.mask().any(2).any(1)
 
-def split_mask(mask: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    @property
+    def hides_a_token_from_itself(self) -> bool:
+        """Whether some query's own key is hidden from it, but not from every other query."""
+        if self.dense is None:
+            return False
+        position = self.positions()
+        own = self.mask().any(1)[:, torch.arange(self.q_length, device=self.device), position]
+        return bool((self._seen_somewhere[:, position] & ~own).any())
+
+
+DOUBTFUL = -9e3
+"""Additive mask values from here down to half the dtype's minimum are refused: -1e4 and -1e9 mean "hidden" to many,
+but a softmax row of such keys alone still attends, and they would count as visible keys."""
+
+
+def split_mask(mask: Tensor, full: tuple[int, int, int, int]) -> tuple[Tensor, Tensor | None]:
     """Splits a user's mask into a boolean part and an additive part.
 
     Args:
         mask: Boolean (True: visible), or additive of a floating point dtype; 2 to 4 dimensions, broadcast from the
             right as ``scaled_dot_product_attention`` does.
+        full: The shape (batch, heads, queries, keys) it is for.
 
     Returns:
-        ``(dense, bias)``; an additive value at or below half the smallest finite number of its dtype means invisible.
+        ``(dense, bias)`` of shape (batch or 1, heads or 1, queries, keys); an additive value at or below half the
+        smallest finite number of its dtype means invisible.
 
     Raises:
-        ConfigError: The mask is of another dtype or has too few or too many dimensions.
+        ConfigError: The mask is of another dtype or shape, or holds numbers that hide a key only nearly.
     """
     if not 2 <= mask.ndim <= 4:
         raise ConfigError(
             f"attn_mask has shape {tuple(mask.shape)}; give (queries, keys) up to (batch, heads, queries, keys)"
         )
+    shape = tuple(mask.shape)
     mask = mask[(None,) * (4 - mask.ndim)]
+    if any(size not in (1, whole) for size, whole in zip(mask.shape, full, strict=True)):
+        raise ConfigError(
+            f"the attention mask of shape {shape} does not fit {full[0]} rows, {full[1]} heads, {full[2]} queries and "
+            f"{full[3]} keys"
+        )
+    mask = mask.expand(*mask.shape[:2], *full[2:])
     if mask.dtype == torch.bool:
         return mask, None
     if not mask.is_floating_point():
         raise ConfigError(f"attn_mask has dtype {mask.dtype}; give a boolean mask (True: visible) or an additive one")
     visible = mask > torch.finfo(mask.dtype).min / 2
+    doubtful = visible & (mask <= DOUBTFUL)
+    if bool(doubtful.any()):
+        raise ConfigError(
+            f"attn_mask holds {float(mask[doubtful].max()):g} in {mask.dtype}, which hides a key only nearly: write "
+            "torch.finfo(mask.dtype).min or -inf, or give a boolean mask (True: visible)"
+        )
     bias = mask.masked_fill(~visible, 0.0)
     return visible, (bias if mask.requires_grad or bool(bias.any()) else None)

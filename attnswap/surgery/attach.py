@@ -49,9 +49,13 @@ def children_of(module: nn.Module) -> list[LayerSwap]:
 def own_config(model: PreTrainedModel) -> Callable[[], None]:
     """Gives a model a config object of its own, since models built from one config share it.
 
+    A bare inner model keeps the object: it is the config of the model around it, which has to save the swaps too.
+
     Returns:
         A function that gives the model its old config object back.
     """
+    if model.base_model is model:
+        return lambda: None
     copies: dict[int, Any] = {}
     copy.deepcopy(model.config, copies)
     replaced = []

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
 
 from attnswap.errors import CheckpointError
+from attnswap.loading import refuse_orphans
 from attnswap.surgery.attach import attach_from_config, spec_of
 from attnswap.surgery.module import SwapModule
 from attnswap.surgery.probe import verify
@@ -44,6 +45,7 @@ def from_pretrained(path: str | Path, *, auto_class: Any = AutoModelForCausalLM,
     missing = [k for k in loaded["missing_keys"] if f".{KEY}." in k]
     if missing:
         raise CheckpointError(f'the checkpoint "{path}" lacks {len(missing)} swap parameters, such as {missing[0]}')
+    refuse_orphans(loaded["unexpected_keys"], path)
     spec = spec_of(model)
     modules = attention_modules(model)
     if spec is not None and not any(p.is_meta for p in model.parameters()):

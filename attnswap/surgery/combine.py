@@ -54,7 +54,7 @@ def attend(
     # Evaluated at most once, and outside the region below, so that it runs exactly as it did before patching.
     was = before()[0].transpose(1, 2) if blends or partial else None
     with torch.autocast(layer.query.device.type, enabled=False):
-        shares = dense.attend(_softmax(layer), need_weights=True)[1] if weights else None
+        shares = softmax_weights(layer) if weights else None
         out = was
         for name, slot in active.items():
             problem = slot_problem(layer, slot, features[name])
@@ -64,10 +64,10 @@ def attend(
                 part = compute(problem, lambda here=here: here)  # type: ignore[misc]
             else:
                 part, share = _dense_part(problem, here)
-                shares = _place(shares, chosen, share)
+                shares = _place(shares, chosen, share.to(layer.value.dtype))
             out = part if chosen is None else _place(out, chosen, part.to(layer.value.dtype), heads)
     assert out is not None
-    return out.transpose(1, 2).contiguous(), None if shares is None else shares.to(layer.value.dtype)
+    return out.transpose(1, 2).contiguous(), shares
 
 
 def _place(whole: Tensor | None, heads: Tensor | None, part: Tensor, count: int = 0) -> Tensor:
@@ -131,8 +131,7 @@ def _as_autocast_would(layer: LayerInputs) -> LayerInputs:
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else layer.value.dtype
     if layer.query.dtype == layer.key.dtype == layer.value.dtype == dtype:
         return layer
-    cast = {name: getattr(layer, name).to(dtype) for name in ("query", "key", "value")}
-    return LayerInputs(**{**layer.__dict__, **cast})
+    return replace(layer, query=layer.query.to(dtype), key=layer.key.to(dtype), value=layer.value.to(dtype))
 
 
 def _dense_part(problem: Problem, was: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -149,6 +148,9 @@ def _dense_part(problem: Problem, was: Tensor | None) -> tuple[Tensor, Tensor]:
     return out, weights
 
 
-def _softmax(layer: LayerInputs) -> Problem:
-    """The problem of heads that keep softmax (with the model's own sinks and soft cap)."""
-    return Problem(swap=Swap(), features={}, ramp=1.0, **layer.__dict__)
+def softmax_weights(layer: LayerInputs) -> Tensor:
+    """Returns the weights of heads that keep softmax (with the model's own sinks and soft cap)."""
+    plain = Problem(swap=Swap(), features={}, ramp=1.0, **layer.__dict__)
+    weights = dense.attend(plain, need_weights=True)[1]
+    assert weights is not None
+    return weights.to(layer.value.dtype)

@@ -78,12 +78,11 @@ class SwapModule(nn.Module):
         return super()._apply(keep_dtype, recurse)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in (*self._parameters, "ramp"):  # a state dict that is assigned rather than copied stays fp32 too
+            if f"{prefix}{name}" in state_dict:
+                state_dict[f"{prefix}{name}"] = state_dict[f"{prefix}{name}"].float()
         saved, errors = state_dict.get(f"{prefix}ramp"), args[-1]
-        if (
-            saved is not None
-            and not self.ramp.is_meta
-            and not torch.equal(saved.float().to(self.ramp.device), self.ramp)
-        ):
+        if saved is not None and not self.ramp.is_meta and not torch.equal(saved.to(self.ramp.device), self.ramp):
             # The phase that goes with lambda is kept outside the tensors.
             errors.append(
                 f"the state has lambda {saved.tolist()} for {prefix}ramp, but the model is at {self.ramp.tolist()}: "

@@ -1,9 +1,11 @@
 """Patch a model in place, undo it, move its ramp, and list its parameters for an optimizer."""
 
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any
 
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from attnswap.errors import ConfigError
@@ -57,7 +59,9 @@ def patch(
         UnsupportedModelError: The model's attention cannot be served exactly. In both cases the model is as before.
     """
     wanted = _pairs(swap, heads)
-    check_ramp(ramp)
+    start = check_ramp(ramp)
+    if isinstance(start, tuple):
+        raise ConfigError(f"ramp must be one number here, not {ramp!r}; attnswap.set_ramp takes one per head")
     modules = attention_modules(model)
     config = owning_config(model, modules)
     info = model_info(config)
@@ -67,7 +71,7 @@ def patch(
     spec = PatchSpec(before) if old is None else old
     added: list[tuple[int, str, Slot]] = []
     for config_of_swap, heads_of_swap in wanted:
-        slot = Slot(config_of_swap.bind(info), _fitting_heads(config_of_swap, heads_of_swap, info), float(ramp))
+        slot = Slot(config_of_swap.bind(info), _fitting_heads(config_of_swap, heads_of_swap, info), start)
         for layer in chosen:
             present = spec.layers.get(layer, {})
             _check_free(layer, slot, present, info)
@@ -130,8 +134,7 @@ def set_ramp(model: PreTrainedModel, ramp: float | Iterable[float], *, layers: L
         ConfigError: The model is not patched, a value is out of range, or the number of values does not fit.
     """
     spec, modules = _spec(model), attention_modules(model)
-    value = ramp if isinstance(ramp, int | float) else tuple(float(r) for r in ramp)
-    check_ramp(value)
+    value = check_ramp(ramp)
     patched = select_layers(layers, sorted(spec.layers))
     info = model_info(owning_config(model, modules))
     for layer in patched:
@@ -140,7 +143,7 @@ def set_ramp(model: PreTrainedModel, ramp: float | Iterable[float], *, layers: L
                 _check_values(value, slot, info, layer)
     for layer in patched:
         for name, slot in spec.layers[layer].items():
-            moved = Slot(slot.swap, slot.heads, value if isinstance(value, tuple) else float(value))
+            moved = Slot(slot.swap, slot.heads, value)
             spec = spec.with_slot(layer, name, moved)
             for child in attach.children_of(modules[layer][1]):
                 child.set_ramp(name, moved)
@@ -180,23 +183,28 @@ def parameter_groups(
     return [{"name": n, "params": p, "lr": rate, "weight_decay": d} for n, p, rate, d in groups if p]
 
 
-def check_ramp(ramp: float | tuple[float, ...]) -> None:
-    """Raises ConfigError unless every value of a ramp is a number in [0, 1]."""
-    for value in ramp if isinstance(ramp, tuple) else (ramp,):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise ConfigError(f"ramp must be in [0, 1], not {value!r}")
+def check_ramp(ramp: Any) -> float | tuple[float, ...]:
+    """Returns a ramp as a number, or as one per head.
+
+    Raises:
+        ConfigError: A value is no number in [0, 1].
+    """
+    values = ramp.tolist() if isinstance(ramp, Tensor | np.ndarray | np.generic) else ramp
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        return _one_ramp(values)
+    return tuple(_one_ramp(value) for value in values)
+
+
+def _one_ramp(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
+        raise ConfigError(f"ramp must be in [0, 1], not {value!r}")
+    return float(value)
 
 
 def _check_values(values: tuple[float, ...], slot: Slot, info: ModelInfo, layer: int) -> None:
     if len(values) != slot.count(info.heads):
         raise ConfigError(f"{len(values)} ramp values for {slot.count(info.heads)} heads of layer {layer}")
-    groups = info.heads // info.kv_heads
-    shares = any(f.heads == "kv" for f in slot.swap.features().values())
-    if shares and any(len(set(values[i : i + groups])) > 1 for i in range(0, len(values), groups)):
-        raise ConfigError(
-            f'"{slot.swap.name}" keeps one value per key/value head: give the {groups} query heads that share one the '
-            f"same ramp, not {list(values)}"
-        )
+    slot.swap.check_shared(values, info.heads // info.kv_heads)
 
 
 def _pairs(swap: Any, heads: HeadsLike) -> list[tuple[Swap, HeadsLike]]:
@@ -212,8 +220,7 @@ def _pairs(swap: Any, heads: HeadsLike) -> list[tuple[Swap, HeadsLike]]:
 def _fitting_heads(swap: Swap, heads: HeadsLike, info: ModelInfo) -> tuple[int, ...] | None:
     chosen = select_heads(heads, info)
     groups = info.heads // info.kv_heads
-    shares = any(f.heads == "kv" for f in swap.features().values())
-    if chosen is not None and shares and groups > 1:
+    if chosen is not None and swap.traits.per_kv_head and groups > 1:
         starts = [h for h in chosen[::groups] if h % groups == 0]
         if list(chosen) != [h + i for h in starts for i in range(groups)]:
             raise ConfigError(

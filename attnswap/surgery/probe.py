@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from attnswap.errors import AttnSwapError, UnsupportedModelError
 from attnswap.surgery.attach import Modules, child_of
-from attnswap.surgery.seam import Enter
+from attnswap.surgery.seam import Enter, Leave
 from attnswap.surgery.spec import KEY, Slot
 from attnswap.swaps.base import Call, Swap, Terms
 
@@ -125,7 +125,7 @@ def _hooks_silenced(modules: Modules) -> Iterator[None]:
         tables = (module._forward_pre_hooks, module._forward_hooks)
         saved.append([(t, dict(t)) for t in tables])
         for table in tables:
-            for key in [k for k, h in table.items() if type(h).__module__ == Enter.__module__]:
+            for key in [k for k, h in table.items() if isinstance(h, Enter | Leave)]:
                 del table[key]
     try:
         yield

@@ -150,8 +150,11 @@ def attention_forward(
         function = previous_function(module, call.before)
         return function(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
 
+    weights_wanted = attentions_wanted(kwargs)
     if not call.slots:
-        return _probed(before(), call.probe)
+        kept = before()
+        if kept[1] is not None or not weights_wanted:
+            return kept
     for name in kwargs:
         if name not in BENIGN and kwargs[name] is not None:
             raise UnsupportedModelError(
@@ -162,53 +165,78 @@ def attention_forward(
         query=query,
         key=key,
         value=value,
-        visibility=as_visibility(module, attention_mask, query, key, kwargs.get("is_causal")),
+        visibility=as_visibility(module, attention_mask, query, key, call.cache, kwargs.get("is_causal")),
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
         dropout=dropout,
     )
+    if not call.slots:
+        return kept[0], combine.softmax_weights(layer)
     features = {name: dict(values) for name, values in call.features.items()}
     if call.cache is not None:
-        _extend_with_past(call, features, module, key.shape[2])
-    want_weights = attentions_wanted(kwargs)
-    return _probed(combine.attend(layer, call.slots, features, before, want_weights), call.probe)
+        _extend_with_past(call, features, module, layer.visibility)
+    return _probed(combine.attend(layer, call.slots, features, before, weights_wanted), call.probe)
 
 
 def _probed(result: tuple[Tensor, Tensor | None], probe: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return result if probe is None else (result[0] * probe[:, None].to(result[0].dtype), result[1])
 
 
-def _extend_with_past(call: LayerCall, features: dict[str, dict[str, Tensor]], module: nn.Module, keys: int) -> None:
-    """Replaces the per-key features of the new tokens by those of all keys, past ones from beside the cache."""
+def _extend_with_past(
+    call: LayerCall, features: dict[str, dict[str, Tensor]], module: nn.Module, visibility: Visibility
+) -> None:
+    """Replaces the per-key features of the new tokens by those of all keys, past ones from beside the cache.
+
+    Padding is blanked before it is stored: later masks need not say which of the past tokens were padding.
+
+    Raises:
+        UnsupportedModelError: The mask does not say whether a new token is padding.
+    """
     places = [
-        (slot, name)
+        (slot, name, feature.padding)
         for slot, static in call.slots.items()
         for name, feature in static.swap.features().items()
         if feature.per == "key"
     ]
     if not places or call.cache is None:
         return
-    sizes = [features[slot][name].shape[1] for slot, name in places]
-    new = torch.cat([features[slot][name] for slot, name in places], 1)
-    full = append(call.cache, module.layer_idx, new, keys)  # type: ignore[arg-type]
-    for (slot, name), part in zip(places, full.split(sizes, 1), strict=True):
+    if visibility.hides_a_token_from_itself:
+        raise UnsupportedModelError(
+            "the attention mask hides a token from itself but shows it to others; with a KV cache attnswap cannot tell "
+            "such a token from padding. Let every token see itself, or run without a cache"
+        )
+    sizes = [features[slot][name].shape[1] for slot, name, _ in places]
+    valid = None if visibility.token_valid is None else visibility.token_valid[:, None, visibility.positions()]
+    new = torch.cat(
+        [
+            features[slot][name] if valid is None else features[slot][name].masked_fill(~valid, padding)
+            for slot, name, padding in places
+        ],
+        1,
+    )
+    full = append(call.cache, module.layer_idx, new, visibility.k_length)  # type: ignore[arg-type]
+    for (slot, name, _), part in zip(places, full.split(sizes, 1), strict=True):
         features[slot][name] = part
 
 
 def as_visibility(
-    module: nn.Module, mask: ForwardMask | Tensor | None, query: Tensor, key: Tensor, is_causal: bool | None
+    module: nn.Module,
+    mask: ForwardMask | Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    cache: Cache | None,
+    is_causal: bool | None,
 ) -> Visibility:
     """Returns which keys each query sees, from whatever the model passed as its mask."""
     q_length, k_length = query.shape[2], key.shape[2]
     if isinstance(mask, ForwardMask):
         seen = mask.visibility
     elif mask is not None:
-        dense, bias = split_mask(mask)
-        dense = dense.expand(-1, -1, q_length, -1) if dense is not None and dense.shape[2] == 1 else dense
-        bias = bias.expand(-1, -1, q_length, -1) if bias is not None and bias.shape[2] == 1 else bias
-        offset = k_length - q_length
-        seen = Visibility(q_length, dense.shape[3], query.device, False, offset, dense=dense, bias=bias)  # type: ignore[union-attr]
+        dense, bias = split_mask(mask, (query.shape[0], query.shape[1], q_length, k_length))
+        # Static caches hand out keys that are not written yet; sliding ones have dropped the oldest.
+        written = k_length if cache is None else min(int(cache.get_seq_length(module.layer_idx)), k_length)  # type: ignore[arg-type]
+        return Visibility(q_length, k_length, query.device, False, written - q_length, dense=dense, bias=bias)
     else:
         causal = q_length > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
         return Visibility(q_length, k_length, query.device, causal, q_offset=0)

@@ -1,6 +1,8 @@
 """Find the attention modules of a model, and read which layers and heads a user means."""
 
+import operator
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -55,10 +57,7 @@ def select_layers(layers: LayersLike, available: list[int]) -> list[int]:
     elif callable(layers):
         chosen = [i for i in available if layers(i)]
     else:
-        wanted = [layers] if isinstance(layers, int) else list(layers)
-        bad = [i for i in wanted if isinstance(i, bool) or not isinstance(i, int)]
-        if bad:
-            raise ConfigError(f"a layer index is a whole number, not {bad[0]!r}")
+        wanted = whole_numbers(layers, "a layer index")
         top = available[-1] + 1
         chosen = [i + top if i < 0 else i for i in wanted]
         missing = [i for i, index in zip(wanted, chosen, strict=True) if index not in available]
@@ -69,6 +68,24 @@ def select_layers(layers: LayersLike, available: list[int]) -> list[int]:
     if not chosen:
         raise ConfigError(f"no layer selected by {layers!r} among {available[0]} to {available[-1]}")
     return sorted(set(chosen))
+
+
+def whole_numbers(values: Any, what: str) -> list[int]:
+    """Returns one or several whole numbers (Python's, numpy's or a tensor's) as a list.
+
+    Raises:
+        ConfigError: A value is something else.
+    """
+    several = isinstance(values, Iterable) and getattr(values, "ndim", 1) > 0
+    numbers = []
+    for value in values if several else [values]:
+        try:
+            if isinstance(value, bool):
+                raise TypeError
+            numbers.append(operator.index(value))
+        except TypeError:
+            raise ConfigError(f"{what} is a whole number, not {value!r}") from None
+    return numbers
 
 
 def _slice(text: str, available: list[int]) -> list[int]:
@@ -92,9 +109,9 @@ def select_heads(heads: Iterable[int] | int | None, info: ModelInfo) -> tuple[in
     """
     if heads is None:
         return None
-    wanted = [heads] if isinstance(heads, int) else list(heads)
+    wanted = whole_numbers(heads, "a head")
     for head in wanted:
-        if isinstance(head, bool) or not isinstance(head, int) or not 0 <= head < info.heads:
+        if not 0 <= head < info.heads:
             raise ConfigError(f"head {head!r} does not exist: the layer has heads 0 to {info.heads - 1}")
     if len(set(wanted)) != len(wanted) or not wanted:
         raise ConfigError(f"heads={wanted} must name at least one head, each once")

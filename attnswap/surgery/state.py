@@ -29,10 +29,9 @@ FORWARDED = (
     "reset",
     "batch_repeat_interleave",
     "batch_select_indices",
-    "offload",
-    "prefetch",
     "activate_past_recording",
 )
+"""What a side layer follows. Not offloading: gates are small, and stay where they are needed."""
 
 
 def find_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
@@ -65,20 +64,22 @@ def append(cache: Cache, layer: int, new: Tensor, keys: int) -> Tensor:
     side = getattr(main, "attnswap_side", None)
     if side is None:
         if int(main.get_seq_length()) != new.shape[2]:
-            raise UnsupportedModelError(
-                f"the KV cache of layer {layer} was filled before the swap was there; start from an empty cache"
-            )
+            raise _filled_before(layer)
         side = _make_side(main)
         main.attnswap_side = side
         main.__class__ = _with_side(main.__class__)
     column = new[..., None]
     full = side.update(column, torch.empty_like(column))[0][..., 0]
     if full.shape[2] != keys:
-        raise UnsupportedModelError(
-            f"the KV cache of layer {layer} holds {keys} keys but gates of {full.shape[2]} tokens: it was filled "
-            "before the swap was there; start from an empty cache"
-        )
+        raise _filled_before(layer)
     return full
+
+
+def _filled_before(layer: int) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"the KV cache of layer {layer} was filled before the swap was there, so it holds keys of tokens whose gates "
+        "are unknown; start from an empty cache"
+    )
 
 
 def _make_side(main: Any) -> Any:
@@ -108,5 +109,11 @@ def _with_side(base: type) -> type:
         return method
 
     methods = {name: forwarded(name) for name in FORWARDED if hasattr(base, name)}
+    methods["__reduce__"] = lambda self: (_rebuild, (base,), self.__dict__)
     # Without the empty layer type, defining the class would enter it into transformers' own tables.
     return type(base.__name__, (base,), {"_layer_type": None, "__module__": base.__module__, **methods})
+
+
+def _rebuild(base: type) -> Any:
+    """Makes an empty cache layer with a side, for copying and pickling: its class cannot be found by name."""
+    return object.__new__(_with_side(base))

@@ -12,7 +12,7 @@ gives ``a, b, c, u`` (:meth:`Swap.terms`) and ``w, d, z0`` (:meth:`Swap.weight`,
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
@@ -123,6 +123,7 @@ class Traits:
         needs_hidden: Gates read the hidden states.
         needs_n: The number of visible keys enters the maths.
         cache_state: Per-token values must live beside the KV cache.
+        per_kv_head: One value serves all query heads that share a key/value head.
         route: ``"folded"`` runs on the stock softmax kernel, ``"elementwise"`` has weights of its own.
         native_ramp: lambda acts inside the maths instead of blending two outputs.
         paper: Title and arXiv id.
@@ -134,6 +135,7 @@ class Traits:
     needs_hidden: bool
     needs_n: bool
     cache_state: bool
+    per_kv_head: bool
     route: str
     native_ramp: bool
     paper: str
@@ -257,9 +259,24 @@ class Swap:
             needs_hidden=any(f.per != "head" for f in features.values()),
             needs_n=self.needs_n,
             cache_state=any(f.per == "key" for f in features.values()),
+            per_kv_head=any(f.heads == "kv" for f in features.values()),
             route="folded" if self.softmax_weighted else "elementwise",
             native_ramp=self.native_ramp,
             paper=self.paper,
+        )
+
+    def check_shared(self, ramps: Sequence[float], groups: int) -> None:
+        """Raises ConfigError if heads that share one of this swap's values ask for different ramps.
+
+        Args:
+            ramps: lambda of each query head, in the order of the heads.
+            groups: Query heads per key/value head.
+        """
+        parts = [ramps[i : i + groups] for i in range(0, len(ramps), groups)]
+        require(
+            not self.traits.per_kv_head or all(len(set(part)) == 1 for part in parts),
+            f'"{self.name}" keeps one value per key/value head: give the {groups} query heads that share one the same '
+            f"ramp, not {list(ramps)}",
         )
 
     def to_dict(self) -> dict[str, Any]:

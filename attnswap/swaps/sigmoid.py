@@ -8,7 +8,7 @@ Rows are free to sum to anything; a model's own sinks mean nothing here, since t
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, ClassVar, Literal, Self
 
@@ -52,7 +52,7 @@ class Sigmoid(Swap):
             info.max_positions is not None,
             "sigmoid: the model's config names no max_position_embeddings; give bias as a number",
         )
-        return type(self)(self.bias, self.bias_log_n, self.divide_by_n, info.max_positions)
+        return replace(self, max_positions=info.max_positions)
 
     @property
     def _start(self) -> float | None:

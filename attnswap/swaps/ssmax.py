@@ -16,7 +16,7 @@ restarts at packed document borders and stops growing at a sliding window.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
 from attnswap.swaps.base import Call, Feature, ModelInfo, Swap, Terms, require, resolve_init
@@ -61,7 +61,7 @@ class SSMax(Swap):
             info.max_positions is not None,
             "ssmax: the model's config names no max_position_embeddings; give train_length",
         )
-        return type(self)(self.form, self.init, info.max_positions)  # type: ignore[return-value]
+        return replace(self, train_length=info.max_positions)
 
     def features(self) -> dict[str, Feature]:
         start = 0.0 if self.init == "identity" else LATE_START
