@@ -216,6 +216,8 @@ REFUSED = {
     "another head width": ({"key": K[..., :3]}, "shapes"),
     "another batch": ({"key": K[:1], "value": V[:1]}, "shapes"),
     "other lengths of keys and values": ({"value": V[:, :, :5]}, "shapes"),
+    "whole numbers": ({"query": Q.long(), "key": K.long(), "value": V.long()}, "floating point dtype"),
+    "mixed dtypes": ({"value": V.half()}, "one floating point dtype"),
     "three dimensions": ({"query": Q[0]}, "4 dimensions"),
     "mask of one dimension": ({"attn_mask": torch.ones(7, dtype=torch.bool)}, "attn_mask"),
     "mask of five dimensions": ({"attn_mask": torch.ones(1, 1, 1, 5, 7, dtype=torch.bool)}, "attn_mask"),

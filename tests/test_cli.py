@@ -74,7 +74,15 @@ def test_patch_saves_what_reloads(run, checkpoint, tmp_path, tokens):
         (["patch", "CHECKPOINT", "x", "--swap", "ssmax", "--heads", "a"], 2, "list of numbers"),
         (["patch", "./nowhere", "x", "--swap", "ssmax"], 2, "no model at"),
         (["eval", "./nowhere"], 2, "no model at"),
+        (["patch", "./nowhere", "x", "--swap", "ssmax", "--dtype", "fp99"], 2, 'unknown dtype "fp99"'),
+        (["patch", "./nowhere", "x", "--swap", "ssmax", "--ramp", "2"], 2, "ramp must be in"),
+        (["patch", "./nowhere", "x"], 2, "--swap"),
         (["eval", "CHECKPOINT", "--contexts", "9z"], 2, "no number of tokens"),
+        (["eval", "CHECKPOINT", "--device", "gpuu"], 2, 'unknown device "gpuu"'),
+        (["eval", "CHECKPOINT", "--device", "xla"], 2, 'no device "xla" here'),
+        (["eval", "CHECKPOINT", "--batch-size", "two"], 2, "--batch-size"),
+        (["eval"], 2, "DIR"),
+        (["describe", "nope/nope"], 2, '"nope/nope" is no swap'),
         (["train", "nowhere.yaml"], 2, "nowhere.yaml"),
         (["lst"], 2, "lst"),
     ],
@@ -85,6 +93,7 @@ def test_errors_are_one_line_with_their_code(run, checkpoint, tmp_path, monkeypa
     assert found == code
     assert message in err
     assert "Traceback" not in err
+    assert err.count("\n") == 1, "one line"
     assert not (tmp_path / "x").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 

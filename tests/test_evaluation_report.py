@@ -17,7 +17,8 @@ from tokenizers.implementations import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from attnswap.cli.eval import eval_command, parse_size
+from attnswap.cli.eval import eval_command
+from attnswap.cli.options import parse_size
 from attnswap.errors import ConfigError, NumericsError
 from attnswap.evaluation import (
     Evaluation,

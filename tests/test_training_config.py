@@ -79,6 +79,7 @@ def test_a_resolved_recipe_reads_back() -> None:
         ({"training": {"output_dir": "x"}}, "training.output_dir: cannot be set here: set output_dir at the top"),
         ({"training": {"use_cache": True}}, "training.use_cache: cannot be set here"),
         ({"training": {"learning_rate": "fast"}}, "training.learning_rate: must be a finite number, not 'fast' (str)"),
+        ({"training": {"learning_rate": -1}}, "training.learning_rate: must not be negative"),
         ({"training": {"learning_rate": float("nan")}}, "training.learning_rate: must be a finite number"),
         ({"training": {"max_steps": True}}, "training.max_steps: must be a whole number, not True (bool)"),
         ({"training": {"bf16": 1}}, "training.bf16: must be true or false, not 1 (int)"),
@@ -169,3 +170,11 @@ def test_any_values_give_a_recipe_or_a_config_error(values: Any, overrides: list
 def test_any_text_parses_or_is_a_config_error(text: str) -> None:
     with suppress(ConfigError):
         parse_yaml(text, "recipe")
+
+
+def test_a_reporter_that_is_not_installed(tmp_path):
+    from attnswap.training.run import training_arguments
+
+    config = parse_config({**BASE, "training": {"report_to": "wandb"}})
+    with pytest.raises(ConfigError, match="wandb is not installed"):
+        training_arguments(config, tmp_path)

@@ -31,7 +31,8 @@ def attention(
 
     Differs from ``torch.nn.functional.scaled_dot_product_attention`` where the lengths differ: ``is_causal=True``
     aligns the *last* query with the *last* key, as decoding with a cache needs it (torch aligns the first with the
-    first). A row without any visible key gives 0.
+    first). A row without any visible key gives 0. Learned per-head features left out take their initial value, which
+    for a swap with an identity start (``attnswap list``) makes the result softmax's.
 
     Args:
         query: Shape (batch, heads, queries, head_dim).
@@ -86,6 +87,10 @@ def _check(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, dropout_
         raise ConfigError(f"shapes of query, key and value do not go together: {shapes}")
     if not query.shape[2] or not key.shape[2]:
         raise ConfigError(f"{query.shape[2]} queries and {key.shape[2]} keys: give at least one token of each")
+    if not query.is_floating_point() or not query.dtype == key.dtype == value.dtype:
+        raise ConfigError(
+            f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}; give one floating point dtype"
+        )
     heads, kv_heads = query.shape[1], key.shape[1]
     if heads != kv_heads and (not enable_gqa or heads % kv_heads):
         way = "" if enable_gqa else "; pass enable_gqa=True to share keys between heads"

@@ -29,16 +29,20 @@ app.command("doctor")(doctor_command)
 def main() -> None:
     """Runs the command line.
 
-    Exit codes: 0 fine, 1 unexpected, 2 usage or input, 3 unsupported model, 4 numerics.
+    Exit codes: 0 fine, 1 unexpected, 2 usage or input, 3 unsupported model, 4 numerics, 130 interrupted.
     """
     quieten()
     try:
-        app()
+        raise SystemExit(app(standalone_mode=False) or 0)
+    except typer.Abort:
+        _fail("interrupted", 130)
     except AttnSwapError as error:
         _fail(str(error), error.exit_code)
     except OSError as error:
         _fail(str(error).splitlines()[0], 2)
     except Exception as error:
+        if hasattr(error, "format_message"):  # a wrong option or argument; typer's own class moved between versions
+            _fail(error.format_message() or "see attnswap --help", 2)
         if os.environ.get("ATTNSWAP_DEBUG"):
             raise
         _fail(f"{type(error).__name__}: {error} (set ATTNSWAP_DEBUG=1 for the traceback)", 1)

@@ -5,18 +5,16 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from attnswap.errors import ConfigError, nearest
+from attnswap.cli.options import parse_device, parse_dtype, parse_size
+from attnswap.errors import ConfigError
 from attnswap.evaluation import Evaluation, evaluate_perplexity, table, write_report
 from attnswap.evaluation.corpus import read_dataset, read_text
 from attnswap.evaluation.report import full_report
 from attnswap.loading import load_model, load_tokenizer
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def eval_command(
@@ -28,7 +26,7 @@ def eval_command(
     dataset: Annotated[str | None, typer.Option(help="Data set, NAME[:CONFIG[:SPLIT]].")] = None,
     baseline: Annotated[str | None, typer.Option(help="Model, or the JSON of an earlier evaluation.")] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16. Default: the checkpoint's own.")] = None,
-    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")] = None,
+    device: Annotated[str | None, typer.Option(help="Default: the accelerator if there is one, else cpu.")] = None,
     stride: Annotated[str | None, typer.Option(help="lm-eval's windows instead of half-window ones.")] = None,
     max_tokens: Annotated[str | None, typer.Option(help="Score at most so many tokens, such as 16k.")] = None,
     batch_size: Annotated[int, typer.Option(help="Windows in a forward pass.")] = 1,
@@ -42,19 +40,14 @@ def eval_command(
     """
     if text and dataset:
         raise ConfigError("give --text or --dataset, not both")
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f'unknown dtype "{dtype}".{nearest(dtype, list(DTYPES))} There are {", ".join(DTYPES)}')
+    chosen_dtype, chosen_device = parse_dtype(dtype), parse_device(device)
     lengths = [parse_size(part) for part in contexts.split(",")]
     documents: str | list[str] | None = read_text(text) if text else read_dataset(dataset) if dataset else None
     chosen_stride = parse_size(stride) if stride else None
     limit = parse_size(max_tokens) if max_tokens else None
 
     def measure(reference: str, against: Evaluation | None) -> Evaluation:
-        loaded = load_model(
-            reference,
-            dtype=DTYPES[dtype] if dtype else None,
-            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        )
+        loaded = load_model(reference, dtype=chosen_dtype, device=chosen_device)
         tokenizer: PreTrainedTokenizerBase = load_tokenizer(reference)
         return evaluate_perplexity(
             loaded,
@@ -82,16 +75,3 @@ def eval_command(
         sys.stdout.write(json.dumps(full_report(found, reference), indent=2, allow_nan=False) + "\n")
     else:
         Console().print(table(found, reference))
-
-
-def parse_size(value: str) -> int:
-    """Reads a number of tokens such as ``512``, ``8k`` (8192) or ``1m``.
-
-    Raises:
-        ConfigError: It is no such number.
-    """
-    value = value.strip().lower()
-    digits, factor = (value[:-1], {"k": 1024, "m": 1 << 20}[value[-1]]) if value[-1:] in ("k", "m") else (value, 1)
-    if not digits.isascii() or not digits.isdigit() or not int(digits):
-        raise ConfigError(f'"{value}" is no number of tokens: write it as 512, 8k or 1m (k is 1024)')
-    return int(digits) * factor

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from attnswap.cli.options import parse_dtype, parse_numbers
 from attnswap.errors import ConfigError
 
 
@@ -18,20 +19,23 @@ def patch_command(
     layers: Annotated[str | None, typer.Option(help='Layer numbers "0,2" or a slice "8:". Default: all.')] = None,
     heads: Annotated[str | None, typer.Option(help='Head numbers "0,1". Default: all.')] = None,
     ramp: Annotated[float, typer.Option(help="lambda, from 0 (as before) to 1 (the swap).")] = 1.0,
-    dtype: Annotated[str | None, typer.Option(help="Dtype of the saved weights, such as bfloat16.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Dtype of the saved weights: fp32, bf16, fp16 or fp64. Default: the checkpoint's own."),
+    ] = None,
 ) -> None:
     """Patch a checkpoint and save the result, tokenizer included."""
     import attnswap
     from attnswap.loading import load_model, load_tokenizer
+    from attnswap.surgery.patch import check_ramp
 
     if out.exists():
         raise ConfigError(f'"{out}" exists already; choose another directory')
     config = attnswap.swaps.resolve({"name": swap, **_options(option or [])})
-    chosen = layers if layers is None or ":" in layers else _numbers(layers, "--layers")
-    loaded, tokenizer = load_model(model, dtype=dtype), load_tokenizer(model)
-    report = attnswap.patch(
-        loaded, config, layers=chosen, heads=None if heads is None else _numbers(heads, "--heads"), ramp=ramp
-    )
+    chosen = layers if layers is None or ":" in layers else parse_numbers(layers, "--layers")
+    chosen_heads, start = parse_numbers(heads, "--heads"), check_ramp(ramp)
+    loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype)), load_tokenizer(model)
+    report = attnswap.patch(loaded, config, layers=chosen, heads=chosen_heads, ramp=start)  # type: ignore[arg-type]
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as partial:
         loaded.save_pretrained(Path(partial) / "model")
@@ -51,10 +55,3 @@ def _options(pairs: list[str]) -> dict[str, object]:
             raise ConfigError(f'"{pair}": an option is written KEY=VALUE, such as form=scale')
         options[key.strip()] = parse_yaml(value, f'"{key}"')
     return options
-
-
-def _numbers(text: str, name: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f'{name} "{text}" is no list of numbers such as 0,2') from None

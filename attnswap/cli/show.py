@@ -102,7 +102,10 @@ def _describe_checkpoint(target: str) -> dict[str, Any]:
     path, extra = resolve(target)
     if extra:
         return {"checkpoint": target, "swaps": "none (a GGUF file)"}
-    config = AutoConfig.from_pretrained(path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f'"{target}" is no swap, and no checkpoint that transformers can read: {error}') from error
     owner = config if hasattr(config, KEY) else config.get_text_config()
     values = getattr(owner, KEY, None)
     if not isinstance(values, dict):

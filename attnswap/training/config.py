@@ -210,6 +210,8 @@ def check_training(values: dict[str, Any]) -> dict[str, Any]:
         if key not in known:
             raise unknown_key(key, known, "training")
         checked[key] = coerce(value, hints[key], join("training", key))
+        if key == "learning_rate":
+            _require(checked[key] >= 0, "training.learning_rate: must not be negative")
     return checked
 
 

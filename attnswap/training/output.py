@@ -36,6 +36,9 @@ class Output:
         """
         if self.final.exists() and not self.final.is_dir():
             raise ConfigError(f'output_dir: "{self.final}" is a file')
+        above = next(folder for folder in self.final.parents if folder.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK) or above.is_relative_to("/proc"):
+            raise ConfigError(f'output_dir: nothing can be written to "{above}"')
         if not self.overwrite and self.final.is_dir() and any(self.final.iterdir()):
             raise ConfigError(f'output_dir: "{self.final}" is not empty: name another one, or set overwrite=true')
         if resume_from is not None:

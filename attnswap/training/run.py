@@ -9,6 +9,7 @@ import datasets
 import torch
 import transformers
 from transformers import PreTrainedModel, TrainingArguments, default_data_collator, set_seed
+from transformers.integrations import get_available_reporting_integrations
 
 import attnswap
 from attnswap.errors import ConfigError
@@ -138,9 +139,13 @@ def training_arguments(config: TrainConfig, directory: Path) -> TrainingArgument
     }
     fixed = {"output_dir": str(directory), "remove_unused_columns": False, "label_names": ["labels"]}
     try:
-        return TrainingArguments(**(defaults | chosen | fixed))
+        args = TrainingArguments(**(defaults | chosen | fixed))
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise ConfigError(f"training: {error}") from None
+    absent = set(args.report_to or ()) - set(get_available_reporting_integrations()) - {"flyte"}
+    if absent:
+        raise ConfigError(f"training.report_to: {', '.join(sorted(absent))} is not installed here (pip install it)")
+    return args
 
 
 def freeze_all_but_swap(model: PreTrainedModel) -> None:
