@@ -20,6 +20,7 @@ def run(capsys, monkeypatch):
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["attnswap", *map(str, arguments)])
+        capsys.readouterr()  # what fixtures printed
         with pytest.raises(SystemExit) as stopped:
             cli.main()
         captured = capsys.readouterr()
