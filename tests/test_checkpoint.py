@@ -275,3 +275,14 @@ def test_a_cache_with_gates_can_be_pickled(patched, tokens):
         twin = pickle.loads(pickle.dumps(cache))
         expected = model(tokens[:, 12:], past_key_values=cache).logits
         assert torch.equal(model(tokens[:, 12:], past_key_values=twin).logits, expected)
+
+
+@pytest.mark.parametrize("change", [{"ramp": 0.5}, {"ramp": 7}, {"heads": [9]}, {"ramp": [1.0, 1.0]}])
+def test_a_spec_edited_by_hand(change, patched, tokens, tmp_path):
+    """lambda stands in config.json and in the weights; where they differ neither is believed."""
+    patched("llama", "softpick").save_pretrained(tmp_path)
+    edit_config(tmp_path, lambda c: c["attnswap"]["swaps"][0].update(change))
+    with pytest.raises(CheckpointError):
+        attnswap.from_pretrained(tmp_path)
+    with pytest.raises(CheckpointError):
+        AutoModelForCausalLM.from_pretrained(tmp_path)(tokens)

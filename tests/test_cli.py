@@ -78,6 +78,9 @@ def test_patch_saves_what_reloads(run, checkpoint, tmp_path, tokens):
         (["patch", "./nowhere", "x", "--swap", "ssmax", "--dtype", "fp99"], 2, 'unknown dtype "fp99"'),
         (["patch", "./nowhere", "x", "--swap", "ssmax", "--ramp", "2"], 2, "ramp must be in"),
         (["patch", "./nowhere", "x"], 2, "--swap"),
+        (["patch", "./nowhere", "x", "--swap", "ssmax", "--option", "name=softpick"], 2, "named by --swap"),
+        (["eval", ""], 2, "no model is named"),
+        (["eval", "CHECKPOINT", "--batch-size", "0"], 2, "--batch-size"),
         (["eval", "CHECKPOINT", "--contexts", "9z"], 2, "no number of tokens"),
         (["eval", "CHECKPOINT", "--device", "gpuu"], 2, 'unknown device "gpuu"'),
         (["eval", "CHECKPOINT", "--device", "xla"], 2, 'no device "xla" here'),
@@ -107,6 +110,13 @@ def test_unsupported_model(run, tmp_path):
     assert code == 3
     assert "no attention module" in err
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"model_type": "nothing"}', '{"model_type": "t5"}', "{"])
+def test_damaged_configs(run, checkpoint, content):
+    (checkpoint / "config.json").write_text(content)
+    code, _, err = run("eval", checkpoint, "--contexts", "32", "--max-tokens", "64")
+    assert (code, err.count("\n")) == (2, 1), err
 
 
 def test_text_shorter_than_the_context(run, checkpoint, tmp_path):

@@ -128,8 +128,15 @@ def test_masks_without_a_diagonal(swap, patched, tokens):
     blank = {n: torch.zeros_like(f) if f.ndim == 3 else f for n, f in features.items()}
     off = attnswap.attention(q, k, v, child.slots[swap.replace("-", "_")].swap, **options, **blank)
     assert (out - off)[:, :, :-1].abs().max() > 1e-2, "the gate is on"
-    with pytest.raises(UnsupportedModelError, match="every token see itself"):
-        model(tokens, attention_mask=strict, use_cache=True)
+
+    def decode(prefill):
+        cache = model(tokens[:, :prefill], attention_mask=strict[:, :, :prefill, :prefill]).past_key_values
+        for i in range(prefill, prefill + 2):
+            model(tokens[:, i : i + 1], attention_mask=strict[:, :, [i], : i + 1], past_key_values=cache)
+
+    for prefill in (1, 12):
+        with pytest.raises(UnsupportedModelError, match="every token see itself"):
+            decode(prefill)
 
 
 @pytest.mark.parametrize("swap", GATED)
@@ -140,6 +147,23 @@ def test_a_static_cache_filled_before_the_swap(swap, patched, tokens):
         tiny("llama")(tokens[:, :8], past_key_values=cache)
         with pytest.raises(UnsupportedModelError, match="empty cache"):
             model(tokens[:, 8:], past_key_values=cache)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_cache_that_other_models_used_in_between(static, patched, tokens):
+    """Tokens that entered the cache past the swap, or through another one, have no gates there."""
+
+    def in_turns(model, between, cache):
+        cache = model(tokens[:, :8], past_key_values=cache, use_cache=True).past_key_values
+        between(tokens[:, 8:12], past_key_values=cache)
+        model(tokens[:, 12:], past_key_values=cache)
+
+    for kind in ("llama", "mistral"):
+        model, other = patched(kind, "forgetting-gate", heads=[0, 1]), patched(kind, "selective-temperature")
+        for between in (tiny(kind), other):
+            cache = StaticCache(config=model.config, max_cache_len=24) if static else None
+            with torch.no_grad(), pytest.raises(UnsupportedModelError, match="empty cache"):
+                in_turns(model, between, cache)
 
 
 def test_padding_inside_a_row_equals_the_oracle_at_every_layer(patched):

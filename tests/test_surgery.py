@@ -7,11 +7,11 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, SWAPS, VOCABULARY, WINDOW, move_away, tiny, tiny_config
 from oracle import expected, recording
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 import attnswap
 from attnswap.surgery.attach import child_of, spec_of
-from attnswap.surgery.select import attention_modules
+from attnswap.surgery.select import attention_modules, select_layers
 
 LENGTH = 20
 
@@ -470,3 +470,22 @@ def test_parameter_groups(patched):
     assert groups["matrices"]["weight_decay"] == 0.1
     listed = [id(p) for g in groups.values() for p in g["params"]]
     assert sorted(listed) == sorted(id(p) for p in model.parameters())
+
+
+def test_slices_count_layers_not_attention_layers():
+    """In a hybrid model "1:" is every attention layer from index 1 on."""
+    assert select_layers("1:", [2, 5]) == [2, 5]
+    assert select_layers("3:", [2, 5]) == [5]
+    assert select_layers("-1:", [2, 5]) == [5]
+    assert select_layers("::5", [2, 5]) == [5]
+
+
+def test_inner_models_built_from_one_config_object(tokens):
+    """A bare inner model is patched alone too."""
+    config = tiny_config("llama")
+    first, second = (AutoModel.from_config(config).eval() for _ in range(2))
+    with torch.no_grad():
+        before = second(tokens).last_hidden_state
+        attnswap.patch(first, "softpick")
+        assert torch.equal(second(tokens).last_hidden_state, before)
+    assert spec_of(AutoModelForCausalLM.from_config(config)) is None

@@ -102,6 +102,34 @@ class Visibility:
         end, start, seen = end.expand(rows, -1), start.expand(rows, -1), seen.expand(rows, -1)
         return (seen.gather(1, end) - seen.gather(1, start))[:, None]
 
+    @cached_property
+    def spans(self) -> tuple[Tensor, Tensor]:
+        """First key and one past the last key that each query may see, int32, shape (batch or 1, queries).
+
+        What hides keys in between is in :attr:`holes` and :attr:`dense`.
+        """
+        position = self.positions()[None]
+        last = position + 1 if self.causal else torch.full_like(position, self.k_length)
+        first = torch.zeros_like(position)
+        if self.window is not None:
+            first = position - self.window + 1
+        if self.row_start is not None:
+            first = torch.maximum(first, self.row_start)
+        if self.key_valid is not None:
+            keys = torch.arange(self.k_length, device=self.device)
+            first = torch.maximum(first, torch.where(self.key_valid, keys, self.k_length).amin(1, keepdim=True))
+            last = torch.minimum(last, torch.where(self.key_valid, keys + 1, 0).amax(1, keepdim=True))
+        first, last = torch.broadcast_tensors(first.clamp(0, self.k_length), last.clamp(0, self.k_length))
+        return first.int().contiguous(), last.int().contiguous()
+
+    @cached_property
+    def holes(self) -> Tensor | None:
+        """:attr:`key_valid` where it hides keys between others, None where padding is at the ends alone."""
+        if self.key_valid is None or torch.compiler.is_compiling():
+            return self.key_valid
+        changes = (self.key_valid[:, 1:] & ~self.key_valid[:, :-1]).sum(1) + self.key_valid[:, 0]
+        return self.key_valid if bool((changes > 1).any()) else None
+
     def key_span(self, start: int, stop: int) -> tuple[int, int]:
         """Returns a range of keys outside which queries ``start`` to ``stop`` see nothing."""
         if not self.causal or isinstance(self.q_offset, Tensor):
@@ -158,17 +186,12 @@ class Visibility:
         """Keys that some query of some head sees, shape (batch or 1, keys)."""
         return self.mask().any(2).any(1)
 
-    @property
-    def hides_a_token_from_itself(self) -> bool:
-        """Whether some query's own key is hidden from it, but not from every other query."""
-        if self.dense is None:
-            return False
-        position = self.positions()
-        own = self.mask().any(1)[:, torch.arange(self.q_length, device=self.device), position]
-        return bool((self._seen_somewhere[:, position] & ~own).any())
+    def shows(self, hidden: Tensor) -> bool:
+        """Whether some query sees a key of ``hidden``, shape (batch, keys), under a user's dense mask."""
+        return self.dense is not None and bool((self._seen_somewhere & hidden).any())
 
 
-DOUBTFUL = -9e3
+DOUBTFUL = -1e3
 """Additive mask values from here down to half the dtype's minimum are refused: -1e4 and -1e9 mean "hidden" to many,
 but a softmax row of such keys alone still attends, and they would count as visible keys."""
 
@@ -205,11 +228,13 @@ def split_mask(mask: Tensor, full: tuple[int, int, int, int]) -> tuple[Tensor, T
     if not mask.is_floating_point():
         raise ConfigError(f"attn_mask has dtype {mask.dtype}; give a boolean mask (True: visible) or an additive one")
     visible = mask > torch.finfo(mask.dtype).min / 2
+    if not bool((mask < torch.inf).all()):
+        raise ConfigError("attn_mask holds NaN or +inf (0 * -inf is NaN): write it with torch.where or masked_fill")
     doubtful = visible & (mask <= DOUBTFUL)
     if bool(doubtful.any()):
         raise ConfigError(
             f"attn_mask holds {float(mask[doubtful].max()):g} in {mask.dtype}, which hides a key only nearly: write "
-            "torch.finfo(mask.dtype).min or -inf, or give a boolean mask (True: visible)"
+            "torch.finfo(mask.dtype).min or -inf, or give a boolean mask (True: visible); clamp a real bias at -999"
         )
     bias = mask.masked_fill(~visible, 0.0)
     return visible, (bias if mask.requires_grad or bool(bias.any()) else None)

@@ -40,6 +40,10 @@ def eval_command(
     """
     if text and dataset:
         raise ConfigError("give --text or --dataset, not both")
+    if batch_size < 1:
+        raise ConfigError(f"--batch-size must be at least 1, not {batch_size}")
+    if out and not out.is_dir() and out.exists():
+        raise ConfigError(f'--out: "{out}" is a file; name a directory')
     chosen_dtype, chosen_device = parse_dtype(dtype), parse_device(device)
     lengths = [parse_size(part) for part in contexts.split(",")]
     documents: str | list[str] | None = read_text(text) if text else read_dataset(dataset) if dataset else None

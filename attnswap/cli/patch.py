@@ -31,7 +31,12 @@ def patch_command(
 
     if out.exists():
         raise ConfigError(f'"{out}" exists already; choose another directory')
-    config = attnswap.swaps.resolve({"name": swap, **_options(option or [])})
+    if os.path.isfile(out.parent):
+        raise ConfigError(f'"{out.parent}" is a file; choose another directory')
+    options = _options(option or [])
+    if "name" in options:
+        raise ConfigError("the swap is named by --swap, not by --option name=")
+    config = attnswap.swaps.resolve({"name": swap, **options})
     chosen = layers if layers is None or ":" in layers else parse_numbers(layers, "--layers")
     chosen_heads, start = parse_numbers(heads, "--heads"), check_ramp(ramp)
     loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype)), load_tokenizer(model)

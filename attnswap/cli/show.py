@@ -104,7 +104,7 @@ def _describe_checkpoint(target: str) -> dict[str, Any]:
         return {"checkpoint": target, "swaps": "none (a GGUF file)"}
     try:
         config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers raises many types for a damaged config
         raise ConfigError(f'"{target}" is no swap, and no checkpoint that transformers can read: {error}') from error
     owner = config if hasattr(config, KEY) else config.get_text_config()
     values = getattr(owner, KEY, None)

@@ -1,6 +1,7 @@
 """Put the seam around a model's attention modules, and take it away again."""
 
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -49,13 +50,12 @@ def children_of(module: nn.Module) -> list[LayerSwap]:
 def own_config(model: PreTrainedModel) -> Callable[[], None]:
     """Gives a model a config object of its own, since models built from one config share it.
 
-    A bare inner model keeps the object: it is the config of the model around it, which has to save the swaps too.
+    A model inside another one gets it together with that one, which has to save the swaps too.
 
     Returns:
         A function that gives the model its old config object back.
     """
-    if model.base_model is model:
-        return lambda: None
+    model = outermost(model)
     copies: dict[int, Any] = {}
     copy.deepcopy(model.config, copies)
     replaced = []
@@ -72,14 +72,34 @@ def own_config(model: PreTrainedModel) -> Callable[[], None]:
     return give_back
 
 
-def connect(config: PreTrainedConfig, modules: Modules, before: str) -> None:
-    """Routes every attention module through attnswap; modules without slots go on as before."""
+def outermost(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns the largest living ``transformers`` model that has this one as a part, else the model itself."""
+    seen = [model]
+    for part in seen:  # modules do not know their parents, so look for who refers to their tables of children
+        tables = [x for x in gc.get_referrers(part) if isinstance(x, dict) and any(v is part for v in x.values())]
+        owners = [x for table in tables for x in gc.get_referrers(table)]
+        owners += [x for owner in owners if isinstance(owner, dict) for x in gc.get_referrers(owner)]
+        for owner in owners:
+            if isinstance(owner, nn.Module) and any(child is part for child in owner._modules.values()):
+                seen += [owner] if all(owner is not x for x in seen) else []  # type: ignore[list-item]
+    return next(x for x in reversed(seen) if isinstance(x, PreTrainedModel))
+
+
+def connect(config: PreTrainedConfig, modules: Modules, before: str, loading: bool = False) -> None:
+    """Routes every attention module through attnswap; modules without slots go on as before.
+
+    Args:
+        config: The config the modules share.
+        modules: The attention modules.
+        before: The previous attention implementation.
+        loading: The swaps' tensors are yet to be read; the first forward then checks them.
+    """
     config._attn_implementation_internal = KEY
     # Written to config.json, so that a process without attnswap refuses the checkpoint by name.
     config.attn_implementation = KEY
     for _, module in modules.values():
         if not any(isinstance(h, Enter) for h in module._forward_pre_hooks.values()):
-            module.register_forward_pre_hook(Enter(before), with_kwargs=True)
+            module.register_forward_pre_hook(Enter(before, unchecked=loading), with_kwargs=True)
             module.register_forward_hook(Leave(), with_kwargs=True)
 
 
@@ -133,9 +153,19 @@ def attach_from_config(model: PreTrainedModel) -> bool:
             f"the attnswap entry of config.json names layer {missing[0]}, which the model does not have"
         )
     config = owning_config(model, modules)
+    info = model_info(config)
+    for layer, slots in spec.layers.items():
+        for slot in slots.values():
+            heads = slot.heads or ()
+            ramps = len(slot.ramp) if isinstance(slot.ramp, tuple) else slot.count(info.heads)
+            if any(not 0 <= head < info.heads for head in heads) or ramps != slot.count(info.heads):
+                raise CheckpointError(
+                    f"the attnswap entry of config.json gives layer {layer} heads {list(heads) or 'all'} and lambda "
+                    f"{slot.ramp}, but its heads are 0 to {info.heads - 1}"
+                )
     asked = config._attn_implementation
     before = spec.before if asked in (KEY, None) else asked
-    connect(config, modules, before)
+    connect(config, modules, before, loading=True)
     setattr(config, KEY, {**values, "before": before})
     for layer, slots in spec.layers.items():
         for name, slot in slots.items():

@@ -16,6 +16,7 @@ from attnswap.loading import refuse_orphans
 from attnswap.surgery.attach import attach_from_config, spec_of
 from attnswap.surgery.module import SwapModule
 from attnswap.surgery.probe import verify
+from attnswap.surgery.seam import Enter, check_ramps
 from attnswap.surgery.select import attention_modules, owning_config
 from attnswap.surgery.spec import KEY
 
@@ -48,6 +49,12 @@ def from_pretrained(path: str | Path, *, auto_class: Any = AutoModelForCausalLM,
     refuse_orphans(loaded["unexpected_keys"], path)
     spec = spec_of(model)
     modules = attention_modules(model)
+    for _, module in modules.values():
+        if KEY in module._modules:
+            check_ramps(module._modules[KEY])  # type: ignore[arg-type]
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, Enter):
+                hook.unchecked = False
     if spec is not None and not any(p.is_meta for p in model.parameters()):
         verify(model, owning_config(model, modules), modules, spec.before)
     return model

@@ -17,9 +17,10 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from attnswap.attention.visibility import Visibility, split_mask
-from attnswap.errors import UnsupportedModelError
+from attnswap.errors import CheckpointError, UnsupportedModelError
 from attnswap.surgery import combine
 from attnswap.surgery.masks import ForwardMask, compact_mask
+from attnswap.surgery.module import LayerSwap
 from attnswap.surgery.spec import KEY, Slot
 from attnswap.surgery.state import append, find_cache
 
@@ -68,8 +69,9 @@ class LayerCall:
 class Enter:
     """The pre-forward hook of an attention module."""
 
-    def __init__(self, before: str) -> None:
+    def __init__(self, before: str, unchecked: bool = False) -> None:
         self.before = before
+        self.unchecked = unchecked
         self.probe: Tensor | None = None
 
     def __call__(
@@ -79,6 +81,9 @@ class Enter:
         call = LayerCall(self.before, probe=self.probe)
         child = module._modules.get(KEY)
         if child is not None:
+            if self.unchecked:
+                check_ramps(child)
+                self.unchecked = False
             hidden = kwargs.get("hidden_states")
             hidden = args[0] if hidden is None else hidden
             call.slots = _slots(child)
@@ -98,6 +103,18 @@ class Leave:
                 "attnswap, so its swap had no effect. Was the attention implementation changed after patching? "
                 "Call attnswap.unpatch(model), set the implementation, and patch again"
             )
+
+
+def check_ramps(child: nn.Module) -> None:
+    """Raises CheckpointError unless the lambda that was read from the weights is the one that config.json names."""
+    for part in child.modules():
+        for name, slot in part.slots.items() if isinstance(part, LayerSwap) else ():
+            saved = part.get_submodule(name).get_buffer("ramp")
+            if not saved.is_meta and saved.tolist() != torch.tensor(slot.ramp).tolist():
+                raise CheckpointError(
+                    f'config.json says lambda {slot.ramp} for the swap "{name}", but the weights say {saved.tolist()}: '
+                    "one of them was edited. Move lambda with attnswap.set_ramp and save again"
+                )
 
 
 def _slots(child: nn.Module) -> dict[str, Slot]:
@@ -188,10 +205,10 @@ def _extend_with_past(
 ) -> None:
     """Replaces the per-key features of the new tokens by those of all keys, past ones from beside the cache.
 
-    Padding is blanked before it is stored: later masks need not say which of the past tokens were padding.
+    Padding is blanked before it is stored, with a mark: later masks need not say which past tokens were padding.
 
     Raises:
-        UnsupportedModelError: The mask does not say whether a new token is padding.
+        UnsupportedModelError: A mask shows a token that was stored as padding.
     """
     places = [
         (slot, name, feature.padding)
@@ -201,22 +218,20 @@ def _extend_with_past(
     ]
     if not places or call.cache is None:
         return
-    if visibility.hides_a_token_from_itself:
+    new = {f"{slot}.{name}": features[slot][name] for slot, name, _ in places}
+    first = next(iter(new.values()))
+    blank = torch.zeros_like(first[:, :1], dtype=torch.bool)
+    if visibility.token_valid is not None:
+        blank = ~visibility.token_valid[:, None, visibility.positions()].expand_as(blank)
+        new = {key: new[key].masked_fill(blank, padding) for key, (_, _, padding) in zip(new, places, strict=True)}
+    new["padding"] = blank.to(first.dtype)
+    *full, was_blank = append(call.cache, module.layer_idx, new, visibility.k_length)  # type: ignore[arg-type]
+    if visibility.shows(was_blank[:, 0] > 0):
         raise UnsupportedModelError(
-            "the attention mask hides a token from itself but shows it to others; with a KV cache attnswap cannot tell "
-            "such a token from padding. Let every token see itself, or run without a cache"
+            "the attention mask shows a token that no query saw when it entered the KV cache, so that it was taken for "
+            "padding. Let every token see itself, or run without a cache"
         )
-    sizes = [features[slot][name].shape[1] for slot, name, _ in places]
-    valid = None if visibility.token_valid is None else visibility.token_valid[:, None, visibility.positions()]
-    new = torch.cat(
-        [
-            features[slot][name] if valid is None else features[slot][name].masked_fill(~valid, padding)
-            for slot, name, padding in places
-        ],
-        1,
-    )
-    full = append(call.cache, module.layer_idx, new, visibility.k_length)  # type: ignore[arg-type]
-    for (slot, name, _), part in zip(places, full.split(sizes, 1), strict=True):
+    for (slot, name, _), part in zip(places, full, strict=True):
         features[slot][name] = part
 
 

@@ -80,7 +80,7 @@ def whole_numbers(values: Any, what: str) -> list[int]:
     numbers = []
     for value in values if several else [values]:
         try:
-            if isinstance(value, bool):
+            if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
                 raise TypeError
             numbers.append(operator.index(value))
         except TypeError:
@@ -96,7 +96,8 @@ def _slice(text: str, available: list[int]) -> list[int]:
             return select_layers([int(text)], available)
         if len(parts) > 3:
             raise ValueError
-        return available[slice(*numbers)]
+        inside = set(range(available[-1] + 1)[slice(*numbers)])
+        return [i for i in available if i in inside]
     except ValueError:
         raise ConfigError(f'layers={text!r} is no slice; write for example "8:", "::2" or "0:4"') from None
 

@@ -89,6 +89,8 @@ class PatchSpec:
                     None if heads is None else tuple(int(h) for h in heads),
                     tuple(float(r) for r in ramp) if isinstance(ramp, list) else float(ramp),
                 )
+                if not all(0 <= r <= 1 for r in (slot.ramp if isinstance(slot.ramp, tuple) else (slot.ramp,))):
+                    raise ValueError(f"lambda {ramp}")
                 for layer in entry["layers"]:
                     spec.layers.setdefault(int(layer), {})[str(entry["slot"])] = slot
         except AttnSwapError as error:

@@ -44,42 +44,41 @@ def find_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
     return None
 
 
-def append(cache: Cache, layer: int, new: Tensor, keys: int) -> Tensor:
+def append(cache: Cache, layer: int, new: dict[str, Tensor], keys: int) -> list[Tensor]:
     """Stores the gates of new tokens and returns those of every key.
 
     Args:
         cache: The cache whose layer ``layer`` already holds the new tokens' keys.
         layer: Index of the layer.
-        new: Gates of the new tokens, shape (batch, gates, tokens).
+        new: Gates of the new tokens by name, shape (batch, gates, tokens).
         keys: Length of the keys that the attention function received.
 
     Returns:
-        Gates of all keys, shape (batch, gates, keys).
+        In the same order the gates of all keys, shape (batch, gates, keys).
 
     Raises:
-        UnsupportedModelError: The cache was filled while the swap was not there, or is of a kind without a
-            per-token side store.
+        UnsupportedModelError: Some tokens of the cache went through other swaps or none, or it is of a kind without
+            a per-token side store.
     """
     main: Any = cache.layers[layer]
+    kinds = {name: gates.shape[1] for name, gates in new.items()}
     side = getattr(main, "attnswap_side", None)
+    past = 0 if side is None else side.get_seq_length()
+    column = torch.cat(list(new.values()), 1)[..., None]
+    filled = not torch.compiler.is_compiling() and int(past) + column.shape[2] != int(main.get_seq_length())
+    if filled or getattr(main, "attnswap_kinds", kinds) != kinds:
+        raise UnsupportedModelError(
+            f"the KV cache of layer {layer} holds tokens that went through other swaps or none, so their gates are "
+            "unknown; start from an empty cache"
+        )
     if side is None:
-        if int(main.get_seq_length()) != new.shape[2]:
-            raise _filled_before(layer)
         side = _make_side(main)
-        main.attnswap_side = side
+        main.attnswap_side, main.attnswap_kinds = side, kinds
         main.__class__ = _with_side(main.__class__)
-    column = new[..., None]
     full = side.update(column, torch.empty_like(column))[0][..., 0]
     if full.shape[2] != keys:
-        raise _filled_before(layer)
-    return full
-
-
-def _filled_before(layer: int) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"the KV cache of layer {layer} was filled before the swap was there, so it holds keys of tokens whose gates "
-        "are unknown; start from an empty cache"
-    )
+        raise UnsupportedModelError(f"layer {layer} attends to {keys} keys, but its KV cache has {full.shape[2]}")
+    return list(full.split(list(kinds.values()), 1))
 
 
 def _make_side(main: Any) -> Any:
