@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import attnswap
-from attnswap.attention import chunked, dense
+from attnswap.attention import chunked, dense, native
 from attnswap.attention.dispatch import BACKENDS
 from attnswap.attention.problem import Problem, complete_features
 from attnswap.attention.visibility import Visibility
@@ -326,9 +326,12 @@ def short_blocks(rows: int = 2) -> Iterator[list[int]]:
         yield counts
 
 
-def backends_of(swap: Swap) -> list[str]:
-    """The backends that must serve a swap; the others must refuse it."""
-    return [name for name in ("auto", *BACKENDS) if name != "folded" or swap.traits.route == "folded"]
+def backends_of(swap: Swap, half: bool = False) -> list[str]:
+    """The backends that must serve a swap (in half precision); the others must refuse it."""
+    refusing = set() if swap.traits.route == "folded" else {"folded"}
+    if swap.shift_gradient or half or native.build.unavailable():
+        refusing.add("native")
+    return [name for name in ("auto", *BACKENDS) if name not in refusing]
 
 
 def softmax_output(inputs: Inputs) -> Tensor:

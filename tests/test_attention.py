@@ -83,10 +83,10 @@ def test_masks_of_every_shape_and_dtype_say_the_same(backend: str, causal: bool)
 
 
 def test_a_large_finite_bias_is_a_bias_and_counts_as_visible():
-    """Only values at or below half the dtype's smallest number hide a key; -1e3 merely disfavours it."""
+    """Only values at or below half the dtype's smallest number hide a key; -900 merely disfavours it."""
     q, k, v = tensors()
     bias = torch.zeros(5, 7)
-    bias[:, 3:] = -1e3
+    bias[:, 3:] = -900
     options = {"scale": torch.ones(4), "offset": torch.zeros(4)}
     for backend in ALL:
         found = attnswap.attention(q, k, v, "ssmax", attn_mask=bias, backend=backend, **options)
@@ -222,6 +222,8 @@ REFUSED = {
     "mask of one dimension": ({"attn_mask": torch.ones(7, dtype=torch.bool)}, "attn_mask"),
     "mask of five dimensions": ({"attn_mask": torch.ones(1, 1, 1, 5, 7, dtype=torch.bool)}, "attn_mask"),
     "mask that does not broadcast": ({"attn_mask": torch.ones(5, 6, dtype=torch.bool)}, "does not fit"),
+    "mask of NaN": ({"attn_mask": (1 - torch.ones(5, 7)) * -torch.inf}, "NaN"),
+    "mask of +inf": ({"attn_mask": torch.full((5, 7), torch.inf)}, "NaN or"),
     "mask of -1e4": ({"attn_mask": torch.full((5, 7), -1e4)}, "hides a key only nearly"),
     "mask of -1e9": ({"attn_mask": torch.full((5, 7), -1e9)}, "hides a key only nearly"),
     "mask of fp16's minimum": (
@@ -308,10 +310,12 @@ def test_no_tensor_of_all_scores_is_ever_held(swap: str):
     q, k, v = (torch.randn(1, 1, 512, 4, generator=generator).requires_grad_() for _ in range(3))
     features = {"log_forget": -torch.rand(1, 1, 512)} if swap == "forgetting-gate" else {}
     mask = torch.rand(1, 1, 512, 512) < 0.9 if swap == "ssmax" else None
+    backend = {"softpick": "chunked"}.get(swap, "folded")
     sizes = []
     for rows in (32, 512):
         with short_blocks(rows), Largest() as seen:
-            attnswap.attention(q, k, v, swap, attn_mask=mask, is_causal=True, **features).sum().backward()
+            options = {"attn_mask": mask, "is_causal": True, "backend": backend, **features}
+            attnswap.attention(q, k, v, swap, **options).sum().backward()
         sizes.append(seen.size)
     # A user's own dense mask is whole by nature; what is made from it stays boolean or one block large.
     assert sizes[1] >= 512 * 512
@@ -330,7 +334,7 @@ def test_the_block_size_can_be_set_for_the_whole_module(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(chunked, "row_blocks", counted)
     monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 2 * 4 * 7)  # one row of (2, 4, 1, 7) at a time
-    attnswap.attention(Q, K, V, "softpick")
+    attnswap.attention(Q, K, V, "softpick", backend="chunked")
     attnswap.attention(Q, K, V, "ssmax", attn_mask=torch.ones(5, 7, dtype=torch.bool).tril())
     assert made == [5, 5]
 

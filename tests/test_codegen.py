@@ -20,7 +20,7 @@ from cases import Case, bound, draw_features, variant_id, variants
 from torch import Tensor
 
 import attnswap
-from attnswap.attention.codegen import arguments, cpp, trace
+from attnswap.attention.codegen import MATHS, arguments, cpp, trace
 from attnswap.swaps import ModelInfo, Swap, base
 from attnswap.swaps import expression as fn
 from attnswap.swaps.expression import VOCABULARY, Expr, constant, derivative, symbol
@@ -147,7 +147,7 @@ class Printed(Swap):
 
 def source_of(swaps: list[Swap]) -> str:
     """One translation unit: each swap's printed functions in a namespace, and a loop over rows of arguments."""
-    parts = ["#include <algorithm>\n#include <cmath>\n"]
+    parts = [f'#include "{MATHS}"\n']
     for i, swap in enumerate(swaps):
         width = len(arguments(swap))
         parts.append(f"namespace swap{i} {{\n{cpp(swap)}}}\n")
@@ -167,7 +167,17 @@ def build(swaps: list[Swap], folder: Path) -> Callable[[Swap, str, Tensor], Tens
     index = {repr_of(swap): i for i, swap in enumerate(swaps)}
     source, library = folder / "swaps.cpp", folder / "swaps.so"
     source.write_text(source_of(swaps), encoding="utf-8")
-    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Werror", "-Wno-unused-variable", "-shared", "-fPIC"]
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-ffp-contract=off",
+        "-Wall",
+        "-Werror",
+        "-Wno-unused-variable",
+        "-Wno-psabi",
+        "-shared",
+        "-fPIC",
+    ]
     built = subprocess.run(
         [COMPILER, *flags, str(source), "-o", str(library)], capture_output=True, text=True, timeout=300, check=False
     )
@@ -217,17 +227,23 @@ def rows_of(swap: Swap, dtype: torch.dtype = torch.float64) -> Tensor:
 
 def torch_forms(swap: Swap, rows: Tensor) -> dict[str, Tensor]:
     """The swap's own methods on tensors, and their slopes by autograd."""
-    columns = dict(zip(arguments(swap), rows.unbind(1), strict=True))
-    s = columns["s"].clone().requires_grad_()
+    columns = {k: v.clone().requires_grad_() for k, v in zip(arguments(swap), rows.unbind(1), strict=True)}
+    s = columns["s"]
     p = SimpleNamespace(**{k: v for k, v in columns.items() if k not in ("s", "shift", "n")})
     found = {
         "weight": swap.weight(s, columns["shift"], p),
         "norm": swap.norm(s, columns["shift"], p),
         "null": torch.as_tensor(swap.null(columns["shift"], columns["n"], p), dtype=rows.dtype).expand(len(rows)),
     }
-    for name in ("weight", "norm"):
-        slope = torch.autograd.grad(found[name].sum(), s, allow_unused=True)[0]
-        found[f"{name}_slope"] = torch.zeros_like(s) if slope is None else slope
+    wanted = [("weight", "slope", s), ("norm", "slope", s)]
+    wanted += [(name, f"by_{k}", v) for name in ("weight", "norm", "null") for k, v in vars(p).items()]
+    for name, suffix, by in wanted:
+        total = found[name].sum()
+        slope = torch.autograd.grad(total, by, retain_graph=True, allow_unused=True)[0] if total.requires_grad else None
+        found[f"{name}_{suffix}"] = torch.zeros_like(s) if slope is None else slope
+    floor = swap.shift_floor(p)
+    if floor is not None:
+        found["floor"] = floor
     return {k: v.detach() for k, v in found.items()}
 
 
@@ -302,7 +318,7 @@ def test_printed_source_shares_common_parts_and_names_its_arguments():
     learned = attnswap.Sigmoid(bias="learned").bind(ModelInfo(4, 2, 8, 16))
     assert arguments(learned) == ["s", "shift", "n", "ramp", "bias"]
     weight = source.split("inline T norm")[0]
-    assert weight.count("std::exp") == 2, "a shared part is printed twice"
+    assert weight.count("vexp") == 2, "a shared part is printed twice"
     for function in FUNCTIONS:
         assert f"inline T {function}(T s, T shift, T n, T ramp)" in source
 

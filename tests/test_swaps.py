@@ -271,7 +271,7 @@ def test_a_forgetting_gate_that_shuts_hides_the_past():
     found = attend(attnswap.ForgettingGate(), inputs, log_forget=shut)
     assert torch.equal(found[:, :, 3], value[:, :, 3]), "the token whose gate shuts sees itself alone"
     open_gate = attend(attnswap.ForgettingGate(), inputs, log_forget=torch.zeros(2, 4, 6))
-    assert torch.equal(found[:, :, :3], open_gate[:, :, :3])
+    assert (found - open_gate)[:, :, :3].abs().max() < 1e-14
     tail = {k: v[:, :, 3:] for k, v in inputs.tensors.items()}
     alone = attnswap.attention(
         *tail.values(), attnswap.ForgettingGate(), log_forget=torch.zeros(2, 4, 3), **inputs.options

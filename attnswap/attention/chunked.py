@@ -40,5 +40,5 @@ def attend(problem: Problem) -> Tensor:
     Returns:
         Output (batch, heads, queries, value_dim) in the dtype of the values.
     """
-    terms, p = problem.terms(), problem.maths_parameters()
+    terms, p = problem.terms, problem.maths_parameters()
     return by_blocks(problem, lambda block: attend_block(problem, terms, block, p)[0].to(problem.value.dtype))

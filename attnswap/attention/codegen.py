@@ -1,49 +1,69 @@
 """Print a swap's maths as C++ from its one definition."""
 
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from attnswap.swaps.base import Swap
 from attnswap.swaps.expression import VOCABULARY, Expr, constant, derivative, symbol
 
+MATHS = Path(__file__).parent / "native" / "maths.h"
+"""The functions that printed code calls."""
+
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "gt": ">"}
+
+
+def parameters(swap: Swap) -> list[str]:
+    """Returns the per-head numbers the maths reads, in order: lambda, and the per-head features."""
+    return ["ramp", *(k for k, f in swap.features().items() if f.per == "head")]
+
+
+def arguments(swap: Swap) -> list[str]:
+    """Returns the names of the printed functions' arguments, in order."""
+    return ["s", "shift", "n", *parameters(swap)]
 
 
 def trace(swap: Swap) -> dict[str, Expr]:
     """Returns the swap's maths as expression trees over ``s``, ``shift``, ``n``, ``ramp`` and its per-head features.
 
     Returns:
-        ``weight``, ``norm``, their derivatives by the score ``weight_slope`` and ``norm_slope``, and ``null``.
+        ``weight``, ``norm`` and ``null``; their derivatives by the score, ``weight_slope`` and ``norm_slope``; and by
+        each per-head number, such as ``weight_by_ramp``; and ``floor``, where the swap has a smallest shift.
     """
-    heads = {k: symbol(k) for k, f in swap.features().items() if f.per == "head"}
-    p = SimpleNamespace(ramp=symbol("ramp"), **heads)
+    p = SimpleNamespace(**{k: symbol(k) for k in parameters(swap)})
     s, shift, n = symbol("s"), symbol("shift"), symbol("n")
     maths = {"weight": swap.weight(s, shift, p), "norm": swap.norm(s, shift, p), "null": swap.null(shift, n, p)}
-    trees = {k: v if isinstance(v, Expr) else constant(v) for k, v in maths.items()}
+    trees = {k: as_tree(v) for k, v in maths.items()}
     for name in ("weight", "norm"):
         trees[f"{name}_slope"] = derivative(trees[name], "s")
-    return trees
+    for name in maths:
+        trees |= {f"{name}_by_{k}": derivative(trees[name], k) for k in parameters(swap)}
+    floor = swap.shift_floor(p)
+    return trees if floor is None else {**trees, "floor": as_tree(floor)}
+
+
+def as_tree(value: Any) -> Expr:
+    """Returns a traced value, which may be a plain number, as a node."""
+    return value if isinstance(value, Expr) else constant(value)
 
 
 def cpp(swap: Swap) -> str:
-    """Prints one C++ function template for each of the trees of :func:`trace`.
+    """Prints the trees of :func:`trace` as C++ function templates; they call the functions of :data:`MATHS`.
 
     Returns:
-        Source with functions ``weight``, ``norm``, ``null``, ``weight_slope`` and ``norm_slope`` that take ``s``,
-        ``shift``, ``n``, ``ramp`` and the swap's per-head features, in the order of :func:`arguments`.
+        Source with functions such as ``weight``, ``norm``, ``null``, ``weight_slope`` and ``norm_slope`` that take
+        ``s``, ``shift``, ``n``, ``ramp`` and the swap's per-head features, in the order of :func:`arguments`.
     """
-    signature = ", ".join(f"T {name}" for name in arguments(swap))
-    functions = []
-    for name, tree in trace(swap).items():
-        lines: list[str] = []
-        result = _emit(tree, lines, {})
-        body = "".join(f"  {line}\n" for line in lines)
-        functions.append(f"template <typename T>\ninline T {name}({signature}) {{\n{body}  return {result};\n}}\n")
-    return "#include <algorithm>\n#include <cmath>\n\n" + "\n".join(functions)
+    return "\n".join(function(name, tree, arguments(swap)) for name, tree in trace(swap).items())
 
 
-def arguments(swap: Swap) -> list[str]:
-    """Returns the names of the printed functions' arguments, in order."""
-    return ["s", "shift", "n", "ramp", *(k for k, f in swap.features().items() if f.per == "head")]
+def function(name: str, tree: Expr, names: list[str]) -> str:
+    """Prints one tree as a function template of the symbols ``names``."""
+    lines: list[str] = []
+    result = _emit(tree, lines, {})
+    signature = ", ".join(f"T {argument}" for argument in names)
+    body = "".join(f"  {line}\n" for line in lines)
+    return f"template <typename T>\ninline T {name}({signature}) {{\n{body}  return {result};\n}}\n"
 
 
 def _emit(expr: Expr, lines: list[str], seen: dict[Expr, str]) -> str:
@@ -51,12 +71,12 @@ def _emit(expr: Expr, lines: list[str], seen: dict[Expr, str]) -> str:
     if expr.op == "symbol":
         return str(expr.args[0])
     if expr.op == "constant":
-        return f"T({expr.args[0]!r})"
+        return f"number<T>({expr.args[0]!r})"
     if expr not in seen:
         args = [_emit(a, lines, seen) for a in expr.args]
         form = (
             f"({args[0]} {_INFIX[expr.op]} {args[1]})" if expr.op in _INFIX else VOCABULARY[expr.op].cpp.format(*args)
         )
         seen[expr] = f"t{len(seen)}"
-        lines.append(f"const {'bool' if expr.op == 'gt' else 'T'} {seen[expr]} = {form};")
+        lines.append(f"const {'auto' if expr.op == 'gt' else 'T'} {seen[expr]} = {form};")
     return seen[expr]

@@ -122,5 +122,5 @@ def attend(problem: Problem, need_weights: bool = False) -> tuple[Tensor, Tensor
         Output (batch, heads, queries, value_dim) in the dtype of the values and, if asked for, the weights.
     """
     block = Block(0, problem.visibility.q_length, 0, problem.visibility.k_length)
-    out, weights = attend_block(problem, problem.terms(), block, problem.maths_parameters())
+    out, weights = attend_block(problem, problem.terms, block, problem.maths_parameters())
     return out.to(problem.value.dtype), weights if need_weights else None

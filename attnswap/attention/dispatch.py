@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from attnswap.attention import chunked, dense, folded
+from attnswap.attention import chunked, dense, folded, native
 from attnswap.attention.problem import Problem
 from attnswap.errors import ConfigError, UnsupportedModelError, nearest
 
@@ -17,18 +17,21 @@ class Backend:
     Attributes:
         attend: Computes the output of shape (batch, heads, queries, value_dim).
         refusal: Says why it cannot compute a call, or None where it can.
+        fast: Whether a call that it does not refuse runs at full speed.
     """
 
     attend: Callable[[Problem], Tensor]
     refusal: Callable[[Problem], str | None] = lambda problem: None
+    fast: Callable[[Problem], bool] = lambda problem: False
 
 
 BACKENDS: dict[str, Backend] = {
-    "folded": Backend(folded.attend, folded.refusal),
+    "folded": Backend(folded.attend, folded.refusal, folded.is_stock),
+    "native": Backend(native.attend, native.refusal, lambda problem: True),
     "chunked": Backend(chunked.attend),
     "dense": Backend(lambda problem: dense.attend(problem)[0]),
 }
-"""In order of preference: ``backend="auto"`` takes the first that does not refuse."""
+"""In order of preference: ``backend="auto"`` takes the first that is fast for a call, else the first that serves."""
 
 
 def choose(problem: Problem, backend: str = "auto") -> Backend:
@@ -38,7 +41,8 @@ def choose(problem: Problem, backend: str = "auto") -> Backend:
         ConfigError: The backend is unknown, or was asked for by name and cannot compute the call (the reason is given).
     """
     if backend == "auto":
-        return next(b for b in BACKENDS.values() if b.refusal(problem) is None)
+        fast = (b for b in BACKENDS.values() if b.fast(problem) and b.refusal(problem) is None)
+        return next(fast, None) or next(b for b in BACKENDS.values() if b.refusal(problem) is None)
     if backend not in BACKENDS:
         raise ConfigError(
             f'unknown backend "{backend}".{nearest(backend, list(BACKENDS))} Backends: auto, {", ".join(BACKENDS)}'

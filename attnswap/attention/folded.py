@@ -22,6 +22,11 @@ def refusal(problem: Problem) -> str | None:
     return None
 
 
+def is_stock(problem: Problem) -> bool:
+    """Whether a call is what the stock kernel computed before: the same mask, and no bias of the swap's own."""
+    return refusal(problem) is None and problem.terms.key_bias is None
+
+
 def attend(problem: Problem) -> Tensor:
     """Computes a softmax-weighted swap with ``scaled_dot_product_attention``.
 
@@ -31,7 +36,7 @@ def attend(problem: Problem) -> Tensor:
     Returns:
         Output (batch, heads, queries, value_dim) in the dtype of the values.
     """
-    terms, visibility = problem.terms(), problem.visibility
+    terms, visibility = problem.terms, problem.visibility
     query, value = problem.query, problem.value
     if terms.query_scale is not None:
         query = (query.to(problem.dtype) * terms.query_scale[..., None]).to(query.dtype)

@@ -1,5 +1,7 @@
 """The pure function: attention with any swap on plain tensors."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -72,8 +74,7 @@ def attention(
     )
 
     def softmax() -> Tensor:
-        plain = {"swap": Swap(), "features": {}, "ramp": 1.0}
-        return folded.attend(Problem(**{**problem.__dict__, **plain}))
+        return folded.attend(replace(problem, swap=Swap(), features={}, ramp=1.0))
 
     choose(problem, backend)  # refuses an unknown or unfit backend at every point of the ramp
     return compute(problem, softmax, backend)

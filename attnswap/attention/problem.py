@@ -1,7 +1,8 @@
 """One attention call, as every backend receives it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,8 +61,9 @@ class Problem:
         x = x.to(self.dtype)
         return x.reshape(-1, *([1] * trailing)) if x.ndim else x
 
+    @cached_property
     def terms(self) -> Terms:
-        """Evaluates the swap's terms for all queries and keys."""
+        """The swap's terms for all queries and keys."""
         features = {}
         for name, declared in self.swap.features().items():
             value = self.features[name]
@@ -78,7 +80,11 @@ class Problem:
             ramp=self.per_head(self.ramp),
             position=self.visibility.positions().clamp(0, last) if last >= 0 else self.visibility.positions() * 0,
         )
-        return self.swap.terms(call)
+        terms = self.swap.terms(call)
+        bias = terms.key_bias
+        # A gate that is shut leaves the stock kernel as it was, bit for bit.
+        closed = bias is not None and not bias.requires_grad and not torch.compiler.is_compiling() and not bias.any()
+        return replace(terms, key_bias=None) if closed else terms
 
     def maths_parameters(self) -> SimpleNamespace:
         """The per-head values that the elementwise maths reads, as (heads, 1, 1), with the ramp among them."""

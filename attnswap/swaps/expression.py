@@ -110,7 +110,8 @@ class Function:
     Attributes:
         torch: How tensors compute it.
         number: How plain numbers compute it.
-        cpp: The C++ form, with ``{0}``, ``{1}``, ... for the arguments and ``T`` for the scalar type.
+        cpp: The C++ form, with ``{0}``, ``{1}``, ... for the arguments and ``T`` for the scalar type; functions
+            whose names begin with v are those of ``attention/native/maths.h``.
         slopes: The partial derivative by each argument, as a function of the argument nodes.
     """
 
@@ -141,44 +142,38 @@ def _sigmoid(x: float) -> float:
 
 
 VOCABULARY: dict[str, Function] = {
-    "exp": Function(torch.exp, _overflowing(math.exp), "std::exp({0})", (lambda x: exp(x),)),
+    "exp": Function(torch.exp, _overflowing(math.exp), "vexp<T>({0})", (lambda x: exp(x),)),
     "log": Function(
-        torch.log, lambda x: math.log(x) if x > 0 else -math.inf, "std::log({0})", (lambda x: constant(1) / x,)
+        torch.log, lambda x: math.log(x) if x > 0 else -math.inf, "vlog<T>({0})", (lambda x: constant(1) / x,)
     ),
-    "tanh": Function(torch.tanh, math.tanh, "std::tanh({0})", (lambda x: 1 - tanh(x) * tanh(x),)),
-    "relu": Function(
-        torch.relu, lambda x: x if x > 0 else 0.0, "({0} > T(0) ? {0} : T(0))", (lambda x: where(x > 0, 1.0, 0.0),)
-    ),
-    "abs": Function(torch.abs, math.fabs, "std::abs({0})", (lambda x: sign(x),)),
-    "sign": Function(
-        torch.sign, lambda x: float((x > 0) - (x < 0)), "T(({0} > T(0)) - ({0} < T(0)))", (lambda x: constant(0),)
-    ),
-    "sigmoid": Function(
-        torch.sigmoid, _sigmoid, "(T(1) / (T(1) + std::exp(-({0}))))", (lambda x: sigmoid(x) * sigmoid(-x),)
-    ),
+    "tanh": Function(torch.tanh, math.tanh, "vtanh<T>({0})", (lambda x: 1 - tanh(x) * tanh(x),)),
+    "relu": Function(torch.relu, lambda x: x if x > 0 else 0.0, "vrelu<T>({0})", (lambda x: where(x > 0, 1.0, 0.0),)),
+    "abs": Function(torch.abs, math.fabs, "vabs<T>({0})", (lambda x: sign(x),)),
+    "sign": Function(torch.sign, lambda x: float((x > 0) - (x < 0)), "vsign<T>({0})", (lambda x: constant(0),)),
+    "sigmoid": Function(torch.sigmoid, _sigmoid, "vsigmoid<T>({0})", (lambda x: sigmoid(x) * sigmoid(-x),)),
     "softplus": Function(
         # torch's own switches to the identity at 20; logaddexp is exact at every magnitude.
         lambda x: torch.logaddexp(x, torch.zeros_like(x)),
         _softplus,
-        "(({0} > T(0) ? {0} : T(0)) + std::log1p(std::exp(-std::abs({0}))))",
+        "vsoftplus<T>({0})",
         (lambda x: sigmoid(x),),
     ),
     "power": Function(
         torch.pow,
         _overflowing(math.pow),
-        "std::pow({0}, {1})",
+        "vpow<T>({0}, {1})",
         (lambda x, p: p * power(x, p - 1), lambda x, p: where(x > 0, power(x, p) * log(x), 0.0)),
     ),
     "minimum": Function(
         torch.minimum,
         min,
-        "std::min<T>({0}, {1})",
+        "vmin<T>({0}, {1})",
         (lambda a, b: where(b > a, 1.0, 0.0), lambda a, b: where(b > a, 0.0, 1.0)),
     ),
     "maximum": Function(
         torch.maximum,
         max,
-        "std::max<T>({0}, {1})",
+        "vmax<T>({0}, {1})",
         (lambda a, b: where(a > b, 1.0, 0.0), lambda a, b: where(a > b, 0.0, 1.0)),
     ),
     "where": Function(

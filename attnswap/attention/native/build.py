@@ -1,0 +1,113 @@
+"""Compile the engine, once per machine, and the maths of each swap, in about a second; both are kept on disk."""
+
+import functools
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from torch.utils import cpp_extension
+
+from attnswap.attention.native.program import HERE, digest, headers, source
+from attnswap.swaps.base import Swap
+
+FLAGS = ["-O3", "-march=native", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+"""Neither option changes a result: no function here sets errno, and nobody reads floating point exceptions."""
+
+WIDE = ["-mprefer-vector-width=512"]
+"""Where the compiler knows it (x86): use whole vector registers."""
+
+
+def folder() -> Path:
+    """Returns where compiled files are kept: ``ATTNSWAP_CACHE``, or a folder of the user's cache.
+
+    They depend on the processor and on torch, which name a folder of their own.
+    """
+    base = os.environ.get("ATTNSWAP_CACHE") or Path(
+        os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "attnswap"
+    )
+    return Path(base) / f"torch-{torch.__version__}-{digest(platform.machine(), _processor())}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def compiler() -> str | None:
+    """Returns the C++ compiler that ``torch.utils.cpp_extension`` would use, if there is one."""
+    return shutil.which(os.environ.get("CXX", "c++"))
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Says why the engine cannot be used here, or None; builds it the first time.
+
+    A missing compiler is warned about once: other backends then serve with the same results, more slowly.
+    """
+    if os.environ.get("ATTNSWAP_NATIVE", "1") == "0":
+        return "it is switched off by ATTNSWAP_NATIVE=0"
+    reason = None
+    if compiler() is None:
+        reason = "there is no C++ compiler (install g++ or clang, or set CXX)"
+    elif not cpp_extension.is_ninja_available():
+        reason = "there is no ninja (pip install ninja)"
+    else:
+        try:
+            _load_engine()
+        except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+            lines = str(error).strip().splitlines()
+            reason = f"it does not build: {next((x for x in lines if 'error' in x), lines[-1] if lines else error)}"
+    if reason:
+        warnings.warn(f"attnswap: no native CPU kernels, since {reason}; slower ones serve instead", stacklevel=2)
+    return reason
+
+
+def _load_engine() -> None:
+    text = (HERE / "engine.cpp").read_text()
+    flags = [*FLAGS, *(WIDE if platform.machine() in ("x86_64", "AMD64") else [])]
+    name = f"attnswap_engine_{digest(text, headers(), *flags)}"
+    target = folder() / name
+    target.mkdir(parents=True, exist_ok=True)
+    if not (target / f"{name}.so").exists() and os.environ.get("RANK", "0") == "0":
+        print("attnswap: compiling the CPU kernels, once for this machine (about half a minute)", file=sys.stderr)
+    cpp_extension.load(
+        name,
+        [str(HERE / "engine.cpp")],
+        extra_cflags=flags,
+        extra_ldflags=["-fopenmp", "-ldl"],
+        build_directory=str(target),
+        is_python_module=False,
+    )
+
+
+@functools.cache
+def program(swap: Swap) -> str:
+    """Returns the path of a swap's compiled maths, compiling it if that has not been done on this machine.
+
+    Raises:
+        RuntimeError: The compiler refuses it.
+    """
+    text = source(swap)
+    flags = [*FLAGS, *(WIDE if platform.machine() in ("x86_64", "AMD64") else [])]
+    target = folder() / f"swap_{digest(text, headers(), *flags)}.so"
+    if target.exists():
+        return str(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        (Path(scratch) / "swap.cpp").write_text(text)
+        made = Path(scratch) / "swap.so"
+        command = [str(compiler()), *flags, f"-I{HERE}", "-shared", "-fPIC", str(Path(scratch) / "swap.cpp")]
+        done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"the maths of {swap!r} does not compile:\n{done.stderr[:2000]}")
+        os.replace(made, target)  # another process may have made the same
+    return str(target)
