@@ -51,6 +51,10 @@ def variants() -> list[Swap]:
         attnswap.SelectiveTemperature(query=False),
         attnswap.SelectiveTemperature(value=False),
         attnswap.SelectiveTemperature(position="released", query=False, value=False),
+        attnswap.Entmax(),
+        attnswap.Entmax(alpha=2.0),
+        attnswap.Entmax(alpha=1.2),
+        attnswap.Entmax(alpha="learned"),
         attnswap.ForgettingGate(),
         attnswap.ForgettingGate(init="paper"),
     ]

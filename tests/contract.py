@@ -460,7 +460,7 @@ def check_config(swap: Swap) -> None:
     assert traits.cache_state == ("key" in kinds)
     assert traits.needs_hidden == bool(kinds & {"query", "key"}) == bool(swap.gate_parameters())
     assert traits.row_sum in ("one", "at most one", "free", "signed")
-    assert traits.route in ("folded", "elementwise")
+    assert traits.route in ("folded", "elementwise", "row")
     assert traits.learned == (*(k for k, f in declared.items() if f.per == "head"), *swap.gate_parameters())
 
 

@@ -334,13 +334,13 @@ def test_the_trace_of_a_swap_is_its_own_maths():
 
 # --- the vocabulary ---------------------------------------------------------------------------------------------------
 
-ONE = ("exp", "log", "tanh", "relu", "abs", "sign", "sigmoid", "softplus")
+ONE = ("exp", "log", "log1p", "tanh", "relu", "abs", "sign", "sigmoid", "softplus")
 POINTS = torch.tensor([-7.3, -1.1, -0.2, 0.15, 0.8, 1.9, 6.4], dtype=torch.float64)
 
 
 def word_cases() -> list[tuple[str, tuple[Tensor, ...]]]:
     pairs = torch.cartesian_prod(POINTS, POINTS + 0.05).unbind(1)
-    found: list[tuple[str, tuple[Tensor, ...]]] = [(w, (POINTS.abs() if w == "log" else POINTS,)) for w in ONE]
+    found: list[tuple[str, tuple[Tensor, ...]]] = [(w, (POINTS.abs() if w.startswith("log") else POINTS,)) for w in ONE]
     found.append(("power", (pairs[0].abs(), pairs[1])))
     found += [("minimum", pairs), ("maximum", pairs)]
     return found

@@ -36,6 +36,11 @@ def swap_of(name: str, golden: dict[str, Tensor]) -> tuple[Swap, dict[str, str]]
         "sigmoid_bias_neglogN": (attnswap.Sigmoid(bias=float(golden.get("bias", 0.0))), {}),
         "sigmoid_div_n": (attnswap.Sigmoid(bias=0.0, divide_by_n=True), {}),
         "fox_forgetting_attention": (attnswap.ForgettingGate(), {"log_forget": "log_fgate"}),
+        "entmax15": (attnswap.Entmax(alpha=1.5), {}),
+        "entmax_bisect_a1.2": (attnswap.Entmax(alpha=1.2), {}),
+        "entmax_bisect_a1.5": (attnswap.Entmax(alpha=1.5), {}),
+        "entmax_bisect_a2.0": (attnswap.Entmax(alpha=2.0), {}),
+        "sparsemax": (attnswap.Entmax(alpha=2.0), {}),
         "ssa_position_temperature": (
             attnswap.SelectiveTemperature(position="released", query=False, value=False),
             {"position_gain": "beta"},

@@ -140,7 +140,7 @@ def test_a_wrong_n_would_be_noticed(monkeypatch):
     from attnswap.attention.visibility import Visibility
 
     right = Visibility.n
-    monkeypatch.setattr(Visibility, "n", property(lambda self: right.func(self) + 1))
+    monkeypatch.setattr(Visibility, "n", property(lambda self: right.function(self) + 1))
     model = tiny("llama")
     attnswap.patch(model, "ssmax")
     move_away(model, LENGTH)

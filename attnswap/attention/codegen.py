@@ -23,14 +23,21 @@ def arguments(swap: Swap) -> list[str]:
     return ["s", "shift", "n", *parameters(swap)]
 
 
-def trace(swap: Swap) -> dict[str, Expr]:
+def trace(swap: Swap, whole: bool = False) -> dict[str, Expr]:
     """Returns the swap's maths as expression trees over ``s``, ``shift``, ``n``, ``ramp`` and its per-head features.
+
+    Args:
+        swap: The swap.
+        whole: lambda is 1, a number that folds away, instead of a symbol.
 
     Returns:
         ``weight``, ``norm`` and ``null``; their derivatives by the score, ``weight_slope`` and ``norm_slope``; and by
-        each per-head number, such as ``weight_by_ramp``; and ``floor``, where the swap has a smallest shift.
+        each per-head number, such as ``weight_by_ramp``; ``floor``, where the swap has a smallest shift; and of row
+        swaps ``weight_by_shift``, ``power``, and ``low`` and ``high``, whose ``s`` is the row's largest score.
     """
     p = SimpleNamespace(**{k: symbol(k) for k in parameters(swap)})
+    if whole:
+        p.ramp = 1.0
     s, shift, n = symbol("s"), symbol("shift"), symbol("n")
     maths = {"weight": swap.weight(s, shift, p), "norm": swap.norm(s, shift, p), "null": swap.null(shift, n, p)}
     trees = {k: as_tree(v) for k, v in maths.items()}
@@ -38,6 +45,15 @@ def trace(swap: Swap) -> dict[str, Expr]:
         trees[f"{name}_slope"] = derivative(trees[name], "s")
     for name in maths:
         trees |= {f"{name}_by_{k}": derivative(trees[name], k) for k in parameters(swap)}
+    if swap.threshold:
+        low, high = swap.bracket(s, n, p)
+        own = {
+            "low": low,
+            "high": high,
+            "power": swap.mass_power(p),
+            "weight_by_shift": derivative(trees["weight"], "shift"),
+        }
+        trees |= {k: as_tree(v) for k, v in own.items()}
     floor = swap.shift_floor(p)
     return trees if floor is None else {**trees, "floor": as_tree(floor)}
 
@@ -47,14 +63,14 @@ def as_tree(value: Any) -> Expr:
     return value if isinstance(value, Expr) else constant(value)
 
 
-def cpp(swap: Swap) -> str:
+def cpp(swap: Swap, whole: bool = False) -> str:
     """Prints the trees of :func:`trace` as C++ function templates; they call the functions of :data:`MATHS`.
 
     Returns:
         Source with functions such as ``weight``, ``norm``, ``null``, ``weight_slope`` and ``norm_slope`` that take
         ``s``, ``shift``, ``n``, ``ramp`` and the swap's per-head features, in the order of :func:`arguments`.
     """
-    return "\n".join(function(name, tree, arguments(swap)) for name, tree in trace(swap).items())
+    return "\n".join(function(name, tree, arguments(swap)) for name, tree in trace(swap, whole).items())
 
 
 def function(name: str, tree: Expr, names: list[str]) -> str:

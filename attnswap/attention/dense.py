@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attnswap.attention.problem import Problem
+from attnswap.attention.threshold import thresholds
 from attnswap.swaps.base import Terms
 
 
@@ -100,8 +101,10 @@ def attend_block(problem: Problem, terms: Terms, block: Block, p: SimpleNamespac
 
 
 def reference_shift(problem: Problem, s: Tensor, visible: Tensor, sinks: Tensor | None, p: SimpleNamespace) -> Any:
-    """Returns the shift of each row: its largest visible score, at least the swap's floor and the sink."""
+    """Returns each row's shift: its largest visible score, at least the swap's floor and the sink; or its threshold."""
     swap = problem.swap
+    if swap.threshold:
+        return thresholds(swap, s, visible, sinks, p)
     if not swap.shifted:
         return s.new_zeros(())
     hidden = s.masked_fill(~visible, -torch.inf)

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attnswap.attention.lazy import lazy
 from attnswap.attention.visibility import Visibility
 from attnswap.errors import ConfigError, nearest
 from attnswap.swaps.base import Call, Swap, Terms
@@ -61,7 +61,7 @@ class Problem:
         x = x.to(self.dtype)
         return x.reshape(-1, *([1] * trailing)) if x.ndim else x
 
-    @cached_property
+    @lazy
     def terms(self) -> Terms:
         """The swap's terms for all queries and keys."""
         features = {}
@@ -88,8 +88,12 @@ class Problem:
 
     def maths_parameters(self) -> SimpleNamespace:
         """The per-head values that the elementwise maths reads, as (heads, 1, 1), with the ramp among them."""
-        heads = {k: self.per_head(self.features[k], 2) for k, f in self.swap.features().items() if f.per == "head"}
-        return SimpleNamespace(ramp=self.per_head(self.ramp, 2), **heads)
+        return SimpleNamespace(**{name: self.per_head(value, 2) for name, value in self.numbers().items()})
+
+    def numbers(self) -> dict[str, Any]:
+        """The numbers the elementwise maths reads for each head: lambda as ``ramp``, and the per-head features."""
+        heads = {k: self.features[k] for k, f in self.swap.features().items() if f.per == "head"}
+        return {"ramp": self.ramp, **heads}
 
 
 def complete_features(swap: Swap, features: Mapping[str, Tensor], query: Tensor, key: Tensor) -> dict[str, Tensor]:

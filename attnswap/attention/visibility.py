@@ -5,11 +5,11 @@ passed one; otherwise masks are built block by block.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from attnswap.attention.lazy import lazy
 from attnswap.errors import ConfigError
 
 
@@ -66,7 +66,7 @@ class Visibility:
     def _last_query_at_end(self) -> bool:
         return isinstance(self.q_offset, int) and self.q_offset + self.q_length == self.k_length
 
-    @cached_property
+    @lazy
     def sees_future(self) -> bool:
         """Whether some query sees a key after its own index."""
         if self.causal:
@@ -81,7 +81,7 @@ class Visibility:
         stop = self.q_length if stop is None else stop
         return torch.arange(start, stop, device=self.device) + self.q_offset
 
-    @cached_property
+    @lazy
     def n(self) -> Tensor:
         """Number of visible keys, int64, shape (batch or 1, heads or 1, queries)."""
         if self.dense is not None:
@@ -102,7 +102,7 @@ class Visibility:
         end, start, seen = end.expand(rows, -1), start.expand(rows, -1), seen.expand(rows, -1)
         return (seen.gather(1, end) - seen.gather(1, start))[:, None]
 
-    @cached_property
+    @lazy
     def spans(self) -> tuple[Tensor, Tensor]:
         """First key and one past the last key that each query may see, int32, shape (batch or 1, queries).
 
@@ -122,7 +122,7 @@ class Visibility:
         first, last = torch.broadcast_tensors(first.clamp(0, self.k_length), last.clamp(0, self.k_length))
         return first.int().contiguous(), last.int().contiguous()
 
-    @cached_property
+    @lazy
     def holes(self) -> Tensor | None:
         """:attr:`key_valid` where it hides keys between others, None where padding is at the ends alone."""
         if self.key_valid is None or torch.compiler.is_compiling():
@@ -165,7 +165,7 @@ class Visibility:
             seen = seen & self.dense[:, :, start:stop, k0:k1]
         return seen
 
-    @cached_property
+    @lazy
     def token_valid(self) -> Tensor | None:
         """Keys that belong to real tokens, shape (batch or 1, keys); None: all of them.
 
@@ -181,7 +181,7 @@ class Visibility:
         valid[:, position] = seen[:, position]
         return valid if self.key_valid is None else valid & self.key_valid
 
-    @cached_property
+    @lazy
     def _seen_somewhere(self) -> Tensor:
         """Keys that some query of some head sees, shape (batch or 1, keys)."""
         return self.mask().any(2).any(1)

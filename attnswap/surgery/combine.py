@@ -83,6 +83,9 @@ def slot_problem(layer: LayerInputs, slot: Slot, features: dict[str, Tensor]) ->
     """Returns the attention problem of one slot, cut down to its heads."""
     features = dict(features)
     ramp = features.pop("ramp")
+    if slot.phase == "ramp":
+        for name in slot.swap.fixed_in_ramp:  # a gradient of 0, so that data-parallel training finds one
+            features[name] = features[name].detach() + 0 * features[name]
     query, key, value, sinks = layer.query, layer.key, layer.value, layer.sinks
     visibility = layer.visibility
     if slot.heads is not None:

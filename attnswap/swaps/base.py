@@ -5,9 +5,13 @@ Every swap of this kind weighs values by
     s_ij = a_i * cap(scaling * q_i.k_j) + b_i + c_j + B_ij
     O_i  = (1 / Z_i) * sum_j w(s_ij; m_i) u_j v_j,    Z_i = z0_i + sum_j d(s_ij; m_i)
 
-with the sums over the keys visible to query i and one reference shift m per row (the row's largest score). A swap
-gives ``a, b, c, u`` (:meth:`Swap.terms`) and ``w, d, z0`` (:meth:`Swap.weight`, :meth:`Swap.norm`,
-:meth:`Swap.null`); what it leaves out is softmax's.
+with the sums over the keys visible to query i and one reference shift m per row. A swap gives ``a, b, c, u``
+(:meth:`Swap.terms`) and ``w, d, z0`` (:meth:`Swap.weight`, :meth:`Swap.norm`, :meth:`Swap.null`); what it leaves out
+is softmax's. There are two kinds:
+
+- elementwise: m is the row's largest score, at which nothing overflows; the result does not depend on it.
+- row (``threshold = True``): m is the row's threshold, the number at which the weights sum to one. The swap says
+  between which bounds it lies (:meth:`Swap.bracket`); backends solve for it and differentiate through it.
 """
 
 import dataclasses
@@ -124,7 +128,8 @@ class Traits:
         needs_n: The number of visible keys enters the maths.
         cache_state: Per-token values must live beside the KV cache.
         per_kv_head: One value serves all query heads that share a key/value head.
-        route: ``"folded"`` runs on the stock softmax kernel, ``"elementwise"`` has weights of its own.
+        route: ``"folded"`` runs on the stock softmax kernel, ``"elementwise"`` has weights of its own, ``"row"`` has
+            weights that depend on a threshold of the whole row.
         native_ramp: lambda acts inside the maths instead of blending two outputs.
         paper: Title and arXiv id.
     """
@@ -162,6 +167,10 @@ class Swap:
     """Whether the maths means nothing for a query that sees later keys."""
     shifted: ClassVar[bool] = True
     """Whether scores are taken relative to the row's largest one; if not, the shift is 0."""
+    threshold: ClassVar[bool] = False
+    """Whether the shift is the number at which the weights of a row sum to one."""
+    fixed_in_ramp: ClassVar[tuple[str, ...]] = ()
+    """Per-head features that do not learn before lambda is 1."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -232,12 +241,28 @@ class Swap:
         return fn.exp(s - shift)
 
     def norm(self, s: Any, shift: Any, p: SimpleNamespace) -> Any:
-        """What a visible key adds to the denominator."""
-        return fn.exp(s - shift)
+        """What a visible key adds to the denominator; default: its weight."""
+        return self.weight(s, shift, p)
 
     def null(self, shift: Any, n: Any, p: SimpleNamespace) -> Any:
         """What the denominator holds before any key."""
         return 0.0
+
+    def bracket(self, top: Any, n: Any, p: SimpleNamespace) -> tuple[Any, Any]:
+        """Bounds of a row's threshold: at the lower one the weights sum to one or more, at the upper to at most one.
+
+        Weights must fall as the threshold grows.
+
+        Args:
+            top: The row's largest score, its sink's included.
+            n: How many keys it sees, the sink included.
+            p: The per-head values.
+        """
+        raise NotImplementedError
+
+    def mass_power(self, p: SimpleNamespace) -> Any:
+        """The power of the weights' sum that is closest to linear in the threshold, for the solver's steps."""
+        return 1.0
 
     # --- derived ------------------------------------------------------------------------------------------------
 
@@ -260,7 +285,7 @@ class Swap:
             needs_n=self.needs_n,
             cache_state=any(f.per == "key" for f in features.values()),
             per_kv_head=any(f.heads == "kv" for f in features.values()),
-            route="folded" if self.softmax_weighted else "elementwise",
+            route="row" if self.threshold else "folded" if self.softmax_weighted else "elementwise",
             native_ramp=self.native_ramp,
             paper=self.paper,
         )

@@ -29,11 +29,22 @@ def draw(swap: Swap, keys: int = 64, width: int = 50) -> None:
         softmax = float(row.softmax(0)[0])
         scaled = row * (terms.query_scale if terms.query_scale is not None else 1.0)
         scaled = (scaled + (terms.query_bias if terms.query_bias is not None else 0.0)).flatten()
-        shift = scaled.max() if swap.shifted else torch.zeros((), dtype=torch.float64)
-        floor = swap.shift_floor(p)
-        shift = shift if floor is None else shift.clamp(min=floor)
+        shift = _shift(swap, scaled, p)
         total = swap.norm(scaled, shift, p).sum() + swap.null(shift, n.squeeze(), p)
         weight = float(swap.weight(scaled, shift, p)[0] / total)
         bar = list("#" * round(weight * width) + " " * (width + 1 - round(weight * width)))
         bar[min(round(softmax * width), width)] = "|"
         print(f"{float(score):5.1f} {weight:7.4f} {''.join(bar)}")
+
+
+def _shift(swap: Swap, row: torch.Tensor, p: SimpleNamespace) -> torch.Tensor:
+    """Returns a row's shift, or by bisection its threshold."""
+    if not swap.threshold:
+        floor = swap.shift_floor(p)
+        shift = row.max() if swap.shifted else torch.zeros((), dtype=row.dtype)
+        return shift if floor is None else shift.clamp(min=floor)
+    low, high = (torch.as_tensor(x) for x in swap.bracket(row.max(), torch.tensor(float(len(row))), p))
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if swap.weight(row, middle, p).sum() > 1 else (low, middle)
+    return low

@@ -92,6 +92,10 @@ def node(op: str, *args: Any) -> Expr:
         return nodes[1]
     if op == "div" and values[0] == 0.0:
         return constant(0.0)
+    if op == "power" and values[1] in (1.0, 2.0):
+        return nodes[0] if values[1] == 1.0 else nodes[0] * nodes[0]
+    if op in VOCABULARY and op != "where" and all(v is not None for v in values):
+        return constant(VOCABULARY[op].number(*values))
     return Expr(op, nodes)
 
 
@@ -145,6 +149,12 @@ VOCABULARY: dict[str, Function] = {
     "exp": Function(torch.exp, _overflowing(math.exp), "vexp<T>({0})", (lambda x: exp(x),)),
     "log": Function(
         torch.log, lambda x: math.log(x) if x > 0 else -math.inf, "vlog<T>({0})", (lambda x: constant(1) / x,)
+    ),
+    "log1p": Function(
+        torch.log1p,
+        lambda x: math.log1p(x) if x > -1 else -math.inf,
+        "vlog1p<T>({0})",
+        (lambda x: constant(1) / (1 + x),),
     ),
     "tanh": Function(torch.tanh, math.tanh, "vtanh<T>({0})", (lambda x: 1 - tanh(x) * tanh(x),)),
     "relu": Function(torch.relu, lambda x: x if x > 0 else 0.0, "vrelu<T>({0})", (lambda x: where(x > 0, 1.0, 0.0),)),
@@ -203,6 +213,11 @@ def exp(x: Any) -> Any:
 def log(x: Any) -> Any:
     """The natural logarithm (minus infinity at 0)."""
     return _apply("log", x)
+
+
+def log1p(x: Any) -> Any:
+    """``log(1 + x)``, exact near 0 (minus infinity at -1)."""
+    return _apply("log1p", x)
 
 
 def tanh(x: Any) -> Any:

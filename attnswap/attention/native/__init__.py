@@ -45,7 +45,7 @@ def attend(problem: Problem) -> Tensor:
         row_bias = row_bias.detach()  # it cancels: its gradient is 0, and would come out as rounding errors
     first, last = visibility.spans
     return ops.forward(
-        build.program(swap),
+        build.program(swap, isinstance(problem.ramp, float) and problem.ramp == 1.0),
         *(_rows(x) for x in (query, problem.key, value)),
         first,
         last,
@@ -62,7 +62,7 @@ def attend(problem: Problem) -> Tensor:
         problem.softcap or 0.0,
         # Tiles of decayed keys are skipped while what they could add stays below rounding.
         torch.finfo(dtype).eps if swap is PLAIN else 0.0,
-    )[0]
+    )
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -80,6 +80,5 @@ def _numbers(problem: Problem, swap: Swap) -> Tensor:
     if swap is PLAIN:
         return problem.query.new_ones(problem.query.shape[1], 1)
     heads = problem.query.shape[1]
-    ramp = torch.as_tensor(problem.ramp, device=problem.query.device)
-    found = [ramp, *(problem.features[k] for k, f in swap.features().items() if f.per == "head")]
+    found = (torch.as_tensor(x, device=problem.query.device) for x in problem.numbers().values())
     return torch.stack([x.to(problem.dtype).expand(heads) for x in found], 1)

@@ -23,6 +23,14 @@ WIDE = ["-mprefer-vector-width=512"]
 """Where the compiler knows it (x86): use whole vector registers."""
 
 
+ENGINE = ("engine.cpp", "call.h", "forward.h", "rows.h", "backward.h")
+
+
+def is_row(path: str) -> bool:
+    """Whether a path of :func:`program` belongs to a row swap."""
+    return Path(path).name.startswith("row_")
+
+
 def folder() -> Path:
     """Returns where compiled files are kept: ``ATTNSWAP_CACHE``, or a folder of the user's cache.
 
@@ -72,7 +80,7 @@ def unavailable() -> str | None:
 
 
 def _load_engine() -> None:
-    text = (HERE / "engine.cpp").read_text()
+    text = "".join((HERE / name).read_text() for name in ENGINE)
     flags = [*FLAGS, *(WIDE if platform.machine() in ("x86_64", "AMD64") else [])]
     name = f"attnswap_engine_{digest(text, headers(), *flags)}"
     target = folder() / name
@@ -90,15 +98,19 @@ def _load_engine() -> None:
 
 
 @functools.cache
-def program(swap: Swap) -> str:
+def program(swap: Swap, whole: bool) -> str:
     """Returns the path of a swap's compiled maths, compiling it if that has not been done on this machine.
+
+    Args:
+        swap: The swap.
+        whole: Compile it for lambda 1 alone.
 
     Raises:
         RuntimeError: The compiler refuses it.
     """
-    text = source(swap)
+    text = source(swap, whole)
     flags = [*FLAGS, *(WIDE if platform.machine() in ("x86_64", "AMD64") else [])]
-    target = folder() / f"swap_{digest(text, headers(), *flags)}.so"
+    target = folder() / f"{'row' if swap.threshold else 'swap'}_{digest(text, headers(), *flags)}.so"
     if target.exists():
         return str(target)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,9 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 typedef float floats __attribute__((vector_size(64)));
 typedef std::int32_t ints __attribute__((vector_size(64)));
@@ -42,6 +45,23 @@ inline float sum(floats v) {
   float total = 0;
   for (int i = 0; i < LANES<float>; ++i) total += v[i];
   return total;
+}
+// Writes the lanes that are on next to each other, and returns how many.
+inline int compress(double* to, double x, bool on) {
+  *to = x;
+  return on;
+}
+inline int compress(float* to, floats x, ints on) {
+#ifdef __AVX512F__
+  const __mmask16 mask = _mm512_test_epi32_mask((__m512i)on, (__m512i)on);
+  _mm512_mask_compressstoreu_ps(to, mask, (__m512)x);
+  return __builtin_popcount(mask);
+#else
+  int many = 0;
+  for (int i = 0; i < LANES<float>; ++i)
+    if (on[i]) to[many++] = x[i];
+  return many;
+#endif
 }
 inline double lane(double v, int) { return v; }
 inline float lane(floats v, int i) { return v[i]; }
@@ -128,11 +148,13 @@ inline T vlog(T x) {
 }
 
 template <typename T>
-inline T vlog1p(T u) {  // for u >= 0
-  if constexpr (std::is_same_v<T, double>)
+inline T vlog1p(T u) {
+  if constexpr (std::is_same_v<T, double>) {
     return std::log1p(u);
-  else
-    return u < number<T>(0.4142) ? vlog1p_near_0(u) : vlog(u + 1.f);
+  } else {
+    const T far = vlog(u + 1.f), near = vlog1p_near_0(vmax(vmin(u, number<T>(0.4142)), number<T>(-0.2928)));
+    return u > number<T>(-0.2928) ? (u < number<T>(0.4142) ? near : far) : far;
+  }
 }
 
 template <typename T>

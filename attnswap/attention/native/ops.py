@@ -5,25 +5,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnswap.attention.native import build
+
 DIFFERENTIABLE = ("row_scale", "row_bias", "key_bias", "sinks", "params")
 ORDER = (
     *("path", "query", "key", "value", "first", "last", "keep", "mask", "bias", "row_scale", "row_bias", "key_bias"),
-    *("sinks", "params", "count", "scaling", "softcap", "tolerance"),
+    *("sinks", "params", "count", "scaling", "softcap", "tolerance", "training"),
 )
 """The operators' arguments, described in ``engine.cpp``."""
 
 
-def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes output, shifts and inverse denominators; differentiable.
+def forward(*arguments: Any) -> Tensor:
+    """Computes the output; differentiable.
 
     Args:
         *arguments: In the order of :data:`ORDER`.
 
     Returns:
-        Output (batch, heads, queries, value_dim); shift and 1 / Z of each row, (batch, heads, queries).
+        Shape (batch, heads, queries, value_dim).
     """
     _register()
-    return torch.ops.attnswap_native.forward(*arguments)
+    training = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
+    return torch.ops.attnswap_native.forward(*arguments, training)[0]
 
 
 _registered = False
@@ -40,10 +43,12 @@ def _register() -> None:
     _registered = True
 
 
-def _fake_forward(path: str, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_forward(path: str, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     batch, heads, queries, _ = query.shape
-    out = query.new_empty(batch, queries, heads, value.shape[3]).transpose(1, 2)
-    return out, query.new_empty(batch, heads, queries), query.new_empty(batch, heads, queries)
+    shape = (batch, queries, heads, value.shape[3])
+    mean = query.new_empty(shape).transpose(1, 2) if rest[-1] and build.is_row(path) else query.new_empty(0, 0, 0, 0)
+    rows = (batch, heads, queries)
+    return query.new_empty(shape).transpose(1, 2), query.new_empty(rows), query.new_empty(rows), mean
 
 
 def _fake_backward(
@@ -62,8 +67,11 @@ def _fake_backward(
     ]
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*output, *(x for x in inputs if isinstance(x, Tensor)))
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    out, shifts, inverses, mean = output
+    ctx.save_for_backward(
+        mean if mean.numel() else out, shifts, inverses, *(x for x in inputs if isinstance(x, Tensor))
+    )
     ctx.places = [isinstance(x, Tensor) for x in inputs]
     ctx.plain = [None if isinstance(x, Tensor) else x for x in inputs]
     ctx.set_materialize_grads(False)

@@ -21,6 +21,17 @@ struct ProgramOf {
                          const F* p, const std::uint8_t* keep, F* sums);
   void (*null_by_param)(F shift, F n, const F* p, F factor, F* sums);
   void (*norm_by_param)(F s, F shift, const F* p, F factor, F* sums);
+  // Of row swaps alone: bounds of the threshold, and the power of the mass that is nearly linear in it.
+  bool threshold;
+  F (*low)(F top, F n, const F* p);
+  F (*high)(F top, F n, const F* p);
+  F (*power)(const F* p);
+  // Gathers the scores that have weight at a threshold, and returns how many.
+  std::int64_t (*candidates)(const F* s, std::int64_t size, F shift, const F* p, const std::uint8_t* keep, F* found);
+  // Sums the weights, and their derivatives by the threshold.
+  F (*mass)(const F* s, std::int64_t size, F shift, const F* p, F* slope);
+  // As `weigh`, and writes each weight's derivative by the threshold to `slopes`.
+  F (*weigh_and_slope)(F* s, F* slopes, std::int64_t size, F shift, const F* p, const std::uint8_t* keep, F* slope);
 };
 
 struct Program {

@@ -145,21 +145,94 @@ void norm_by_param(F s, F shift, const F* p, F factor, F* sums) {{
 """
 
 
+THRESHOLD = """
+template <typename F>
+F row_low(F top, F n, const F* p) {{
+  {scalars}
+  return low<F>(top, 0, n{p});
+}}
+template <typename F>
+F row_high(F top, F n, const F* p) {{
+  {scalars}
+  return high<F>(top, 0, n{p});
+}}
+template <typename F>
+F row_power(const F* p) {{
+  {scalars}
+  return power<F>(0, 0, 0{p});
+}}
+
+template <typename F>
+std::int64_t candidates(const F* s, std::int64_t size, F row_shift, const F* p, const std::uint8_t* keep, F* found) {{
+  using V = lanes_of<F>;
+  {vectors}
+  const V shift = V{{}} + row_shift, n{{}};
+  std::int64_t many = 0;
+  by_lanes<F>(size, [&](std::int64_t j, int lanes) {{
+    const V x = load_some(s + j, lanes);
+    const auto on = keep ? seen<F, true>(keep + j, lanes) : seen<F, false>(nullptr, lanes);
+    many += compress(found + many, x, on & (weight<V>(x, shift, n{p}) > V{{}}));
+  }});
+  return many;
+}}
+
+template <typename F>
+F mass(const F* s, std::int64_t size, F row_shift, const F* p, F* slope) {{
+  using V = lanes_of<F>;
+  {vectors}
+  const V shift = V{{}} + row_shift, n{{}};
+  V total{{}}, slopes{{}};
+  by_lanes<F>(size, [&](std::int64_t j, int lanes) {{
+    const V x = load_some(s + j, lanes);
+    const auto on = seen<F, false>(nullptr, lanes);
+    total += on ? weight<V>(x, shift, n{p}) : V{{}};
+    slopes += on ? weight_by_shift<V>(x, shift, n{p}) : V{{}};
+  }});
+  *slope = sum(slopes);
+  return sum(total);
+}}
+
+template <typename F>
+F weigh_and_slope(F* s, F* slopes, std::int64_t size, F row_shift, const F* p, const std::uint8_t* keep, F* slope) {{
+  using V = lanes_of<F>;
+  {vectors}
+  const V shift = V{{}} + row_shift, n{{}};
+  V total{{}}, falling{{}};
+  by_lanes<F>(size, [&](std::int64_t j, int lanes) {{
+    const V x = load_some(s + j, lanes);
+    const auto on = keep ? seen<F, true>(keep + j, lanes) : seen<F, false>(nullptr, lanes);
+    const V w = on ? flush(weight<V>(x, shift, n{p})) : V{{}}, g = on ? weight_by_shift<V>(x, shift, n{p}) : V{{}};
+    store_some(s + j, w, lanes), store_some(slopes + j, g, lanes);
+    total += w, falling += g;
+  }});
+  *slope = sum(falling);
+  return sum(total);
+}}
+"""
+
+
 @cache
-def source(swap: Swap) -> str:
-    """Returns the translation unit of a swap, as the engine wants it (``program.h``)."""
+def source(swap: Swap, whole: bool) -> str:
+    """Returns the translation unit of a swap, as the engine wants it (``program.h``).
+
+    Args:
+        swap: The swap.
+        whole: Print it for lambda 1 alone.
+    """
     names = parameters(swap)
     p = "".join(f", {name}" for name in names)
 
     def each(form: str) -> str:
         return "\n".join("    " + form.format(i=i, name=name, p=p) for i, name in enumerate(names))
 
+    scalars = " ".join(f"[[maybe_unused]] const F {name} = p[{i}];" for i, name in enumerate(names))
+    vectors = " ".join(f"[[maybe_unused]] const V {name} = V{{}} + p[{i}];" for i, name in enumerate(names))
     rows = ROWS.format(
         p=p,
         count=len(names),
-        scalars=" ".join(f"[[maybe_unused]] const F {name} = p[{i}];" for i, name in enumerate(names)),
-        vectors=" ".join(f"[[maybe_unused]] const V {name} = V{{}} + p[{i}];" for i, name in enumerate(names)),
-        floor=f"floor<F>(0, 0, 0{p})" if "floor" in trace(swap) else "-F(INFINITY)",
+        scalars=scalars,
+        vectors=vectors,
+        floor=f"floor<F>(0, 0, 0{p})" if "floor" in trace(swap, whole) else "-F(INFINITY)",
         weigh_by=each(
             "totals[{i}] += on ? weight_by_{name}<V>(x, shift, n{p}) * g"
             " - norm_by_{name}<V>(x, shift, n{p}) * delta : V{{}};"
@@ -169,10 +242,17 @@ def source(swap: Swap) -> str:
     )
     functions = ["row_floor", "row_null", "row_norm", "row_norm_slope", "weigh", "slopes"]
     functions += ["weigh_by_param", "null_by_param", "norm_by_param"]
-    fixed = f"{len(names)}, {'true' if swap.shifted else 'false'}"
-    table = ", ".join(f"{{{fixed}, {', '.join(f'{f}<{kind}>' for f in functions)}}}" for kind in ("float", "double"))
+    own = ["row_low", "row_high", "row_power", "candidates", "mass", "weigh_and_slope"] if swap.threshold else []
+    rows += THRESHOLD.format(p=p, scalars=scalars, vectors=vectors) if swap.threshold else ""
+
+    def entries(kind: str) -> str:
+        ours, rest = ([f"{f}<{kind}>" for f in group] for group in (functions, own))
+        flags = ["true" if flag else "false" for flag in (swap.shifted, swap.threshold)]
+        return f"{{{', '.join([str(len(names)), flags[0], *ours, flags[1], *(rest or ['nullptr'] * 6)])}}}"
+
+    table = ", ".join(entries(kind) for kind in ("float", "double"))
     return (
-        f'#include "maths.h"\n#include "program.h"\n\nnamespace {{\n\n{cpp(swap)}{rows}\n}}  // namespace\n\n'
+        f'#include "maths.h"\n#include "program.h"\n\nnamespace {{\n\n{cpp(swap, whole)}{rows}\n}}  // namespace\n\n'
         f'extern "C" const Program attnswap_program;\nconst Program attnswap_program = {{{table}}};\n'
     )
 

@@ -1,0 +1,73 @@
+"""Solve for the thresholds of row swaps in plain torch, and let gradients through."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnswap.swaps.base import Swap
+
+STEPS = 60
+"""More than any row takes: safeguarded Newton steps, each of which at worst halves the bracket."""
+
+
+def thresholds(swap: Swap, s: Tensor, visible: Tensor, sinks: Tensor | None, p: SimpleNamespace) -> Tensor:
+    """Returns the number of each row at which its weights sum to one.
+
+    Differentiable by the scores, sinks and parameters: at the root, one more Newton step is the identity, and its
+    derivative is that of the implicit function.
+
+    Args:
+        swap: A swap with ``threshold``.
+        s: Scores, shape (batch, heads, rows, keys).
+        visible: Which keys count, broadcastable to the scores.
+        sinks: Scores of the null keys, (heads, 1, 1), or None.
+        p: The per-head values.
+
+    Returns:
+        Shape (batch, heads, rows, 1); 0 for rows without a key or sink.
+    """
+    if sinks is not None:
+        s = torch.cat([s, sinks.expand(*s.shape[:-1], 1)], -1)
+        visible = torch.cat(
+            [visible.expand(*visible.shape[:-1], s.shape[-1] - 1), torch.ones_like(visible[..., :1])], -1
+        )
+    visible = visible.expand(s.shape)
+    some = visible.any(-1, keepdim=True)
+    with torch.no_grad():
+        fixed = SimpleNamespace(**{k: v.detach() if isinstance(v, Tensor) else v for k, v in vars(p).items()})
+        root = torch.where(some, _solve(swap, s.detach(), visible, fixed), 0.0)
+        _, slope = _mass(swap, s.detach(), visible, root, fixed)
+    mass = torch.where(visible, swap.weight(torch.where(visible, s, root), root, p), 0.0).sum(-1, keepdim=True)
+    return torch.where(some, root - (mass - 1) / torch.where(slope < 0, slope, -1.0), 0.0)
+
+
+def _solve(swap: Swap, s: Tensor, visible: Tensor, p: SimpleNamespace) -> Tensor:
+    top = s.masked_fill(~visible, -torch.inf).amax(-1, keepdim=True) if s.shape[-1] else s.new_zeros(*s.shape[:-1], 1)
+    top = torch.where(top > -torch.inf, top, 0.0)
+    low, high = swap.bracket(top, visible.sum(-1, keepdim=True).clamp(min=1).to(s.dtype), p)
+    low, high = torch.broadcast_tensors(low, high)
+    power = torch.as_tensor(swap.mass_power(p), dtype=s.dtype, device=s.device)
+    t = low
+    for _ in range(STEPS):
+        mass, slope = _mass(swap, s, visible, t, p)
+        low, high = torch.where(mass >= 1, t, low), torch.where(mass > 1, high, t)
+        # Newton on (mass^power - 1) / power, whose limit for a power of 0 is the logarithm.
+        bent = torch.where(power < 1e-2, mass.log() * mass, (mass**power - 1) / power * mass ** (1 - power))
+        step = t - bent / slope
+        inside = (step >= low) & (step <= high)
+        new = torch.where(mass == 1, t, torch.where(inside, step, (low + high) / 2))
+        if torch.equal(new, t):
+            break
+        t = new
+    return t
+
+
+def _mass(swap: Swap, s: Tensor, visible: Tensor, t: Tensor, p: SimpleNamespace) -> tuple[Tensor, Tensor]:
+    """Returns the sum of the weights at a threshold, and its derivative."""
+    with torch.enable_grad():
+        at: Any = t.detach().requires_grad_()
+        mass = torch.where(visible, swap.weight(torch.where(visible, s, at), at, p), 0.0).sum(-1, keepdim=True)
+        (slope,) = torch.autograd.grad(mass.sum(), at)
+    return mass.detach(), slope

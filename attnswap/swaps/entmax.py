@@ -1,0 +1,74 @@
+"""Entmax: softmax's sparse relatives, which give most keys a weight of exactly 0.
+
+    w_j = (1 + (alpha - 1) (z_j - t))_+ ^ (1 / (alpha - 1)),   t such that sum_j w_j = 1
+
+alpha = 1 is softmax, alpha = 2 is sparsemax (the projection onto the simplex), 1.5 lies between. In the papers'
+letters the threshold is tau = (alpha - 1) t - 1; written with t the formula has a limit at alpha = 1, so the ramp runs
+along alpha: alpha(lambda) = 1 + lambda (alpha - 1). A learned alpha stays in (1, 2) and does not learn before lambda is
+1, because its gradient is noise near alpha = 1.
+
+Caveats: a pretrained model's scores spread over tens of units, where few keys survive; start at lambda 0 and raise it.
+A model's own sinks take part in the sum.
+"""
+
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, ClassVar, Literal
+
+from attnswap.swaps import expression as fn
+from attnswap.swaps.base import Feature, Swap, require
+
+
+@dataclass(frozen=True)
+class Entmax(Swap):
+    """Entmax (Peters et al., arXiv 1905.05702; learned alpha: Correia et al., arXiv 1909.00015).
+
+    Attributes:
+        alpha: In (1, 2], or ``"learned"``: one per head, 1 + sigmoid(a).
+        start: Where a learned alpha starts, in (1, 2).
+    """
+
+    alpha: float | Literal["learned"] = 1.5
+    start: float = 1.5
+
+    name: ClassVar[str] = "entmax"
+    paper: ClassVar[str] = "Sparse Sequence-to-Sequence Models (arXiv 1905.05702)"
+    summary: ClassVar[str] = "sparse softmax: keys below a threshold get weight 0 (alpha 2 is sparsemax)"
+    native_ramp: ClassVar[bool] = True
+    threshold: ClassVar[bool] = True
+    fixed_in_ramp: ClassVar[tuple[str, ...]] = ("alpha_logit",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.alpha == "learned" or 1 < self.alpha <= 2, f"entmax: alpha must be in (1, 2], not {self.alpha}")
+        require(1 < self.start < 2, f"entmax: start must be in (1, 2), not {self.start}")
+
+    def features(self) -> dict[str, Feature]:
+        if self.alpha != "learned":
+            return {}
+        initial = math.log((self.start - 1) / (2 - self.start))
+        return {"alpha_logit": Feature("head", initial=initial, what="a; alpha is 1 + sigmoid(a)")}
+
+    def weight(self, s: Any, shift: Any, p: SimpleNamespace) -> Any:
+        order = self.mass_power(p)
+        above = order * (s - shift)
+        if isinstance(order, float) and isinstance(p.ramp, float) and p.ramp == 1.0 and order in (0.5, 1.0):
+            return fn.power(fn.relu(1 + above), 1 / order)
+        # At lambda 0 what is left is e^(s - t); keys below the threshold are held at it, out of the logarithm's way.
+        order = fn.maximum(order, 1e-30)
+        return fn.where(above > -1.0, fn.exp(fn.log1p(fn.maximum(order * (s - shift), -0.9999999)) / order), 0.0)
+
+    def bracket(self, top: Any, n: Any, p: SimpleNamespace) -> tuple[Any, Any]:
+        return top, top + fn.log(n)
+
+    def mass_power(self, p: SimpleNamespace) -> Any:
+        """Alpha less 1, which is also the power under which the mass is nearly linear."""
+        own = fn.sigmoid(p.alpha_logit) if self.alpha == "learned" else self.alpha - 1
+        return p.ramp * own
+
+
+if __name__ == "__main__":
+    from attnswap.swaps.curves import draw
+
+    draw(Entmax())
