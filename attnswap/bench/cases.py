@@ -96,7 +96,7 @@ def swap_cases(names: Sequence[str] | None = None) -> list[Case]:
         ConfigError: A name is unknown (the nearest known one is suggested).
     """
     found = []
-    for name in swaps.names() if names is None else names:
+    for name in swaps.names() if names is None else dict.fromkeys(names):
         config = swaps.resolve({"name": name, **OPTIONS.get(name, {})}).to_dict()
         options = "".join(f" {key}={value}" for key, value in OPTIONS.get(name, {}).items())
         for fill in FILLS.get(name, [{}]):

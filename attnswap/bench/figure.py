@@ -54,7 +54,7 @@ def plot(cells: Sequence[Cell], path: Path, title: str) -> Path:
         axes.set_yscale("log")
         axes.set_xticks(lengths, [str(length) for length in lengths], minor=False)
         axes.set(xlabel="length (tokens)", ylabel="time over SDPA's (below 1: faster)", title=f"{mode}, 95% interval")
-    axes.legend(fontsize="small")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     figure.suptitle(title)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)

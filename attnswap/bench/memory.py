@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +15,9 @@ from attnswap.bench.machine import threads_and_denormals
 from attnswap.errors import AttnSwapError
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+"""Freed tensors go back to the system at once, so that the peak is what a call holds and not what glibc keeps."""
+
 WARM_UP_LENGTH = 64
 SLACK = 1 << 20
 """How far the peak may lie above the resident size right after it was reset: the kernel counts in batches of pages."""
@@ -34,7 +38,7 @@ def extra_memory(case: Case, setting: Setting, backend: str, threads: int, flush
     """
     job = {**to_json(case, setting), "backend": backend, "threads": threads, "flush": flush}
     command = [sys.executable, "-m", "attnswap.bench.memory", json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **ALLOCATOR})
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise AttnSwapError(f"memory of {case.label} at {setting.length}: {lines[-1]}")
