@@ -8,15 +8,13 @@ import psutil
 from attnswap.bench.calls import build, draw_tensors
 from attnswap.bench.cases import Case, Setting
 from attnswap.bench.memory import extra_memory
+from attnswap.bench.peers import Peer
 from attnswap.bench.timing import SAMPLE_SECONDS, sample
 from attnswap.errors import ConfigError
 from attnswap.evaluation.estimate import Growth
 
 PROBES = (256, 1024)
 """Lengths of the timed calls."""
-
-SQUARES = {False: 8, True: 12}
-"""Matrices of queries by keys in fp32 that a peer may hold at once, without and with a backward pass."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +55,9 @@ def cell_seconds(ours: Forecast, sdpa: Forecast, length: int, rounds: int) -> fl
     return 2 * sum(calls) + rounds * sum(max(seconds, SAMPLE_SECONDS) for seconds in calls)
 
 
-def too_much(setting: Setting, seconds: float, limit: float) -> str | None:
+def too_much(peer: Peer, setting: Setting, seconds: float, limit: float) -> str | None:
     """Says why a peer's cell is left out: it would need more memory than half of what is free, or too much time."""
-    needed = SQUARES[setting.backward] * 4 * setting.shape.heads * setting.length**2
+    needed = peer.squares * 4 * setting.shape.heads * setting.length**2
     free = psutil.virtual_memory().available
     if needed > free / 2:
         return f"needs about {needed / 2**30:.1f} GiB, more than half of the {free / 2**30:.1f} GiB that are free"

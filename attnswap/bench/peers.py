@@ -22,11 +22,14 @@ class Peer:
 
     Attributes:
         make: Given the number of query heads and of keys, returns the causal attention function.
+        squares: Matrices of queries by keys in fp32 that it holds at once for each head, with a backward pass: what
+            ``extra_memory`` gave at 1024 tokens, rounded up.
         package: The distribution it needs, if any.
         module: The module of that distribution.
     """
 
     make: Callable[[int, int], Attention]
+    squares: int
     package: str | None = None
     module: str | None = None
 
@@ -93,11 +96,11 @@ def _x_transformers(**options: Any) -> Callable[[int, int], Attention]:
 
 
 PEERS: dict[str, Peer] = {
-    "eager softmax": Peer(_eager),
-    "naive softpick": Peer(_naive_softpick),
-    "entmax: entmax15": Peer(_entmax("entmax15"), "entmax", "entmax"),
-    "entmax: sparsemax": Peer(_entmax("sparsemax"), "entmax", "entmax"),
-    "x-transformers: Attend": Peer(_x_transformers(), "x-transformers", "x_transformers"),
-    "x-transformers: Attend sigmoid": Peer(_x_transformers(sigmoid=True), "x-transformers", "x_transformers"),
+    "eager softmax": Peer(_eager, 9),
+    "naive softpick": Peer(_naive_softpick, 8),
+    "entmax: entmax15": Peer(_entmax("entmax15"), 14, "entmax", "entmax"),
+    "entmax: sparsemax": Peer(_entmax("sparsemax"), 9, "entmax", "entmax"),
+    "x-transformers: Attend": Peer(_x_transformers(), 4, "x-transformers", "x_transformers"),
+    "x-transformers: Attend sigmoid": Peer(_x_transformers(sigmoid=True), 4, "x-transformers", "x_transformers"),
 }
 """By name. All hold matrices of queries by keys, so that long calls are left out (:mod:`attnswap.bench.run`)."""

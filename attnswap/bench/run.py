@@ -17,6 +17,7 @@ from attnswap.bench.cases import MODES, SDPA, SHAPES, Case, Setting, Shape, peer
 from attnswap.bench.estimate import Forecast, cell_seconds, forecast, process_seconds, too_much
 from attnswap.bench.machine import environment, threads_and_denormals
 from attnswap.bench.memory import available, extra_memory
+from attnswap.bench.peers import PEERS
 from attnswap.bench.result import Bench, Cell, Memory
 from attnswap.bench.statistics import median_interval
 from attnswap.bench.timing import interleave
@@ -178,7 +179,7 @@ class _Run:
         refused = self.forecast(case, setting).refused
         if refused or case.kind != "peer":
             return refused
-        return too_much(setting, self.seconds(case, setting), self.plan.peer_seconds)
+        return too_much(PEERS[case.label], setting, self.seconds(case, setting), self.plan.peer_seconds)
 
     def bytes(self, case: Case, setting: Setting) -> int:
         return extra_memory(case, setting, self.plan.backend, self.threads, self.plan.flush_denormals)

@@ -31,7 +31,7 @@ def bench_command(
     out: Annotated[Path | None, typer.Option(help="Directory for JSON and plots.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")] = False,
 ) -> None:
-    """Measure time and memory of the swaps beside torch's flash attention.
+    """Measure time and memory of the swaps beside torch's flash attention, on the CPU.
 
     Each round times SDPA and the swap right after one another; the median ratio comes with a 95% interval over rounds
     and is held against the bounds the project promises.
