@@ -1,0 +1,20 @@
+"""How fast is a swap, and how much memory does it take, beside torch's own attention in the same run?"""
+
+from attnswap.bench.cases import SHAPES, Case, Setting, Shape, swap_cases
+from attnswap.bench.report import tables, write_report
+from attnswap.bench.result import Bench, Cell
+from attnswap.bench.run import Plan, run_bench
+
+__all__ = [
+    "SHAPES",
+    "Bench",
+    "Case",
+    "Cell",
+    "Plan",
+    "Setting",
+    "Shape",
+    "run_bench",
+    "swap_cases",
+    "tables",
+    "write_report",
+]

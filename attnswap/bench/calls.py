@@ -1,0 +1,165 @@
+"""A case as something to call: its tensors, its features, and the call itself."""
+
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from attnswap.attention import attention
+from attnswap.attention.dispatch import BACKENDS, choose
+from attnswap.attention.problem import Problem, complete_features
+from attnswap.attention.visibility import Visibility
+from attnswap.bench.cases import Case, Setting
+from attnswap.bench.peers import PEERS
+from attnswap.errors import UnsupportedModelError
+from attnswap.swaps import ModelInfo, Swap, resolve
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """What every case of a setting computes on: query, key and value, and the gradient of the output."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    upstream: Tensor
+
+
+def draw_tensors(setting: Setting, seed: int = 0) -> Tensors:
+    """Draws standard normal tensors; they want gradients where the setting has a backward pass."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = setting.shape
+
+    def normal(heads: int) -> Tensor:
+        return torch.randn(1, heads, setting.length, shape.head_dim, generator=generator).to(setting.torch_dtype)
+
+    query, key, value = (
+        normal(heads).requires_grad_(setting.backward) for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
+    )
+    return Tensors(query, key, value, upstream=normal(shape.heads))
+
+
+def draw_features(swap: Swap, case: Case, setting: Setting, seed: int = 0) -> dict[str, Tensor]:
+    """Fills in what a swap declares, away from values at which it would do nothing, in fp32.
+
+    Per-head values lie a quarter beside their start; per-token ones are drawn from (-1/2, 0), where a logarithm and a
+    change of temperature both make sense; the case's own values come before either.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, feature in swap.features().items():
+        heads = setting.shape.heads if feature.heads == "query" else setting.shape.kv_heads
+        shape = (heads,) if feature.per == "head" else (1, heads, setting.length)
+        if name in case.fill:
+            value = torch.full(shape, case.fill[name])
+        elif feature.per == "head":
+            value = torch.full(shape, (feature.initial or 0.0) + 0.25)
+        else:
+            value = -torch.rand(shape, generator=generator) / 2
+        found[name] = value.requires_grad_(setting.backward)
+    return found
+
+
+@dataclass(frozen=True)
+class Call:
+    """A case on tensors.
+
+    Attributes:
+        forward: Computes the output.
+        leaves: What gradients are wanted of; empty without a backward pass.
+        upstream: Gradient of the output.
+        context: What must hold around the call and is not timed.
+        backend: Which of attnswap's backends serves, for swaps.
+    """
+
+    forward: Callable[[], Tensor]
+    leaves: tuple[Tensor, ...]
+    upstream: Tensor
+    context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+    backend: str | None = None
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        """Runs once and returns the output, or the output and the gradients."""
+        if not self.leaves:
+            with torch.no_grad():
+                return (self.forward(),)
+        out = self.forward()
+        return (out.detach(), *torch.autograd.grad(out, self.leaves, self.upstream, allow_unused=True))
+
+
+def build(case: Case, setting: Setting, tensors: Tensors, backend: str = "auto") -> Call:
+    """Prepares the call of a case.
+
+    Args:
+        case: What to run.
+        setting: Where; ``tensors`` were drawn for it.
+        tensors: Shared by all cases of the setting.
+        backend: ``"auto"`` or a name of ``attnswap.attention.dispatch.BACKENDS``, for swaps.
+
+    Raises:
+        ConfigError: The backend is unknown or cannot serve the swap.
+    """
+    q, k, v = tensors.query, tensors.key, tensors.value
+    leaves = (q, k, v) if setting.backward else ()
+    if case.kind == "sdpa":
+        return Call(lambda: sdpa(q, k, v), leaves, tensors.upstream, context=flash_only)
+    if case.kind == "peer":
+        attend = PEERS[case.label].make(setting.shape.heads, setting.length)
+        return Call(lambda: attend(q, k, v), leaves, tensors.upstream)
+    shape = setting.shape
+    info = ModelInfo(shape.heads, shape.kv_heads, shape.heads * shape.head_dim, setting.length)
+    swap = resolve(case.swap).bind(info)
+    features = draw_features(swap, case, setting)
+    options: dict[str, Any] = {"is_causal": True, "enable_gqa": True, "backend": backend, **features}
+    return Call(
+        lambda: attention(q, k, v, swap, **options),
+        (*leaves, *features.values()) if setting.backward else (),
+        tensors.upstream,
+        backend=served_by(swap, setting, tensors, features, backend),
+    )
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Torch's attention, causal, without a mask and without repeating keys."""
+    return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+
+@contextlib.contextmanager
+def flash_only() -> Any:
+    """Lets torch's attention take its flash path and no other.
+
+    Raises:
+        UnsupportedModelError: That path cannot serve a call of the block.
+    """
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        try:
+            yield
+        except RuntimeError as error:
+            if "No available kernel" not in str(error):
+                raise
+            raise UnsupportedModelError(
+                "torch's flash attention cannot serve this call, so there is nothing to compare with; "
+                "leave out this dtype or shape"
+            ) from error
+
+
+def served_by(swap: Swap, setting: Setting, tensors: Tensors, features: dict[str, Tensor], backend: str) -> str:
+    """Returns the name of the backend that serves a swap, with gradients where the setting has them."""
+    with torch.set_grad_enabled(setting.backward):
+        problem = Problem(
+            swap=swap,
+            query=tensors.query,
+            key=tensors.key,
+            value=tensors.value,
+            visibility=Visibility(setting.length, setting.length, tensors.query.device),
+            features=complete_features(swap, features, tensors.query, tensors.key),
+            scaling=setting.shape.head_dim**-0.5,
+        )
+        chosen = choose(problem, backend)
+    return next(name for name, known in BACKENDS.items() if known is chosen)

@@ -1,0 +1,88 @@
+"""What the figures were taken on, and what of it this process can set."""
+
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import attnswap
+from attnswap.bench.peers import PEERS, installed
+
+
+@contextmanager
+def threads_and_denormals(threads: int | None, flush: bool) -> Iterator[None]:
+    """Runs a block with so many threads and subnormal numbers kept or flushed, and restores both.
+
+    A worker thread takes over the mode of the thread that starts it, so this must come before the first parallel
+    call of a process; :func:`denormal_mode` tells what really holds.
+    """
+    before, flushed = torch.get_num_threads(), denormal_mode(1) == "flushed"
+    torch.set_flush_denormal(flush)
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        torch.set_flush_denormal(flushed)
+
+
+def denormal_mode(threads: int | None = None) -> str:
+    """Tries what happens to subnormal numbers in every thread.
+
+    Args:
+        threads: How many threads take part; None: all. One stays in the calling thread.
+
+    Returns:
+        ``"kept"``, ``"flushed"`` or, where threads differ, ``"mixed"``.
+    """
+    count = threads or torch.get_num_threads()
+    # 2^16 numbers are more than torch leaves to one thread; a single number stays where it is.
+    numbers = torch.full((1 if count == 1 else count << 16,), 1e-30)
+    kept = int(((numbers * 1e-10).view(torch.int32) != 0).sum())  # compared as bits: a flushing thread sees 0 anyway
+    return "flushed" if kept == 0 else "kept" if kept == len(numbers) else "mixed"
+
+
+def environment() -> dict[str, Any]:
+    """Returns versions, commit, processor, threads and denormal mode."""
+    peers = {peer.package: peer.version for peer in PEERS.values() if peer.package and installed(peer)}
+    return {
+        "attnswap": attnswap.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "commit": commit(),
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "denormals": denormal_mode(),
+        "load": os.getloadavg()[0],
+        "packages": peers,
+    }
+
+
+def cpu_model() -> str:
+    """Returns the processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
+
+
+def commit() -> str | None:
+    """Returns the git commit of the checkout this package lies in (``-dirty`` after uncommitted changes), or None."""
+    root = Path(attnswap.__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None

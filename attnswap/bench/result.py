@@ -1,0 +1,129 @@
+"""What a benchmark found, and its JSON."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from attnswap.bench.bounds import Verdict
+from attnswap.bench.cases import SDPA, Case, Setting
+from attnswap.bench.statistics import Ratio, exponent
+from attnswap.bench.timing import Round
+from attnswap.evaluation.result import write_atomically
+
+SCHEMA = "attnswap.bench/1"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Extra peak memory of one call in bytes, and SDPA's."""
+
+    bytes: int
+    sdpa_bytes: int
+
+    @property
+    def ratio(self) -> float | None:
+        """Ours over SDPA's, or None where SDPA took nothing."""
+        return self.bytes / self.sdpa_bytes if self.sdpa_bytes else None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A case at one setting.
+
+    Attributes:
+        case: What was run.
+        setting: Where.
+        backend: The backend of attnswap that served, for swaps.
+        rounds: Seconds of every round; empty if the cell was skipped.
+        ratio: Median over rounds of the time over SDPA's, with its 95% interval.
+        bound: What the ratio must stay below, if anything.
+        verdict: Whether it does.
+        memory: Where it was measured.
+        skipped: Why nothing was timed.
+        memory_skipped: Why memory was not measured.
+    """
+
+    case: Case
+    setting: Setting
+    backend: str | None = None
+    rounds: list[Round] = field(default_factory=list)
+    ratio: Ratio | None = None
+    bound: float | None = None
+    verdict: Verdict = "report only"
+    memory: Memory | None = None
+    skipped: str | None = None
+    memory_skipped: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the cell as JSON-able values."""
+        values = asdict(self)
+        case, setting = values.pop("case"), values.pop("setting")
+        if self.memory:
+            values["memory"]["ratio"] = self.memory.ratio
+        return {**case, **setting, **values}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A finished benchmark.
+
+    Attributes:
+        cells: Every case at every setting.
+        plan: The options it was run with.
+        env: Versions, commit, processor, threads, denormal mode.
+        cost: Seconds it took, and the estimate made before.
+        created: UTC time, ISO 8601.
+    """
+
+    cells: list[Cell]
+    plan: dict[str, Any]
+    env: dict[str, Any]
+    cost: dict[str, float]
+    created: str
+
+    def exponents(self) -> list[dict[str, Any]]:
+        """Returns how extra memory grows with the length, for every swap and for SDPA: ``bytes ~ length ** exponent``.
+
+        SDPA's is fitted over the same lengths as the swap's beside it.
+        """
+        found = []
+        for label, group in _grouped(cell for cell in self.cells if cell.memory):
+            lengths = [cell.setting.length for cell in group]
+            used = [cell.memory for cell in group if cell.memory]
+            found.append(
+                {
+                    **label,
+                    "lengths": lengths,
+                    "exponent": exponent(lengths, [m.bytes for m in used]),
+                    f"{SDPA.label}_exponent": exponent(lengths, [m.sdpa_bytes for m in used]),
+                }
+            )
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the report; ``schema.json`` in this folder describes it."""
+        return {
+            "schema": SCHEMA,
+            "created": self.created,
+            "env": self.env,
+            "plan": self.plan,
+            "cost": self.cost,
+            "cells": [cell.to_dict() for cell in self.cells],
+            "memory_exponents": self.exponents(),
+        }
+
+    def save(self, path: Path) -> Path:
+        """Writes the report as JSON, atomically."""
+        write_atomically(path, (json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n").encode())
+        return path
+
+
+def _grouped(cells: Iterator[Cell]) -> Iterator[tuple[dict[str, str], list[Cell]]]:
+    groups: dict[tuple[str, str, str, str], list[Cell]] = {}
+    for cell in cells:
+        setting = cell.setting
+        groups.setdefault((cell.case.label, setting.shape.name, setting.dtype, setting.mode), []).append(cell)
+    for key, group in groups.items():
+        yield dict(zip(("label", "shape", "dtype", "mode"), key, strict=True)), group

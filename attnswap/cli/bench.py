@@ -1,0 +1,67 @@
+"""``attnswap bench``: time and memory of the swaps beside torch's own attention."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from attnswap.bench import SHAPES, Plan, Shape, run_bench, tables, write_report
+from attnswap.cli.options import parse_dtype, parse_size
+from attnswap.errors import ConfigError, nearest
+
+
+def bench_command(
+    swaps: Annotated[str | None, typer.Option(help="Names such as ssmax,softpick. Default: every known swap.")] = None,
+    lengths: Annotated[str, typer.Option(help="Lengths in tokens; k is 1024.")] = "1k,2k,4k,8k,16k",
+    shapes: Annotated[str, typer.Option(help=f"Layers: {', '.join(SHAPES)}.")] = ",".join(SHAPES),
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or both.")] = "fp32,bf16",
+    backend: Annotated[str, typer.Option(help="auto, or one backend for all swaps.")] = "auto",
+    rounds: Annotated[int, typer.Option(help="Rounds of a cell, at least 9.")] = 9,
+    threads: Annotated[int | None, typer.Option(help="Threads. Default: torch's own choice.")] = None,
+    flush_denormals: Annotated[
+        bool, typer.Option("--flush-denormals", help="Flush subnormal numbers to 0, for SDPA and swaps alike.")
+    ] = False,
+    peers: Annotated[bool, typer.Option(help="Also other implementations, where installed.")] = True,
+    peer_seconds: Annotated[float, typer.Option(help="Leave out their cells that would take longer.")] = 120.0,
+    memory: Annotated[bool, typer.Option(help="Extra peak memory, each in a process of its own.")] = True,
+    seed: Annotated[int, typer.Option(help="Seed of tensors and intervals.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Directory for JSON and plots.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")] = False,
+) -> None:
+    """Measure time and memory of the swaps beside torch's flash attention, on the CPU.
+
+    Each round times SDPA and the swap right after one another; the median ratio comes with a 95% interval over rounds
+    and is held against the bounds the project promises.
+    """
+    if out and not out.is_dir() and out.exists():
+        raise ConfigError(f'--out: "{out}" is a file; name a directory')
+    plan = Plan(
+        swaps=None if swaps is None else [name.strip() for name in swaps.split(",")],
+        shapes=[_shape(name.strip()) for name in shapes.split(",")],
+        lengths=[parse_size(part) for part in lengths.split(",")],
+        dtypes=[str(parse_dtype(name.strip())).removeprefix("torch.") for name in dtype.split(",")],
+        backend=backend,
+        rounds=rounds,
+        threads=threads,
+        flush_denormals=flush_denormals,
+        peers=peers,
+        memory=memory,
+        peer_seconds=peer_seconds,
+        seed=seed,
+    )
+    bench = run_bench(plan, lambda line: print(line, file=sys.stderr, flush=True), sys.stderr.isatty())
+    if out:
+        write_report(bench, out)
+    if as_json:
+        sys.stdout.write(json.dumps(bench.to_dict(), indent=2, allow_nan=False) + "\n")
+    else:
+        Console().print(tables(bench), markup=False)
+
+
+def _shape(name: str) -> Shape:
+    if name not in SHAPES:
+        raise ConfigError(f'unknown shape "{name}".{nearest(name, list(SHAPES))} There are {", ".join(SHAPES)}')
+    return SHAPES[name]
