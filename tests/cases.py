@@ -330,10 +330,10 @@ def short_blocks(rows: int = 2) -> Iterator[list[int]]:
         yield counts
 
 
-def backends_of(swap: Swap, half: bool = False) -> list[str]:
-    """The backends that must serve a swap (in half precision); the others must refuse it."""
+def backends_of(swap: Swap) -> list[str]:
+    """The backends that must serve a swap; the others must refuse it."""
     refusing = set() if swap.traits.route == "folded" else {"folded"}
-    if swap.shift_gradient or half or native.build.unavailable():
+    if swap.shift_gradient or native.build.unavailable():
         refusing.add("native")
     return [name for name in ("auto", *BACKENDS) if name not in refusing]
 

@@ -73,7 +73,7 @@ def check_half_precision(swap: Swap) -> None:
         config = bound(swap, case)
         inputs = draw(config, case).rounded(torch.bfloat16)
         wanted = run(config, inputs)
-        for backend in backends_of(config, half=True):
+        for backend in backends_of(config):
             found = run(config, inputs, backend, torch.bfloat16)
             compare(found, wanted, 2e-2, 2e-2, f"bf16 {backend} {mask}")
 

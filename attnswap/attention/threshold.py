@@ -58,9 +58,10 @@ def _solve(swap: Swap, s: Tensor, visible: Tensor, p: SimpleNamespace) -> Tensor
         step = t - bent / slope
         inside = (step >= low) & (step <= high)
         new = torch.where(mass == 1, t, torch.where(inside, step, (low + high) / 2))
-        if torch.equal(new, t):
-            break
+        settled = (new - t).abs() <= 2 * torch.finfo(s.dtype).eps * t.abs().clamp(min=1)
         t = new
+        if bool(settled.all()):
+            break
     return t
 
 

@@ -15,8 +15,6 @@ def refusal(problem: Problem) -> str | None:
     """Says why these kernels cannot compute a call, or None where they can."""
     if problem.query.device.type != "cpu":
         return "it runs on the CPU alone"
-    if problem.query.dtype not in (torch.float32, torch.float64):
-        return f"it computes in fp32 and fp64, not {problem.query.dtype}"
     if problem.dropout:
         return "it has no dropout"
     if problem.swap.shift_gradient:
@@ -29,13 +27,15 @@ def refusal(problem: Problem) -> str | None:
 def attend(problem: Problem) -> Tensor:
     """Computes a call with memory linear in its length, forward and backward.
 
+    Half precision is computed in fp32, from fp32 copies of queries, keys and values.
+
     Returns:
         Output (batch, heads, queries, value_dim) in the dtype of the values, laid out (batch, queries, heads, ...).
     """
     swap = PLAIN if problem.swap.softmax_weighted else problem.swap
     terms, visibility = problem.terms, problem.visibility
-    query, value, scale = problem.query, problem.value, terms.query_scale
-    queries, dtype = query.shape[2], problem.dtype
+    queries, dtype, scale = problem.query.shape[2], problem.dtype, terms.query_scale
+    query, key, value = (x.to(dtype) for x in (problem.query, problem.key, problem.value))
     if scale is not None and problem.softcap is None:
         query, scale = query * scale[..., None], None
     if terms.value_scale is not None:
@@ -46,7 +46,7 @@ def attend(problem: Problem) -> Tensor:
     first, last = visibility.spans
     return ops.forward(
         build.program(swap, isinstance(problem.ramp, float) and problem.ramp == 1.0),
-        *(_rows(x) for x in (query, problem.key, value)),
+        *(_rows(x) for x in (query, key, value)),
         first,
         last,
         visibility.holes,
@@ -62,7 +62,7 @@ def attend(problem: Problem) -> Tensor:
         problem.softcap or 0.0,
         # Tiles of decayed keys are skipped while what they could add stays below rounding.
         torch.finfo(dtype).eps if swap is PLAIN else 0.0,
-    )
+    ).to(problem.value.dtype)
 
 
 def _rows(x: Tensor) -> Tensor:
