@@ -1,0 +1,153 @@
+"""Compiles the kernels ahead of time, without a GPU: ``python -m attnswap.attention.triton.aot [--out FOLDER]``.
+
+What is compiled is the launcher's own work: real arguments, tile sizes and options, for a stand-in of the target's
+driver. The table says what the compilers say: matrix instructions, shared memory, registers and spills. It says nothing
+about speed.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from attnswap.attention.problem import Problem
+from attnswap.attention.triton import launch, operands
+from attnswap.attention.triton.ops import DIFFERENTIABLE, ORDER
+from attnswap.attention.triton.tiles import KERNELS
+from attnswap.attention.visibility import Visibility
+from attnswap.swaps.base import Swap
+from attnswap.swaps.forgetting_gate import ForgettingGate
+from attnswap.swaps.sigmoid import Sigmoid
+from attnswap.swaps.softpick import Softpick
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+"""Bytes of shared memory that one program may have."""
+MATRIX = {"cuda": r"\b(mma\.sync|wgmma|tcgen05)\b", "hip": r"\bv_(mfma)_"}
+"""Matrix instructions in the assembly of a target."""
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+WIDTHS = (64, 128)
+SWAPS: dict[str, Swap] = {"softpick": Softpick(), "sigmoid": Sigmoid(bias="learned"), "forgetting-gate": ForgettingGate()}
+"""A shift with a floor; per-row and per-head gradients; a key bias in fp64."""
+COMMAND = "python -m attnswap.attention.triton.aot"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the compilers say of one kernel.
+
+    Attributes:
+        target: The architecture.
+        swap: The swap's name.
+        dtype: Of queries, keys and values.
+        width: Head width.
+        kernel: A name of ``tiles.KERNELS``.
+        tile: Queries by keys, warps and stages, as the launcher uses them.
+        matrix: The kinds of matrix instructions found, empty if none.
+        shared: Shared memory in bytes.
+        shared_limit: What the target has.
+        registers: Per thread (AMD: vector registers, accumulators included).
+        spills: Bytes spilled to memory, stores and loads (AMD: spilled vector registers).
+    """
+
+    target: str
+    swap: str
+    dtype: str
+    width: int
+    kernel: str
+    tile: str
+    matrix: str
+    shared: int
+    shared_limit: int
+    registers: int
+    spills: int
+
+
+@contextlib.contextmanager
+def stand_in(name: str) -> Iterator[None]:
+    """Lets Triton believe that the current device is a target of :data:`TARGETS`; kernels can be compiled, not run."""
+    active = SimpleNamespace(
+        get_current_target=lambda: TARGETS[name],
+        get_current_device=lambda: name,
+        get_current_stream=lambda device: 0,
+    )
+    config, before = triton.runtime.driver, getattr(triton.runtime.driver, "_active", None)
+    knobs = triton.knobs
+    with knobs.nvidia.scope(), knobs.compilation.scope():
+        knobs.nvidia.dump_ptxas_log, knobs.compilation.always_compile = True, True
+        config.set_active(active)
+        try:
+            yield
+        finally:
+            config._active = before
+
+
+def launches(swap: Swap, dtype: torch.dtype, width: int) -> dict[str, launch.Launch]:
+    """Prepares the launches of a causal call with shared key/value heads, forward and backward with all gradients."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(2, heads, 256, width, generator=generator).to(dtype).requires_grad_() for heads in (4, 2, 2)
+    )
+    sizes = {"head": (4,), "query": (2, 4, 256), "key": (2, 4, 256)}
+    features = {name: -torch.rand(sizes[f.per], generator=generator) for name, f in swap.features().items()}
+    visibility = Visibility(256, 256, torch.device("cpu"))
+    call = dict(zip(ORDER, operands(Problem(swap, query, key, value, visibility, features, width**-0.5)), strict=True))
+    forward, saved = launch.forward(call)
+    learned = bool(swap.traits.learned) and swap.traits.route == "elementwise"
+    given = {"params": learned, **{name: call[name] is not None for name in DIFFERENTIABLE if name != "params"}}
+    by_queries, by_keys, _ = launch.backward(call, torch.empty_like(saved[0]), saved, given)
+    return dict(zip(KERNELS, (forward, by_queries, by_keys), strict=True))
+
+
+def compile_one(target: str, swap_name: str, dtype: str, width: int, kernel: str) -> Row:
+    """Compiles one kernel for a target of :data:`TARGETS`."""
+    log = io.StringIO()
+    with stand_in(target), contextlib.redirect_stdout(log):
+        made = launches(SWAPS[swap_name], DTYPES[dtype], width)[kernel]
+        compiled = made.kernel.warmup(grid=made.grid, **made.arguments)
+    a, backend = made.arguments, TARGETS[target].backend
+    assembly = compiled.asm["ptx" if backend == "cuda" else "amdgcn"]
+    if backend == "cuda":
+        registers = _number(r"Used (\d+) registers", log.getvalue())
+        spills = _number(r"(\d+) bytes spill stores", log.getvalue()) + _number(
+            r"(\d+) bytes spill loads", log.getvalue()
+        )
+    else:
+        registers, spills = _number(r"\.vgpr_count:\s+(\d+)", assembly), _number(
+            r"\.vgpr_spill_count:\s+(\d+)", assembly
+        )
+    return Row(
+        target,
+        swap_name,
+        dtype,
+        width,
+        kernel,
+        f"{a['ROWS']}x{a['KEYS']}, {a['num_warps']} warps, {a['num_stages']} stages",
+        ", ".join(sorted(set(re.findall(MATRIX[backend], assembly)))),
+        compiled.metadata.shared,
+        SHARED_LIMIT[target],
+        registers,
+        spills,
+    )
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.findall(pattern, text)
+    if not found:
+        raise RuntimeError(f"the compiler's report has no {pattern!r}:\n{text[:2000]}")
+    return max(int(x) for x in found)
