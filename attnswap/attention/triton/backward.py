@@ -166,35 +166,36 @@ def backward_keys(
             at = task * queries + i
             from_key = tl.load(first + b * span_batch + i, mask=inside, other=0)
             to_key = tl.load(last + b * span_batch + i, mask=inside, other=0)
-            reference = tl.load(shifts + at, mask=inside, other=0.0)[None, :]
-            inverse = tl.load(inverses + at, mask=inside, other=0.0)[None, :]
-            delta = tl.load(deltas + at, mask=inside, other=0.0)[None, :]
-            scale = None if row_scale is None else tl.load(row_scale + at, mask=inside, other=0.0)[None, :]
+            reference = tl.load(shifts + at, mask=inside, other=0.0)[:, None]
+            inverse = tl.load(inverses + at, mask=inside, other=0.0)[:, None]
+            delta = tl.load(deltas + at, mask=inside, other=0.0)[:, None]
+            scale = None if row_scale is None else tl.load(row_scale + at, mask=inside, other=0.0)[:, None]
             q_tile = load_rows(q_base, i, q_row, queries, WIDTH, PADDED)
             grad_tile = load_rows(grad_base, i, grad_row, queries, VALUE_WIDTH, VALUE_PADDED)
-            content = capped(tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee") * scaling, softcap, CAPPED)
+            content = capped(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scaling, softcap, CAPPED)
             seen = visible(
-                i[None, :], j[:, None], from_key[None, :], to_key[None, :], keys, keep, b * keep_batch,
+                i[:, None], j[None, :], from_key[:, None], to_key[:, None], keys, keep, b * keep_batch,
                 mask, b * mask_batch + h * mask_head, mask_row, mask_key,
             )  # fmt: skip
             row_high, row_low = row_parts(row_bias, at, inside, centre, task * tiles + tile)
             s = score(
-                content, i[None, :], j[:, None], seen, scale, row_of(row_high), row_of(row_low),
-                column_of(key_high), column_of(key_low), bias, b * bias_batch + h * bias_head, bias_row, bias_key,
+                content, i[:, None], j[None, :], seen, scale, column_of(row_high), column_of(row_low),
+                row_of(key_high), row_of(key_low), bias, b * bias_batch + h * bias_head, bias_row, bias_key,
             )  # fmt: skip
             seen = seen & (inverse != 0.0)
+            # Both products come before the maths, so that few whole tiles are held at once.
+            dots = tl.dot(grad_tile, tl.trans(v_tile), input_precision="ieee")
             w, w_slope, d_slope = TILE_SLOPES(tl.where(seen, s, reference), reference, p)
             weights = tl.where(seen, w * inverse, 0.0).to(grad_tile.dtype)
-            dv_sum = tl.dot(weights, grad_tile, dv_sum, input_precision="ieee")
-            dots = tl.dot(v_tile, tl.trans(grad_tile), input_precision="ieee")
+            dv_sum = tl.dot(tl.trans(weights), grad_tile, dv_sum, input_precision="ieee")
             ds = tl.where(seen, (w_slope * dots - d_slope * delta) * inverse, 0.0)
             if dkey_bias is not None:
-                bias_sum += tl.sum(ds, 1)
+                bias_sum += tl.sum(ds, 0)
             if scale is not None:
                 ds = ds * scale
             if CAPPED:
                 ds = ds * (1.0 - (content / softcap) * (content / softcap))
-            dk_sum = tl.dot(ds.to(q_tile.dtype), q_tile, dk_sum, input_precision="ieee")
+            dk_sum = tl.dot(tl.trans(ds.to(q_tile.dtype)), q_tile, dk_sum, input_precision="ieee")
         if dkey_bias is not None:
             tl.store(dkey_bias + task * keys + j, bias_sum, mask=j < keys)
     store_rows(dk + b * dk_batch + kv * dk_head, j, dk_row, keys, dk_sum * scaling, WIDTH, PADDED)
