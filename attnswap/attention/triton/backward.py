@@ -9,10 +9,12 @@ import triton
 import triton.language as tl
 
 from attnswap.attention.triton.tile import (
+    add_product,
     capped,
     column_of,
     key_parts,
     load_rows,
+    product,
     row_of,
     row_parts,
     score,
@@ -65,7 +67,7 @@ def backward_queries(
         j = tile * KEYS + tl.arange(0, KEYS)
         k_tile = load_rows(k_base, j, k_row, keys, WIDTH, PADDED)
         v_tile = load_rows(v_base, j, v_row, keys, VALUE_WIDTH, VALUE_PADDED)
-        content = capped(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scaling, softcap, CAPPED)
+        content = capped(product(q_tile, tl.trans(k_tile)) * scaling, softcap, CAPPED)
         seen = visible(
             i[:, None], j[None, :], from_key[:, None], to_key[:, None], keys, keep, b * keep_batch,
             mask, b * mask_batch + h * mask_head, mask_row, mask_key,
@@ -78,7 +80,7 @@ def backward_queries(
         )  # fmt: skip
         seen = seen & (inverse != 0.0)[:, None]
         s = tl.where(seen, s, reference[:, None])
-        dots = tl.dot(grad_tile, tl.trans(v_tile), input_precision="ieee")
+        dots = product(grad_tile, tl.trans(v_tile))
         if dnumbers is not None:
             for number in tl.static_range(NUMBERS):
                 w_by, d_by = TILE_SLOPES_BY(s, reference[:, None], p, number)
@@ -94,7 +96,7 @@ def backward_queries(
             ds = ds * scale
         if CAPPED:
             ds = ds * (1.0 - (content / softcap) * (content / softcap))
-        acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
+        acc = add_product(ds.to(k_tile.dtype), k_tile, acc)
 
     store_rows(dq + b * dq_batch + h * dq_head, i, dq_row, queries, acc * scaling, WIDTH, PADDED)
     if drow_scale is not None:
@@ -172,7 +174,7 @@ def backward_keys(
             scale = None if row_scale is None else tl.load(row_scale + at, mask=inside, other=0.0)[:, None]
             q_tile = load_rows(q_base, i, q_row, queries, WIDTH, PADDED)
             grad_tile = load_rows(grad_base, i, grad_row, queries, VALUE_WIDTH, VALUE_PADDED)
-            content = capped(tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scaling, softcap, CAPPED)
+            content = capped(product(q_tile, tl.trans(k_tile)) * scaling, softcap, CAPPED)
             seen = visible(
                 i[:, None], j[None, :], from_key[:, None], to_key[:, None], keys, keep, b * keep_batch,
                 mask, b * mask_batch + h * mask_head, mask_row, mask_key,
@@ -184,10 +186,10 @@ def backward_keys(
             )  # fmt: skip
             seen = seen & (inverse != 0.0)
             # Both products come before the maths, so that few whole tiles are held at once.
-            dots = tl.dot(grad_tile, tl.trans(v_tile), input_precision="ieee")
+            dots = product(grad_tile, tl.trans(v_tile))
             w, w_slope, d_slope = TILE_SLOPES(tl.where(seen, s, reference), reference, p)
             weights = tl.where(seen, w * inverse, 0.0).to(grad_tile.dtype)
-            dv_sum = tl.dot(tl.trans(weights), grad_tile, dv_sum, input_precision="ieee")
+            dv_sum = add_product(tl.trans(weights), grad_tile, dv_sum)
             ds = tl.where(seen, (w_slope * dots - d_slope * delta) * inverse, 0.0)
             if dkey_bias is not None:
                 bias_sum += tl.sum(ds, 0)
@@ -195,7 +197,7 @@ def backward_keys(
                 ds = ds * scale
             if CAPPED:
                 ds = ds * (1.0 - (content / softcap) * (content / softcap))
-            dk_sum = tl.dot(tl.trans(ds.to(q_tile.dtype)), q_tile, dk_sum, input_precision="ieee")
+            dk_sum = add_product(tl.trans(ds.to(q_tile.dtype)), q_tile, dk_sum)
         if dkey_bias is not None:
             tl.store(dkey_bias + task * keys + j, bias_sum, mask=j < keys)
     store_rows(dk + b * dk_batch + kv * dk_head, j, dk_row, keys, dk_sum * scaling, WIDTH, PADDED)

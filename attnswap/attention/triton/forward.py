@@ -4,10 +4,12 @@ import triton
 import triton.language as tl
 
 from attnswap.attention.triton.tile import (
+    add_product,
     capped,
     column_of,
     key_parts,
     load_rows,
+    product,
     row_of,
     row_parts,
     score,
@@ -55,7 +57,7 @@ def forward(
     for tile in range(lowest // KEYS, tl.cdiv(highest, KEYS)):
         j = tile * KEYS + tl.arange(0, KEYS)
         k_tile = load_rows(k_base, j, k_row, keys, WIDTH, PADDED)
-        dots = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scaling
+        dots = product(q_tile, tl.trans(k_tile)) * scaling
         seen = visible(
             i[:, None], j[None, :], from_key[:, None], to_key[:, None], keys, keep, b * keep_batch,
             mask, b * mask_batch + h * mask_head, mask_row, mask_key,
@@ -78,7 +80,7 @@ def forward(
         w, d = TILE_WEIGH(tl.where(seen, s, reference[:, None]), reference[:, None], p)
         total += tl.sum(tl.where(seen, d, 0.0), 1)
         v_tile = load_rows(v_base, j, v_row, keys, VALUE_WIDTH, VALUE_PADDED)
-        acc = tl.dot(tl.where(seen, w, 0.0).to(v_tile.dtype), v_tile, acc, input_precision="ieee")
+        acc = add_product(tl.where(seen, w, 0.0).to(v_tile.dtype), v_tile, acc)
 
     reference = tl.where(shift == float("-inf"), 0.0, shift)
     n = tl.load(count + b * count_batch + h * count_head + i, mask=inside, other=1.0)

@@ -33,9 +33,12 @@ class Launch:
             self.kernel[self.grid](**self.arguments)
 
 
-def backend_name() -> str:
-    """Returns ``"cuda"`` or ``"hip"``; Triton's interpreter takes the tiles of the first."""
-    return "cuda" if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().backend
+def arch() -> str:
+    """Returns the architecture of the current device, such as ``"sm_90"``; Triton's interpreter takes sm_80's tiles."""
+    if triton.knobs.runtime.interpret:
+        return "sm_80"
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
 def forward(call: Mapping[str, Any]) -> tuple[Launch, tuple[Tensor, Tensor, Tensor]]:
@@ -148,7 +151,7 @@ def backward(
 
 def _tiles(kernel: str, call: Mapping[str, Any]) -> Tiles:
     query, value = call["query"], call["value"]
-    return tiles_of(kernel, backend_name(), max(query.shape[3], value.shape[3]), query.element_size())
+    return tiles_of(kernel, arch(), max(query.shape[3], value.shape[3]), query.element_size())
 
 
 def _shared(call: Mapping[str, Any], tiles: Tiles) -> dict[str, Any]:

@@ -9,6 +9,28 @@ import triton.language as tl
 
 from attnswap.attention.triton.maths import vtanh
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def product(a, b):
+    """A matrix product with fp32 sums; fp32 inputs keep all their digits (no TF32)."""
+    if INTERPRETED:  # numpy has no bf16: the interpreter would multiply its bits as whole numbers
+        found = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        found = tl.dot(a, b, input_precision="ieee")
+    return found
+
+
+@triton.jit
+def add_product(a, b, acc):
+    """A matrix product added to an fp32 one."""
+    if INTERPRETED:
+        found = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        found = tl.dot(a, b, acc, input_precision="ieee")
+    return found
+
 
 @triton.jit
 def load_rows(base, rows, stride, limit, WIDTH: tl.constexpr, PADDED: tl.constexpr):

@@ -29,16 +29,30 @@ def padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def tiles_of(kernel: str, backend: str, width: int, itemsize: int) -> Tiles:
+def tiles_of(kernel: str, arch: str, width: int, itemsize: int) -> Tiles:
     """Returns the sizes for a kernel of :data:`KERNELS`.
 
-    Chosen by compiling for every target until nothing spilled and shared memory fitted, not by timing: no GPU was at
-    hand (see ``recipes/results/triton/``).
+    They were found by compiling for every target until nothing spilled and shared memory fitted, not by timing, since
+    no GPU was at hand (``recipes/results/triton/``). Exact fp32 products use no tensor cores on NVIDIA, and hold whole
+    rows in registers: they want small tiles and many warps.
 
     Args:
         kernel: Its name.
-        backend: ``"cuda"`` or ``"hip"``.
+        arch: ``"sm_90"``, ``"gfx942"`` and the like.
         width: The larger of head and value width.
         itemsize: Bytes of one input number: 2 or 4.
     """
-    return Tiles()
+    wide = padded(width) > 64
+    if padded(width) > 128:
+        return Tiles(32, 32, num_warps=16 if itemsize == 4 else 8, num_stages=1)
+    if arch.startswith("gfx"):
+        small = itemsize == 4 and wide and kernel == "backward_keys"
+        return Tiles(32, 32, num_stages=1) if small else Tiles(num_stages=1)
+    if itemsize == 4:
+        if wide or kernel == "backward_keys":
+            return Tiles(32, 32, num_warps=16 if kernel == "backward_queries" else 8, num_stages=1)
+        return Tiles(num_warps=16, num_stages=1)
+    if kernel != "backward_keys":
+        return Tiles(rows=128, num_warps=8)
+    # Two groups of warps share a Hopper tile by its rows.
+    return Tiles(rows=128 if arch == "sm_90" and wide else 64, num_warps=8, num_stages=1)
