@@ -5,6 +5,8 @@ comes back from it. The same kernels compiled for GPUs are in ``recipes/results/
 """
 
 import importlib.util
+import itertools
+import json
 import os
 import subprocess
 import sys
@@ -12,19 +14,21 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from cases import Case, Inputs, bound, compare, draw, run, variant_id
+from cases import Case, Inputs, allowed_error, bound, compare, draw, run, variant_id
 from torch import Tensor
 
 import attnswap
 from attnswap.attention import triton as triton_backend
 from attnswap.attention.dispatch import BACKENDS
 from attnswap.attention.problem import Problem, complete_features
+from attnswap.attention.triton.tiles import KERNELS, tiles_of
 from attnswap.attention.visibility import Visibility
 from attnswap.errors import ConfigError
 from attnswap.swaps import Swap
@@ -83,17 +87,23 @@ class EveryWord(Swap):
         return (n * p.ramp + fn.where(p.beta < n, 1.0 + p.alpha * p.alpha, 2.0)) * fn.exp(-shift)
 
 
-def check(
-    interpreted: Worker, swap: Swap, case: Case, dtype: torch.dtype = torch.float32, scale: float = 1, ramp: Any = 1.0
-) -> None:
-    """Compares all results of one call; errors are relative to the largest wanted value."""
+ROUNDING = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+"""What an output may be off by, relative to the largest; gradients may be off by twice that."""
+
+
+def check(interpreted: Worker, swap: Swap, case: Case, dtype: torch.dtype = torch.float32, ramp: Any = 1.0) -> None:
+    """Compares all results of one call."""
     swap = bound(swap, case)
     inputs = draw(swap, case).rounded(dtype)
     wanted = run(swap, inputs, "dense", torch.float64, ramp)
     found = interpreted(run, swap, inputs, "triton", dtype, ramp)
     assert found.keys() == wanted.keys()
-    allowed = scale * (4e-6 if dtype == torch.float32 else 1.5e-2)
-    compare(found, wanted, allowed, 2 * allowed, variant_id(swap) if "name" in type(swap).__dict__ else "unnamed")
+    what = variant_id(swap) if "name" in type(swap).__dict__ else type(swap).__name__
+    for name, want in wanted.items():
+        # Summed over a row, what dO . O was rounded by in half precision weighs more than in one entry.
+        half_sum = dtype != torch.float32 and name.removeprefix("gradient of ") in inputs.features
+        allowed = ROUNDING[dtype] * (8 if half_sum else 3 if dtype != torch.float32 else 2)
+        compare({name: found[name]}, {name: want}, ROUNDING[dtype], allowed, what)
 
 
 @pytest.mark.parametrize("width", [64, 96, 128])
@@ -110,7 +120,7 @@ def test_masks(interpreted: Worker, swap: Swap, mask: str):
     """Dense masks hold a row that sees nothing and one that sees one key."""
     if swap.causal_only and mask == "none":
         mask = "causal"
-    case = Case(queries=9, keys=70, width=16, value_width=24, mask=mask, seed=5)
+    case = Case(kv_heads=1, queries=9, keys=70, width=16, value_width=24, mask=mask, seed=5)
     check(interpreted, swap, case)
 
 
@@ -124,25 +134,19 @@ def test_lengths_that_do_not_fill_their_tiles(interpreted: Worker, queries: int,
 @pytest.mark.parametrize("level", ["huge", "low"])
 @pytest.mark.parametrize("swap", [SWAPS[0], SWAPS[2], SWAPS[3]], ids=variant_id)
 def test_scores_of_ten_thousand(interpreted: Worker, swap: Swap, level: str):
-    """Near +-1e4 a score's own fp32 rounding shows, so the measure is plain torch in fp32: at most 4 times its error."""
+    """Scores near +-1e4 carry an fp32 rounding of their own; near -130 no weight may underflow."""
     case = Case(queries=9, keys=12, width=64, value_width=16, level=level, seed=2)
     swap = bound(swap, case)
     inputs = draw(swap, case).rounded(torch.float32)
     if level == "huge":
         inputs.tensors["query"] = (inputs.tensors["query"] / 4).float().double()
     wanted = run(swap, inputs, "dense", torch.float64)
-    plain = run(swap, inputs, "dense", torch.float32)
     found = interpreted(run, swap, inputs, "triton", torch.float32)
     query, key, _ = inputs.tensors.values()
     largest = float((query.flatten(0, 2) @ key.flatten(0, 2).T).abs().max()) / 8
     assert largest > (1e4 if level == "huge" else 100)
-    for name, want in wanted.items():
-        scale = max(1.0, float(want.abs().max()))
-        allowed = max(8e-6, 4 * float((plain[name].double() - want).abs().max()) / scale)
-        if name == "gradient of scale":  # sum_j dS_ij z_ij: dS sums to 0 only up to rounding, and z is 1e4
-            allowed = max(allowed, 32 * torch.finfo(torch.float32).eps * largest)
-        assert allowed < 0.1, f"{name}: plain torch says nothing"
-        compare({name: found[name]}, {name: want}, allowed, allowed, level)
+    allowed = allowed_error(inputs, level)
+    compare(found, wanted, allowed, 4 * allowed, level)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -154,7 +158,7 @@ def test_half_precision(interpreted: Worker, swap: Swap, dtype: torch.dtype):
 
 
 def test_the_whole_vocabulary(interpreted: Worker):
-    check(interpreted, EveryWord(), Case(queries=9, keys=70, width=16, value_width=16, seed=4), scale=4)
+    check(interpreted, EveryWord(), Case(queries=9, keys=70, width=16, value_width=16, seed=4))
 
 
 @pytest.mark.parametrize("ramp", [0.25, torch.tensor([0.25, 1.0, 0.5, 0.75])], ids=["number", "per head"])
@@ -193,7 +197,7 @@ def with_negated_slope(swap: Swap, inputs: Inputs) -> dict[str, Tensor]:
     result = slope.rsplit("return ", 1)[1]
     broken = printed.replace(slope, slope.replace(f"return {result}", f"return -({result})"))
     assert broken != printed
-    with mock.patch.object(program, "source", lambda _: broken):
+    with mock.patch.object(program, "source", return_value=broken):
         return run(swap, inputs, "triton", torch.float32)
 
 
@@ -203,14 +207,14 @@ def with_negated_slope(swap: Swap, inputs: Inputs) -> dict[str, Tensor]:
 def solve(swap: Swap, backend: str, dtype: torch.dtype, kind: str, groups: int = 2) -> dict[str, Tensor]:
     """Computes a call with a window, holes, documents, a soft cap, sinks or a cache, and all its gradients."""
     generator = torch.Generator().manual_seed(len(kind))
-    batch, heads, queries, keys, width = 2, 2 * groups, 75, 90, 32
+    batch, heads, queries, keys, width = 2, groups, 75, 90, 32
     if kind == "square":
         queries = keys
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(dtype).requires_grad_()
 
-    query, key, value = normal(batch, heads, queries, width), normal(batch, 2, keys, width), normal(batch, 2, keys, 24)
+    query, key, value = normal(batch, heads, queries, width), normal(batch, 1, keys, width), normal(batch, 1, keys, 24)
     sizes = {"head": (heads,), "query": (batch, heads, queries), "key": (batch, heads, keys)}
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     drawn = {
@@ -260,7 +264,7 @@ def test_calls_of_a_model(interpreted: Worker, swap: Swap, kind: str):
         pytest.skip("the swap is for causal attention alone")
     wanted = solve(swap, "dense", torch.float64, kind)
     found = interpreted(solve, swap, "triton", torch.float32, kind)
-    compare(found, wanted, 4e-6, 8e-6, kind)
+    compare(found, wanted, 4e-6, 1.6e-5, kind)
     if kind == "padding":
         assert not found["output"][1, :, : 70 - 15].any(), "a row without a visible key gives 0"
 
@@ -348,10 +352,55 @@ def test_importing_attnswap_leaves_triton_alone():
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "TRITON_INTERPRET": "0"})
 
 
+# --- compiled for GPUs ------------------------------------------------------------------------------------------------
+
+
+def committed() -> dict[str, Any]:
+    """What the ahead-of-time check found."""
+    return json.loads((Path(__file__).parents[1] / "recipes/results/triton/aot.json").read_text(encoding="utf-8"))
+
+
+def test_the_committed_table_is_of_the_sizes_that_are_launched():
+    """Every target, dtype and width is there, fits, uses tensor cores in bf16, and has the launcher's tiles."""
+    rows = committed()["rows"]
+    found = {(r["target"], r["swap"], r["dtype"], r["width"], r["kernel"]) for r in rows}
+    targets, swaps = ("sm_80", "sm_90", "sm_100", "gfx942"), ("softpick", "sigmoid", "forgetting-gate")
+    assert found == set(itertools.product(targets, swaps, ("bf16", "fp32"), (64, 128), KERNELS))
+    for r in rows:
+        tiles = tiles_of(r["kernel"], r["target"], r["width"], {"bf16": 2, "fp32": 4}[r["dtype"]])
+        assert r["tile"] == str(tiles)
+        assert r["shared"] <= r["shared_limit"]
+        assert r["matrix"] or r["dtype"] == "fp32"
+
+
+@pytest.mark.slow
+def test_compiling_a_target_gives_the_committed_row():
+    """With the compiler that made the table; another one must still fit and use tensor cores."""
+    made = committed()
+    code = (
+        "import dataclasses, json\n"
+        "from attnswap.attention.triton import aot\n"
+        "rows = [aot.compile_one('sm_90', 'softpick', 'bf16', 64, k) for k in aot.KERNELS]\n"
+        "print(json.dumps([aot.triton.__version__, [dataclasses.asdict(r) for r in rows]]))\n"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
+    version, rows = json.loads(done.stdout.splitlines()[-1])
+    for row in rows:
+        wanted = next(
+            r for r in made["rows"] if all(r[k] == row[k] for k in ("target", "swap", "dtype", "width", "kernel"))
+        )
+        if version == made["triton"]:
+            assert row == wanted
+        assert "wgmma" in row["matrix"] and row["shared"] <= row["shared_limit"]
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
-def refusal(changes: dict[str, Any], swap: Swap | None = None, width: int = 8, dtype: Any = torch.float32) -> str | None:
+def refusal(
+    changes: dict[str, Any], swap: Swap | None = None, width: int = 8, dtype: Any = torch.float32
+) -> str | None:
     """What the backend says of a call."""
     x = torch.ones(1, 1, 3, width, dtype=dtype)
     visibility = Visibility(3, 3, torch.device("cpu"), **changes.pop("visibility", {}))

@@ -1,8 +1,8 @@
 """The small vocabulary in which a swap writes its maths once.
 
 Every function here takes torch tensors, plain numbers or :class:`Expr` nodes. On tensors it computes; on nodes it
-builds an expression tree, from which derivatives and the C++ and Triton forms are printed. A swap therefore defines its weight
-curve as one ordinary Python function and every backend speaks the same formula.
+builds an expression tree, from which derivatives and the C++ and Triton forms are printed. A swap therefore defines its
+weight curve as one ordinary Python function and every backend speaks the same formula.
 """
 
 import math
@@ -146,13 +146,27 @@ def _sigmoid(x: float) -> float:
 VOCABULARY: dict[str, Function] = {
     "exp": Function(torch.exp, _overflowing(math.exp), "vexp<T>({0})", "tl.exp({0})", (lambda x: exp(x),)),
     "log": Function(
-        torch.log, lambda x: math.log(x) if x > 0 else -math.inf, "vlog<T>({0})", "tl.log({0})", (lambda x: constant(1) / x,)
+        torch.log,
+        lambda x: math.log(x) if x > 0 else -math.inf,
+        "vlog<T>({0})",
+        "tl.log({0})",
+        (lambda x: constant(1) / x,),
     ),
     "tanh": Function(torch.tanh, math.tanh, "vtanh<T>({0})", "vtanh({0})", (lambda x: 1 - tanh(x) * tanh(x),)),
-    "relu": Function(torch.relu, lambda x: x if x > 0 else 0.0, "vrelu<T>({0})", "tl.maximum({0}, 0.0)", (lambda x: where(x > 0, 1.0, 0.0),)),
+    "relu": Function(
+        torch.relu,
+        lambda x: x if x > 0 else 0.0,
+        "vrelu<T>({0})",
+        "tl.maximum({0}, 0.0)",
+        (lambda x: where(x > 0, 1.0, 0.0),),
+    ),
     "abs": Function(torch.abs, math.fabs, "vabs<T>({0})", "tl.abs({0})", (lambda x: sign(x),)),
-    "sign": Function(torch.sign, lambda x: float((x > 0) - (x < 0)), "vsign<T>({0})", "vsign({0})", (lambda x: constant(0),)),
-    "sigmoid": Function(torch.sigmoid, _sigmoid, "vsigmoid<T>({0})", "vsigmoid({0})", (lambda x: sigmoid(x) * sigmoid(-x),)),
+    "sign": Function(
+        torch.sign, lambda x: float((x > 0) - (x < 0)), "vsign<T>({0})", "vsign({0})", (lambda x: constant(0),)
+    ),
+    "sigmoid": Function(
+        torch.sigmoid, _sigmoid, "vsigmoid<T>({0})", "vsigmoid({0})", (lambda x: sigmoid(x) * sigmoid(-x),)
+    ),
     "softplus": Function(
         # torch's own switches to the identity at 20; logaddexp is exact at every magnitude.
         lambda x: torch.logaddexp(x, torch.zeros_like(x)),

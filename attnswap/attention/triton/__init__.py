@@ -93,6 +93,11 @@ def _source(swap: Swap) -> str:
     return program.source(swap)
 
 
+@torch.compiler.assume_constant_result
+def _reads(swap: Swap, name: str) -> bool:
+    return program.reads(swap, name)
+
+
 def _rows(x: Tensor) -> Tensor:
     """Returns a tensor whose last dimension lies in one piece."""
     return x if x.stride(3) == 1 else x.contiguous()
@@ -108,6 +113,8 @@ def _numbers(problem: Problem, swap: Swap) -> Tensor:
     heads, device = problem.query.shape[1], problem.query.device
     if swap is PLAIN:
         return torch.ones(heads, 1, device=device)
-    ramp = torch.as_tensor(problem.ramp, device=device)
-    found = [ramp, *(problem.features[k] for k, f in swap.features().items() if f.per == "head")]
-    return torch.stack([x.float().expand(heads) for x in found], 1)
+    found = {"ramp": torch.as_tensor(problem.ramp, device=device)}
+    found |= {k: problem.features[k] for k, f in swap.features().items() if f.per == "head"}
+    # What only the score's terms read gets its gradient there; the kernels need not look for another.
+    used = (x if _reads(swap, name) else x.detach() for name, x in found.items())
+    return torch.stack([x.float().expand(heads) for x in used], 1)

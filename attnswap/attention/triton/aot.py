@@ -8,13 +8,13 @@ about speed.
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 import triton
@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from attnswap.attention.problem import Problem
 from attnswap.attention.triton import launch, operands
 from attnswap.attention.triton.ops import DIFFERENTIABLE, ORDER
-from attnswap.attention.triton.tiles import KERNELS
+from attnswap.attention.triton.tiles import KERNELS, Tiles
 from attnswap.attention.visibility import Visibility
 from attnswap.swaps.base import Swap
 from attnswap.swaps.forgetting_gate import ForgettingGate
@@ -42,8 +42,12 @@ MATRIX = {"cuda": r"\b(mma\.sync|wgmma|tcgen05)\b", "hip": r"\bv_(mfma)_"}
 """Matrix instructions in the assembly of a target."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 WIDTHS = (64, 128)
-SWAPS: dict[str, Swap] = {"softpick": Softpick(), "sigmoid": Sigmoid(bias="learned"), "forgetting-gate": ForgettingGate()}
-"""A shift with a floor; per-row and per-head gradients; a key bias in fp64."""
+SWAPS: dict[str, Swap] = {
+    "softpick": Softpick(),
+    "sigmoid": Sigmoid(bias="learned", max_positions=1024),
+    "forgetting-gate": ForgettingGate(),
+}
+"""A shift with a floor; a row bias with its gradient and no shift; a key bias in fp64 with its gradient."""
 COMMAND = "python -m attnswap.attention.triton.aot"
 
 
@@ -104,12 +108,13 @@ def launches(swap: Swap, dtype: torch.dtype, width: int) -> dict[str, launch.Lau
         torch.randn(2, heads, 256, width, generator=generator).to(dtype).requires_grad_() for heads in (4, 2, 2)
     )
     sizes = {"head": (4,), "query": (2, 4, 256), "key": (2, 4, 256)}
-    features = {name: -torch.rand(sizes[f.per], generator=generator) for name, f in swap.features().items()}
+    features = {
+        name: (-torch.rand(sizes[f.per], generator=generator)).requires_grad_() for name, f in swap.features().items()
+    }
     visibility = Visibility(256, 256, torch.device("cpu"))
     call = dict(zip(ORDER, operands(Problem(swap, query, key, value, visibility, features, width**-0.5)), strict=True))
     forward, saved = launch.forward(call)
-    learned = bool(swap.traits.learned) and swap.traits.route == "elementwise"
-    given = {"params": learned, **{name: call[name] is not None for name in DIFFERENTIABLE if name != "params"}}
+    given = {name: call[name] is not None and call[name].requires_grad for name in DIFFERENTIABLE}
     by_queries, by_keys, _ = launch.backward(call, torch.empty_like(saved[0]), saved, given)
     return dict(zip(KERNELS, (forward, by_queries, by_keys), strict=True))
 
@@ -128,16 +133,15 @@ def compile_one(target: str, swap_name: str, dtype: str, width: int, kernel: str
             r"(\d+) bytes spill loads", log.getvalue()
         )
     else:
-        registers, spills = _number(r"\.vgpr_count:\s+(\d+)", assembly), _number(
-            r"\.vgpr_spill_count:\s+(\d+)", assembly
-        )
+        registers = _number(r"\.vgpr_count:\s+(\d+)", assembly)
+        spills = _number(r"\.vgpr_spill_count:\s+(\d+)", assembly)
     return Row(
         target,
         swap_name,
         dtype,
         width,
         kernel,
-        f"{a['ROWS']}x{a['KEYS']}, {a['num_warps']} warps, {a['num_stages']} stages",
+        str(Tiles(a["ROWS"], a["KEYS"], a["num_warps"], a["num_stages"])),
         ", ".join(sorted(set(re.findall(MATRIX[backend], assembly)))),
         compiled.metadata.shared,
         SHARED_LIMIT[target],
@@ -151,3 +155,58 @@ def _number(pattern: str, text: str) -> int:
     if not found:
         raise RuntimeError(f"the compiler's report has no {pattern!r}:\n{text[:2000]}")
     return max(int(x) for x in found)
+
+
+def everything() -> Iterator[tuple[str, str, str, int, str]]:
+    """Yields what the table holds, as arguments of :func:`compile_one`."""
+    return itertools.product(TARGETS, SWAPS, DTYPES, WIDTHS, KERNELS)
+
+
+def table(rows: list[Row]) -> str:
+    """Writes the rows as markdown, with one line for the swaps of a kernel: the highest of each number."""
+    names = ("target", "dtype", "head width", "kernel", "tile", "matrix instructions", "shared (limit)", "registers")
+    lines = [f"| {' | '.join((*names, 'spills'))} |", "| --- " * 9 + "|"]
+    keys = dict.fromkeys((r.target, r.dtype, r.width, r.kernel) for r in rows)
+    for key in keys:
+        own = [r for r in rows if (r.target, r.dtype, r.width, r.kernel) == key]
+        spills = ", ".join(f"{r.spills} ({r.swap})" for r in own if r.spills) or "0"
+        shared = f"{max(r.shared for r in own)} ({own[0].shared_limit})"
+        cells = (*key, own[0].tile, own[0].matrix or "none", shared, max(r.registers for r in own), spills)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Compiles everything and writes ``aot.json`` and ``README.md``."""
+    parser = argparse.ArgumentParser(description="Compile the Triton kernels for every target, without a GPU.")
+    parser.add_argument("--out", type=Path, default=Path("recipes/results/triton"), help="where the table goes")
+    out = parser.parse_args().out
+    rows = []
+    for arguments in everything():
+        rows.append(compile_one(*arguments))
+        print(*arguments, rows[-1].tile, f"{rows[-1].registers} registers, {rows[-1].spills} spilled", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    clean = sum(r.spills == 0 for r in rows)
+    made = {"command": COMMAND, "triton": triton.__version__, "rows": [asdict(r) for r in rows]}
+    (out / "aot.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    text = TEXT.format(command=COMMAND, version=triton.__version__, clean=clean, count=len(rows), table=table(rows))
+    (out / "README.md").write_text(text, encoding="utf-8")
+
+
+TEXT = """# The Triton kernels, compiled ahead of time
+
+```bash
+{command}
+```
+
+Triton {version}, without a GPU: what the compilers say of the kernels at the tile sizes the launcher uses, for
+softpick, sigmoid (learned bias) and the forgetting gate; shared memory and registers are the highest of the three.
+{clean} of {count} kernels spill nothing. Shared memory is in bytes, registers are per thread, spills are bytes stored and
+loaded (gfx942: vector registers). fp32 products are exact, which NVIDIA's matrix instructions are not, so they use none
+there. **Nothing here ran on a GPU, and no speed follows from it.** `aot.json` has every row.
+
+{table}
+"""
+
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,7 @@ from typing import Any
 
 from attnswap.attention.codegen import TRITON, functions, parameters, trace
 from attnswap.swaps.base import Swap
+from attnswap.swaps.expression import constant
 
 HEAD = """
 import triton
@@ -94,6 +95,13 @@ def source(swap: Swap) -> str:
         null_by=cases("null_by = null_by_{name}(shift, shift, n{p})"),
     )
     return HEAD + functions(swap, TRITON) + glue
+
+
+@functools.cache
+def reads(swap: Swap, name: str) -> bool:
+    """Whether the maths depends on a number of :func:`codegen.parameters`, rather than the score's terms alone."""
+    trees = trace(swap)
+    return any(trees[f"{part}_by_{name}"] != constant(0) for part in ("weight", "norm", "null"))
 
 
 @functools.cache

@@ -67,11 +67,7 @@ def visible(i, j, from_key, to_key, keys, keep, keep_at, mask, mask_at, mask_row
 @triton.jit
 def capped(dots, softcap, CAPPED: tl.constexpr):
     """The content score under the model's own cap."""
-    if CAPPED:
-        content = softcap * vtanh(dots / softcap)
-    else:
-        content = dots
-    return content
+    return softcap * vtanh(dots / softcap) if CAPPED else dots
 
 
 @triton.jit
@@ -82,9 +78,7 @@ def split(x):
 
 
 @triton.jit
-def score(
-    content, i, j, seen, row_scale, row_high, row_low, key_high, key_low, bias, bias_at, bias_row, bias_key
-):
+def score(content, i, j, seen, row_scale, row_high, row_low, key_high, key_low, bias, bias_at, bias_row, bias_key):
     """The score ``a_i cap(z) + b_i + c_j + B_ij`` of a tile.
 
     Sums of log gates grow without bound, and only differences matter. ``row_high + row_low`` is the fp64 value of
@@ -135,18 +129,10 @@ def key_parts(near, at, far_apart, inside):
 @triton.jit
 def column_of(x):
     """A vector as a column; None stays None."""
-    if x is not None:
-        y = x[:, None]
-    else:
-        y = None
-    return y
+    return None if x is None else x[:, None]
 
 
 @triton.jit
 def row_of(x):
     """A vector as a row; None stays None."""
-    if x is not None:
-        y = x[None, :]
-    else:
-        y = None
-    return y
+    return None if x is None else x[None, :]

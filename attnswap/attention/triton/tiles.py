@@ -23,6 +23,10 @@ class Tiles:
     num_warps: int = 4
     num_stages: int = 2
 
+    def __str__(self) -> str:
+        stages = "stage" if self.num_stages == 1 else "stages"
+        return f"{self.rows}x{self.keys}, {self.num_warps} warps, {self.num_stages} {stages}"
+
 
 def padded(width: int) -> int:
     """Returns the power of two that holds a head width, at least what a matrix instruction takes."""
