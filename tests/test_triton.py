@@ -395,6 +395,30 @@ def test_compiling_a_target_gives_the_committed_row():
         assert "wgmma" in row["matrix"] and row["shared"] <= row["shared_limit"]
 
 
+def compile_every_part() -> list[int]:
+    """Compiles a call that has every part a call may have; gives the sizes of what was made."""
+    from attnswap.attention.triton import aot
+
+    problem = aot.causal_call(EveryWord(), torch.bfloat16, 48)
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.randn(2, 1, 256, 256, generator=generator)
+    visibility = replace(problem.visibility, key_valid=mask[:, 0, 0] > -1, dense=mask > -1, bias=mask.bfloat16())
+    ramp, sinks = (torch.rand(4, generator=generator).requires_grad_() for _ in range(2))
+    problem = replace(problem, visibility=visibility, ramp=ramp, sinks=sinks, softcap=30.0)
+    biased = replace(problem, swap=attnswap.ForgettingGate(), features={"log_forget": -torch.rand(2, 4, 256)})
+    calls = itertools.product(aot.TARGETS, (problem, biased), aot.KERNELS)
+    return [aot.compile_kernel(target, call, kernel).registers for target, call, kernel in calls]
+
+
+@pytest.mark.slow
+def test_every_part_of_a_call_compiles_for_every_target():
+    """The interpreter takes more than the compilers do."""
+    with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "0"}):
+        pool = ProcessPoolExecutor(1, get_context("spawn"))
+        with pool:
+            assert all(registers > 0 for registers in pool.submit(compile_every_part).result())
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 

@@ -90,8 +90,8 @@ def stand_in(name: str) -> Iterator[None]:
         get_current_device=lambda: name,
         get_current_stream=lambda device: 0,
     )
-    config, before = triton.runtime.driver, getattr(triton.runtime.driver, "_active", None)
-    knobs = triton.knobs
+    config, knobs = triton.runtime.driver, triton.knobs
+    before = config._active  # None until first asked for, and asking fails without a GPU
     with knobs.nvidia.scope(), knobs.compilation.scope():
         knobs.nvidia.dump_ptxas_log, knobs.compilation.always_compile = True, True
         config.set_active(active)
@@ -101,8 +101,8 @@ def stand_in(name: str) -> Iterator[None]:
             config._active = before
 
 
-def launches(swap: Swap, dtype: torch.dtype, width: int) -> dict[str, launch.Launch]:
-    """Prepares the launches of a causal call with shared key/value heads, forward and backward with all gradients."""
+def causal_call(swap: Swap, dtype: torch.dtype, width: int) -> Problem:
+    """Makes a causal call with shared key/value heads that wants every gradient."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
         torch.randn(2, heads, 256, width, generator=generator).to(dtype).requires_grad_() for heads in (4, 2, 2)
@@ -111,42 +111,49 @@ def launches(swap: Swap, dtype: torch.dtype, width: int) -> dict[str, launch.Lau
     features = {
         name: (-torch.rand(sizes[f.per], generator=generator)).requires_grad_() for name, f in swap.features().items()
     }
-    visibility = Visibility(256, 256, torch.device("cpu"))
-    call = dict(zip(ORDER, operands(Problem(swap, query, key, value, visibility, features, width**-0.5)), strict=True))
+    return Problem(swap, query, key, value, Visibility(256, 256, torch.device("cpu")), features, width**-0.5)
+
+
+def launches(problem: Problem) -> dict[str, launch.Launch]:
+    """Prepares the launches of a call by the names of the kernels, forward and backward."""
+    call = dict(zip(ORDER, operands(problem), strict=True))
     forward, saved = launch.forward(call)
-    given = {name: call[name] is not None and call[name].requires_grad for name in DIFFERENTIABLE}
-    by_queries, by_keys, _ = launch.backward(call, torch.empty_like(saved[0]), saved, given)
+    wanted = {name: call[name] is not None and call[name].requires_grad for name in DIFFERENTIABLE}
+    by_queries, by_keys, _ = launch.backward(call, torch.empty_like(saved[0]), saved, wanted)
     return dict(zip(KERNELS, (forward, by_queries, by_keys), strict=True))
 
 
-def compile_one(target: str, swap_name: str, dtype: str, width: int, kernel: str) -> Row:
-    """Compiles one kernel for a target of :data:`TARGETS`."""
+def compile_one(target: str, swap: str, dtype: str, width: int, kernel: str) -> Row:
+    """Compiles one kernel of the table."""
+    return compile_kernel(target, causal_call(SWAPS[swap], DTYPES[dtype], width), kernel)
+
+
+def compile_kernel(target: str, problem: Problem, kernel: str) -> Row:
+    """Compiles a kernel of a call for a target of :data:`TARGETS`."""
     log = io.StringIO()
     with stand_in(target), contextlib.redirect_stdout(log):
-        made = launches(SWAPS[swap_name], DTYPES[dtype], width)[kernel]
+        made = launches(problem)[kernel]
         compiled = made.kernel.warmup(grid=made.grid, **made.arguments)
     a, backend = made.arguments, TARGETS[target].backend
     assembly = compiled.asm["ptx" if backend == "cuda" else "amdgcn"]
     if backend == "cuda":
         registers = _number(r"Used (\d+) registers", log.getvalue())
-        spills = _number(r"(\d+) bytes spill stores", log.getvalue()) + _number(
-            r"(\d+) bytes spill loads", log.getvalue()
-        )
+        spills = sum(_number(rf"(\d+) bytes spill {way}", log.getvalue()) for way in ("stores", "loads"))
     else:
         registers = _number(r"\.vgpr_count:\s+(\d+)", assembly)
         spills = _number(r"\.vgpr_spill_count:\s+(\d+)", assembly)
     return Row(
-        target,
-        swap_name,
-        dtype,
-        width,
-        kernel,
-        str(Tiles(a["ROWS"], a["KEYS"], a["num_warps"], a["num_stages"])),
-        ", ".join(sorted(set(re.findall(MATRIX[backend], assembly)))),
-        compiled.metadata.shared,
-        SHARED_LIMIT[target],
-        registers,
-        spills,
+        target=target,
+        swap=getattr(problem.swap, "name", type(problem.swap).__name__),
+        dtype=next(name for name, dtype in DTYPES.items() if dtype == problem.query.dtype),
+        width=problem.query.shape[3],
+        kernel=kernel,
+        tile=str(Tiles(a["ROWS"], a["KEYS"], a["num_warps"], a["num_stages"])),
+        matrix=", ".join(sorted(set(re.findall(MATRIX[backend], assembly)))),
+        shared=compiled.metadata.shared,
+        shared_limit=SHARED_LIMIT[target],
+        registers=registers,
+        spills=spills,
     )
 
 
@@ -201,9 +208,9 @@ TEXT = """# The Triton kernels, compiled ahead of time
 
 Triton {version}, without a GPU: what the compilers say of the kernels at the tile sizes the launcher uses, for
 softpick, sigmoid (learned bias) and the forgetting gate; shared memory and registers are the highest of the three.
-{clean} of {count} kernels spill nothing. Shared memory is in bytes, registers are per thread, spills are bytes stored and
-loaded (gfx942: vector registers). fp32 products are exact, which NVIDIA's matrix instructions are not, so they use none
-there. **Nothing here ran on a GPU, and no speed follows from it.** `aot.json` has every row.
+{clean} of {count} kernels spill nothing. Shared memory is in bytes, registers are per thread, spills are bytes
+stored and loaded (gfx942: vector registers). fp32 products are exact, which NVIDIA's matrix instructions are not, so
+they use none there. **Nothing here ran on a GPU, and no speed follows from it.** `aot.json` has every row.
 
 {table}
 """

@@ -33,30 +33,46 @@ def padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
+TABLE: dict[tuple[str, int, int], tuple[Tiles, Tiles, Tiles]] = {
+    ("sm_80", 2, 64): (Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 32, 8, 1)),
+    ("sm_80", 2, 128): (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 1)),
+    ("sm_90", 2, 64): (Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 32, 8, 1)),
+    ("sm_90", 2, 128): (Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 32, 4, 1)),
+    ("sm_100", 2, 64): (Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 1)),
+    ("sm_100", 2, 128): (Tiles(64, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 1)),
+    ("gfx942", 2, 64): (Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1)),
+    ("gfx942", 2, 128): (Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 32, 4, 1)),
+    ("gfx942", 4, 64): (Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 32, 4, 1)),
+    ("gfx942", 4, 128): (Tiles(64, 64, 4, 1), Tiles(64, 32, 4, 1), Tiles(64, 32, 4, 1)),
+    ("sm_80", 4, 64): (Tiles(64, 64, 16, 2), Tiles(32, 64, 16, 2), Tiles(32, 32, 16, 2)),
+    ("sm_80", 4, 128): (Tiles(32, 32, 8, 2), Tiles(32, 32, 8, 2), Tiles(32, 32, 16, 2)),
+    ("sm_90", 4, 64): (Tiles(64, 64, 16, 2), Tiles(32, 64, 16, 2), Tiles(32, 64, 16, 2)),
+    ("sm_90", 4, 128): (Tiles(32, 64, 16, 2), Tiles(32, 32, 16, 2), Tiles(32, 32, 16, 2)),
+    ("sm_100", 4, 64): (Tiles(64, 64, 16, 2), Tiles(64, 64, 16, 2), Tiles(32, 64, 16, 2)),
+    ("sm_100", 4, 128): (Tiles(32, 64, 16, 2), Tiles(32, 32, 16, 2), Tiles(32, 32, 16, 2)),
+}
+"""By target, bytes of a number and head width: the sizes for each of :data:`KERNELS`.
+
+They were found by compiling: the first of a list of sizes, large ones first, at which no swap spilled registers (fp32
+key blocks of width 128: a few bytes) and shared memory fitted. They were not timed, since no GPU was at hand (``recipes/results/triton/``). Exact fp32 products
+use no tensor cores on NVIDIA and hold their operands in registers, which asks for smaller tiles and more warps.
+"""
+
+
 def tiles_of(kernel: str, arch: str, width: int, itemsize: int) -> Tiles:
     """Returns the sizes for a kernel of :data:`KERNELS`.
 
-    They were found by compiling for every target until nothing spilled and shared memory fitted, not by timing, since
-    no GPU was at hand (``recipes/results/triton/``). Exact fp32 products use no tensor cores on NVIDIA, and hold whole
-    rows in registers: they want small tiles and many warps.
-
     Args:
         kernel: Its name.
-        arch: ``"sm_90"``, ``"gfx942"`` and the like.
+        arch: ``"sm_90"``, ``"gfx942"`` and the like; others take the sizes of the target in :data:`TABLE` that they
+            are most like, consumer cards those of sm_80, which fit their smaller shared memory.
         width: The larger of head and value width.
         itemsize: Bytes of one input number: 2 or 4.
     """
-    wide = padded(width) > 64
     if padded(width) > 128:
-        return Tiles(32, 32, num_warps=16 if itemsize == 4 else 8, num_stages=1)
+        return Tiles(32, 32, num_warps=8, num_stages=1)
     if arch.startswith("gfx"):
-        small = itemsize == 4 and wide and kernel == "backward_keys"
-        return Tiles(32, 32, num_stages=1) if small else Tiles(num_stages=1)
-    if itemsize == 4:
-        if wide or kernel == "backward_keys":
-            return Tiles(32, 32, num_warps=16 if kernel == "backward_queries" else 8, num_stages=1)
-        return Tiles(num_warps=16, num_stages=1)
-    if kernel != "backward_keys":
-        return Tiles(rows=128, num_warps=8)
-    # Two groups of warps share a Hopper tile by its rows.
-    return Tiles(rows=128 if arch == "sm_90" and wide else 64, num_warps=8, num_stages=1)
+        like = "gfx942"
+    else:
+        like = {"9": "sm_90", "10": "sm_100"}.get(arch.removeprefix("sm_")[:-1], "sm_80")
+    return TABLE[like, itemsize, max(64, padded(width))][KERNELS.index(kernel)]
