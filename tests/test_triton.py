@@ -114,7 +114,12 @@ def test_outputs_and_gradients(interpreted: Worker, swap: Swap, width: int):
     check(interpreted, swap, case)
 
 
-@pytest.mark.parametrize("mask", ["none", "bool", "inf", "additive", "per head", "one for all", "padding"])
+SLOW_MASKS = [
+    pytest.param(mask, marks=pytest.mark.slow) for mask in ("inf", "lowest", "one for all", "causal and bool")
+]
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "additive", "per head", "padding", *SLOW_MASKS])
 @pytest.mark.parametrize("swap", [SWAPS[0], SWAPS[2], SWAPS[5]], ids=variant_id)
 def test_masks(interpreted: Worker, swap: Swap, mask: str):
     """Dense masks hold a row that sees nothing and one that sees one key."""

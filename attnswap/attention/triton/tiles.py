@@ -54,8 +54,9 @@ TABLE: dict[tuple[str, int, int], tuple[Tiles, Tiles, Tiles]] = {
 """By target, bytes of a number and head width: the sizes for each of :data:`KERNELS`.
 
 They were found by compiling: the first of a list of sizes, large ones first, at which no swap spilled registers (fp32
-key blocks of width 128: a few bytes) and shared memory fitted. They were not timed, since no GPU was at hand (``recipes/results/triton/``). Exact fp32 products
-use no tensor cores on NVIDIA and hold their operands in registers, which asks for smaller tiles and more warps.
+key blocks of width 128 spill a few bytes) and shared memory fitted. They were not timed, since no GPU was at hand
+(``recipes/results/triton/``). Exact fp32 products use no tensor cores on NVIDIA and hold their operands in registers,
+which asks for smaller tiles and more warps.
 """
 
 
