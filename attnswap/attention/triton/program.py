@@ -63,10 +63,10 @@ def row_null_by(shift, n, p, which: tl.constexpr):
 """
 
 NAMES = (
-    *("load_numbers", "row_floor", "row_null", "tile_norm", "tile_weigh", "tile_slopes", "tile_slopes_by"),
-    "row_null_by",
+    *("load_numbers", "row_floor", "row_null", "row_null_by"),
+    *("tile_norm", "tile_weigh", "tile_slopes", "tile_slopes_by"),
 )
-"""The functions that the kernels take as arguments."""
+"""The functions that the kernels take as arguments, under the same names in capitals."""
 
 
 @functools.cache
