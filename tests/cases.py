@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import attnswap
-from attnswap.attention import chunked, dense, native
+from attnswap.attention import chunked, dense, native, triton
 from attnswap.attention.dispatch import BACKENDS
 from attnswap.attention.problem import Problem, complete_features
 from attnswap.attention.visibility import Visibility
@@ -335,6 +335,8 @@ def backends_of(swap: Swap) -> list[str]:
     refusing = set() if swap.traits.route == "folded" else {"folded"}
     if swap.shift_gradient or native.build.unavailable():
         refusing.add("native")
+    if swap.shift_gradient or not triton.interpreted():  # tests/test_triton.py runs it, in a process of its own
+        refusing.add("triton")
     return [name for name in ("auto", *BACKENDS) if name not in refusing]
 
 

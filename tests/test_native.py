@@ -222,7 +222,6 @@ def test_no_second_derivative_in_silence():
 class Cubic(Swap):
     """A row swap of a user's own: cubes above the threshold."""
 
-    name: ClassVar[str] = "test-cubic"
     threshold: ClassVar[bool] = True
 
     def weight(self, s: Any, shift: Any, p: SimpleNamespace) -> Any:

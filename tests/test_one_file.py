@@ -1,4 +1,4 @@
-"""One file is one swap: two files written here pass the whole contract, without any other edit."""
+"""One file is one swap: the files written here pass the whole contract, without any other edit."""
 
 import importlib.util
 import json
@@ -115,7 +115,47 @@ if __name__ == "__main__":
     draw(KeyBias())
 '''
 
-FILES = {"softplus-weights": ELEMENTWISE, "key-bias": KEY_GATE}
+ROW = '''
+"""Cubes above a threshold: w_ij = (1 + alpha (z_ij - t_i) / 3)_+ ^ 3, t_i such that a row sums to one."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+from attnswap.swaps import expression as fn
+from attnswap.swaps.base import Feature, Swap
+
+
+@dataclass(frozen=True)
+class CubeThreshold(Swap):
+    """A sparse row swap with a sharpness per head."""
+
+    name: ClassVar[str] = "cube-threshold"
+    paper: ClassVar[str] = "An example (arXiv 0000.00000)"
+    summary: ClassVar[str] = "cubes above the threshold at which a row sums to one"
+    threshold: ClassVar[bool] = True
+
+    def features(self) -> dict[str, Feature]:
+        return {"log_alpha": Feature("head", initial=0.0, what="logarithm of the sharpness")}
+
+    def weight(self, s: Any, shift: Any, p: SimpleNamespace) -> Any:
+        above = fn.relu(1 + fn.exp(p.log_alpha) * (s - shift) / 3)
+        return above * above * above
+
+    def bracket(self, top: Any, n: Any, p: SimpleNamespace) -> tuple[Any, Any]:
+        return top, top + fn.log(n) / fn.exp(p.log_alpha)
+
+    def mass_power(self, p: SimpleNamespace) -> Any:
+        return 1 / 3
+
+
+if __name__ == "__main__":
+    from attnswap.swaps.curves import draw
+
+    draw(CubeThreshold())
+'''
+
+FILES = {"softplus-weights": ELEMENTWISE, "key-bias": KEY_GATE, "cube-threshold": ROW}
 NAMES = list(FILES)
 
 

@@ -1,11 +1,13 @@
-"""Print a swap's maths as C++ from its one definition."""
+"""Print a swap's maths as C++ or Triton from its one definition."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from attnswap.swaps.base import Swap
-from attnswap.swaps.expression import VOCABULARY, Expr, constant, derivative, symbol
+from attnswap.swaps.expression import VOCABULARY, Expr, Function, constant, derivative, symbol
 
 MATHS = Path(__file__).parent / "native" / "maths.h"
 """The functions that printed code calls."""
@@ -63,36 +65,83 @@ def as_tree(value: Any) -> Expr:
     return value if isinstance(value, Expr) else constant(value)
 
 
-def cpp(swap: Swap, whole: bool = False) -> str:
-    """Prints the trees of :func:`trace` as C++ function templates; they call the functions of :data:`MATHS`.
+@dataclass(frozen=True)
+class Language:
+    """How printed code looks.
 
-    Returns:
-        Source with functions such as ``weight``, ``norm``, ``null``, ``weight_slope`` and ``norm_slope`` that take
-        ``s``, ``shift``, ``n``, ``ramp`` and the swap's per-head features, in the order of :func:`arguments`.
+    Attributes:
+        form: Picks a word's form, with ``{0}``, ``{1}``, ... for its arguments.
+        number: Writes a number.
+        define: Gives a value a name: from the operation, the name and the form.
+        function: Writes a function: from its name, its arguments, its lines and its result.
     """
-    return "\n".join(function(name, tree, arguments(swap)) for name, tree in trace(swap, whole).items())
+
+    form: Callable[[Function], str]
+    number: Callable[[float], str]
+    define: Callable[[str, str, str], str]
+    function: Callable[[str, list[str], list[str], str], str]
 
 
-def function(name: str, tree: Expr, names: list[str]) -> str:
-    """Prints one tree as a function template of the symbols ``names``."""
-    lines: list[str] = []
-    result = _emit(tree, lines, {})
+def _cpp_function(name: str, names: list[str], lines: list[str], result: str) -> str:
     signature = ", ".join(f"T {argument}" for argument in names)
     body = "".join(f"  {line}\n" for line in lines)
     return f"template <typename T>\ninline T {name}({signature}) {{\n{body}  return {result};\n}}\n"
 
 
-def _emit(expr: Expr, lines: list[str], seen: dict[Expr, str]) -> str:
+def _triton_function(name: str, names: list[str], lines: list[str], result: str) -> str:
+    body = "".join(f"    {line}\n" for line in lines)
+    return f"@triton.jit\ndef {name}({', '.join(names)}):\n{body}    return {result}\n\n"
+
+
+CPP = Language(
+    form=lambda word: word.cpp,
+    number=lambda x: f"number<T>({x!r})",
+    define=lambda op, name, form: f"const {'auto' if op == 'gt' else 'T'} {name} = {form};",
+    function=_cpp_function,
+)
+"""Function templates of a scalar type ``T``; they call the functions of :data:`MATHS`."""
+
+TRITON = Language(
+    form=lambda word: word.triton,
+    number=lambda x: f"number({str(x).replace('inf', '1e999')})",
+    define=lambda op, name, form: f"{name} = {form}",
+    function=_triton_function,
+)
+"""Device functions of fp32 tiles; they call the functions of ``attention/triton/maths.py``."""
+
+
+def cpp(swap: Swap, whole: bool = False) -> str:
+    """Prints the trees of :func:`trace` as C++, for lambda 1 alone where it is ``whole``.
+
+    Returns:
+        Source with functions such as ``weight``, ``norm``, ``null``, ``weight_slope`` and ``norm_slope`` that take
+        ``s``, ``shift``, ``n``, ``ramp`` and the swap's per-head features, in the order of :func:`arguments`.
+    """
+    return functions(swap, CPP, whole)
+
+
+def functions(swap: Swap, language: Language, whole: bool = False) -> str:
+    """Prints every tree of :func:`trace` as a function of :func:`arguments`."""
+    return "\n".join(function(name, tree, arguments(swap), language) for name, tree in trace(swap, whole).items())
+
+
+def function(name: str, tree: Expr, names: list[str], language: Language) -> str:
+    """Prints one tree as a function of the symbols ``names``."""
+    lines: list[str] = []
+    result = _emit(tree, lines, {}, language)
+    return language.function(name, names, lines, result)
+
+
+def _emit(expr: Expr, lines: list[str], seen: dict[Expr, str], language: Language) -> str:
     """Writes what an expression needs to ``lines``, each shared part once, and returns the name of its value."""
     if expr.op == "symbol":
         return str(expr.args[0])
     if expr.op == "constant":
-        return f"number<T>({expr.args[0]!r})"
+        return language.number(expr.args[0])
     if expr not in seen:
-        args = [_emit(a, lines, seen) for a in expr.args]
-        form = (
-            f"({args[0]} {_INFIX[expr.op]} {args[1]})" if expr.op in _INFIX else VOCABULARY[expr.op].cpp.format(*args)
-        )
+        args = [_emit(a, lines, seen, language) for a in expr.args]
+        infix = f"({args[0]} {_INFIX[expr.op]} {args[1]})" if expr.op in _INFIX else None
+        form = infix or language.form(VOCABULARY[expr.op]).format(*args)
         seen[expr] = f"t{len(seen)}"
-        lines.append(f"const {'auto' if expr.op == 'gt' else 'T'} {seen[expr]} = {form};")
+        lines.append(language.define(expr.op, seen[expr], form))
     return seen[expr]

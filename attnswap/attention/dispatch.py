@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from attnswap.attention import chunked, dense, folded, native
+from attnswap.attention import chunked, dense, folded, native, triton
 from attnswap.attention.problem import Problem
 from attnswap.errors import ConfigError, UnsupportedModelError, nearest
 
@@ -29,6 +29,7 @@ BACKENDS: dict[str, Backend] = {
     "folded": Backend(folded.attend, folded.refusal, folded.is_stock),
     "native": Backend(native.attend, native.refusal, lambda problem: True),
     "chunked": Backend(chunked.attend),
+    "triton": Backend(triton.attend, triton.refusal, triton.is_fast),
     "dense": Backend(lambda problem: dense.attend(problem)[0]),
 }
 """In order of preference: ``backend="auto"`` takes the first that is fast for a call, else the first that serves."""

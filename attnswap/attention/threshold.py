@@ -49,7 +49,7 @@ def _solve(swap: Swap, s: Tensor, visible: Tensor, p: SimpleNamespace) -> Tensor
     low, high = swap.bracket(top, visible.sum(-1, keepdim=True).clamp(min=1).to(s.dtype), p)
     low, high = torch.broadcast_tensors(low, high)
     power = torch.as_tensor(swap.mass_power(p), dtype=s.dtype, device=s.device)
-    t = low
+    t, settled = low, torch.zeros_like(low, dtype=torch.bool)
     for _ in range(STEPS):
         mass, slope = _mass(swap, s, visible, t, p)
         low, high = torch.where(mass >= 1, t, low), torch.where(mass > 1, high, t)
@@ -58,8 +58,8 @@ def _solve(swap: Swap, s: Tensor, visible: Tensor, p: SimpleNamespace) -> Tensor
         step = t - bent / slope
         inside = (step >= low) & (step <= high)
         new = torch.where(mass == 1, t, torch.where(inside, step, (low + high) / 2))
-        settled = (new - t).abs() <= 2 * torch.finfo(s.dtype).eps * t.abs().clamp(min=1)
-        t = new
+        near = (new - t).abs() <= 2 * torch.finfo(s.dtype).eps * t.abs().clamp(min=1)
+        t, settled = torch.where(settled, t, new), settled | near  # a row takes no step more because of others
         if bool(settled.all()):
             break
     return t

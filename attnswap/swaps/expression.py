@@ -1,8 +1,8 @@
 """The small vocabulary in which a swap writes its maths once.
 
 Every function here takes torch tensors, plain numbers or :class:`Expr` nodes. On tensors it computes; on nodes it
-builds an expression tree, from which derivatives and the C++ form are printed. A swap therefore defines its weight
-curve as one ordinary Python function and every backend speaks the same formula.
+builds an expression tree, from which derivatives and the C++ and Triton forms are printed. A swap therefore defines its
+weight curve as one ordinary Python function and every backend speaks the same formula.
 """
 
 import math
@@ -116,12 +116,14 @@ class Function:
         number: How plain numbers compute it.
         cpp: The C++ form, with ``{0}``, ``{1}``, ... for the arguments and ``T`` for the scalar type; functions
             whose names begin with v are those of ``attention/native/maths.h``.
+        triton: The Triton form; functions whose names begin with v are those of ``attention/triton/maths.py``.
         slopes: The partial derivative by each argument, as a function of the argument nodes.
     """
 
     torch: Callable[..., Tensor]
     number: Callable[..., float]
     cpp: str
+    triton: str
     slopes: tuple[Callable[..., Any], ...]
 
 
@@ -146,50 +148,70 @@ def _sigmoid(x: float) -> float:
 
 
 VOCABULARY: dict[str, Function] = {
-    "exp": Function(torch.exp, _overflowing(math.exp), "vexp<T>({0})", (lambda x: exp(x),)),
+    "exp": Function(torch.exp, _overflowing(math.exp), "vexp<T>({0})", "tl.exp({0})", (lambda x: exp(x),)),
     "log": Function(
-        torch.log, lambda x: math.log(x) if x > 0 else -math.inf, "vlog<T>({0})", (lambda x: constant(1) / x,)
+        torch.log,
+        lambda x: math.log(x) if x > 0 else -math.inf,
+        "vlog<T>({0})",
+        "tl.log({0})",
+        (lambda x: constant(1) / x,),
+    ),
+    "tanh": Function(torch.tanh, math.tanh, "vtanh<T>({0})", "vtanh({0})", (lambda x: 1 - tanh(x) * tanh(x),)),
+    "relu": Function(
+        torch.relu,
+        lambda x: x if x > 0 else 0.0,
+        "vrelu<T>({0})",
+        "tl.maximum({0}, 0.0)",
+        (lambda x: where(x > 0, 1.0, 0.0),),
+    ),
+    "abs": Function(torch.abs, math.fabs, "vabs<T>({0})", "tl.abs({0})", (lambda x: sign(x),)),
+    "sign": Function(
+        torch.sign, lambda x: float((x > 0) - (x < 0)), "vsign<T>({0})", "vsign({0})", (lambda x: constant(0),)
+    ),
+    "sigmoid": Function(
+        torch.sigmoid, _sigmoid, "vsigmoid<T>({0})", "vsigmoid({0})", (lambda x: sigmoid(x) * sigmoid(-x),)
     ),
     "log1p": Function(
         torch.log1p,
         lambda x: math.log1p(x) if x > -1 else -math.inf,
         "vlog1p<T>({0})",
+        "vlog1p({0})",
         (lambda x: constant(1) / (1 + x),),
     ),
-    "tanh": Function(torch.tanh, math.tanh, "vtanh<T>({0})", (lambda x: 1 - tanh(x) * tanh(x),)),
-    "relu": Function(torch.relu, lambda x: x if x > 0 else 0.0, "vrelu<T>({0})", (lambda x: where(x > 0, 1.0, 0.0),)),
-    "abs": Function(torch.abs, math.fabs, "vabs<T>({0})", (lambda x: sign(x),)),
-    "sign": Function(torch.sign, lambda x: float((x > 0) - (x < 0)), "vsign<T>({0})", (lambda x: constant(0),)),
-    "sigmoid": Function(torch.sigmoid, _sigmoid, "vsigmoid<T>({0})", (lambda x: sigmoid(x) * sigmoid(-x),)),
     "softplus": Function(
         # torch's own switches to the identity at 20; logaddexp is exact at every magnitude.
         lambda x: torch.logaddexp(x, torch.zeros_like(x)),
         _softplus,
         "vsoftplus<T>({0})",
+        "vsoftplus({0})",
         (lambda x: sigmoid(x),),
     ),
     "power": Function(
         torch.pow,
         _overflowing(math.pow),
         "vpow<T>({0}, {1})",
+        "vpow({0}, {1})",
         (lambda x, p: p * power(x, p - 1), lambda x, p: where(x > 0, power(x, p) * log(x), 0.0)),
     ),
     "minimum": Function(
         torch.minimum,
         min,
         "vmin<T>({0}, {1})",
+        "tl.minimum({0}, {1})",
         (lambda a, b: where(b > a, 1.0, 0.0), lambda a, b: where(b > a, 0.0, 1.0)),
     ),
     "maximum": Function(
         torch.maximum,
         max,
         "vmax<T>({0}, {1})",
+        "tl.maximum({0}, {1})",
         (lambda a, b: where(a > b, 1.0, 0.0), lambda a, b: where(a > b, 0.0, 1.0)),
     ),
     "where": Function(
         torch.where,
         lambda c, a, b: a if c else b,
         "({0} ? {1} : {2})",
+        "tl.where({0}, {1}, {2})",
         (lambda c, a, b: constant(0), lambda c, a, b: where(c, 1.0, 0.0), lambda c, a, b: where(c, 0.0, 1.0)),
     ),
 }

@@ -78,7 +78,7 @@ def _whole(x: Tensor, length: int, problem: Problem) -> Tensor:
 def _numbers(problem: Problem, swap: Swap) -> Tensor:
     """Returns the numbers the maths reads for each head, shape (heads, numbers); see :func:`codegen.parameters`."""
     if swap is PLAIN:
-        return problem.query.new_ones(problem.query.shape[1], 1)
+        return torch.ones(problem.query.shape[1], 1, dtype=problem.dtype, device=problem.query.device)
     heads = problem.query.shape[1]
     found = (torch.as_tensor(x, device=problem.query.device) for x in problem.numbers().values())
     return torch.stack([x.to(problem.dtype).expand(heads) for x in found], 1)

@@ -1,0 +1,219 @@
+"""Compiles the kernels ahead of time, without a GPU: ``python -m attnswap.attention.triton.aot [--out FOLDER]``.
+
+What is compiled is the launcher's own work: real arguments, tile sizes and options, for a stand-in of the target's
+driver. The table says what the compilers say: matrix instructions, shared memory, registers and spills. It says nothing
+about speed.
+"""
+
+import argparse
+import contextlib
+import io
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from attnswap.attention.problem import Problem
+from attnswap.attention.triton import launch, operands
+from attnswap.attention.triton.ops import DIFFERENTIABLE, ORDER
+from attnswap.attention.triton.tiles import KERNELS, Tiles
+from attnswap.attention.visibility import Visibility
+from attnswap.swaps.base import Swap
+from attnswap.swaps.forgetting_gate import ForgettingGate
+from attnswap.swaps.sigmoid import Sigmoid
+from attnswap.swaps.softpick import Softpick
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+"""Bytes of shared memory that one program may have."""
+MATRIX = {"cuda": r"\b(mma\.sync|wgmma|tcgen05)\b", "hip": r"\bv_(mfma)_"}
+"""Matrix instructions in the assembly of a target."""
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+WIDTHS = (64, 128)
+SWAPS: dict[str, Swap] = {
+    "softpick": Softpick(),
+    "sigmoid": Sigmoid(bias="learned", max_positions=1024),
+    "forgetting-gate": ForgettingGate(),
+}
+"""A shift with a floor; a row bias with its gradient and no shift; a key bias in fp64 with its gradient."""
+COMMAND = "python -m attnswap.attention.triton.aot"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the compilers say of one kernel.
+
+    Attributes:
+        target: The architecture.
+        swap: The swap's name.
+        dtype: Of queries, keys and values.
+        width: Head width.
+        kernel: A name of ``tiles.KERNELS``.
+        tile: Queries by keys, warps and stages, as the launcher uses them.
+        matrix: The kinds of matrix instructions found, empty if none.
+        shared: Shared memory in bytes.
+        shared_limit: What the target has.
+        registers: Per thread (AMD: vector registers, accumulators included).
+        spills: Bytes spilled to memory, stores and loads (AMD: spilled vector registers).
+    """
+
+    target: str
+    swap: str
+    dtype: str
+    width: int
+    kernel: str
+    tile: str
+    matrix: str
+    shared: int
+    shared_limit: int
+    registers: int
+    spills: int
+
+
+@contextlib.contextmanager
+def stand_in(name: str) -> Iterator[None]:
+    """Lets Triton believe that the current device is a target of :data:`TARGETS`; kernels can be compiled, not run."""
+    active = SimpleNamespace(
+        get_current_target=lambda: TARGETS[name],
+        get_current_device=lambda: name,
+        get_current_stream=lambda device: 0,
+    )
+    config, knobs = triton.runtime.driver, triton.knobs
+    before = config._active  # None until first asked for, and asking fails without a GPU
+    with knobs.nvidia.scope(), knobs.compilation.scope():
+        knobs.nvidia.dump_ptxas_log, knobs.compilation.always_compile = True, True
+        config.set_active(active)
+        try:
+            yield
+        finally:
+            config._active = before
+
+
+def causal_call(swap: Swap, dtype: torch.dtype, width: int) -> Problem:
+    """Makes a causal call with shared key/value heads that wants every gradient."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(2, heads, 256, width, generator=generator).to(dtype).requires_grad_() for heads in (4, 2, 2)
+    )
+    sizes = {"head": (4,), "query": (2, 4, 256), "key": (2, 4, 256)}
+    features = {
+        name: (-torch.rand(sizes[f.per], generator=generator)).requires_grad_() for name, f in swap.features().items()
+    }
+    return Problem(swap, query, key, value, Visibility(256, 256, torch.device("cpu")), features, width**-0.5)
+
+
+def launches(problem: Problem) -> dict[str, launch.Launch]:
+    """Prepares the launches of a call by the names of the kernels, forward and backward."""
+    call = dict(zip(ORDER, operands(problem), strict=True))
+    forward, saved = launch.forward(call)
+    wanted = {name: call[name] is not None and call[name].requires_grad for name in DIFFERENTIABLE}
+    by_queries, by_keys, _ = launch.backward(call, torch.empty_like(saved[0]), saved, wanted)
+    return dict(zip(KERNELS, (forward, by_queries, by_keys), strict=True))
+
+
+def compile_one(target: str, swap: str, dtype: str, width: int, kernel: str) -> Row:
+    """Compiles one kernel of the table."""
+    return compile_kernel(target, causal_call(SWAPS[swap], DTYPES[dtype], width), kernel)
+
+
+def compile_kernel(target: str, problem: Problem, kernel: str) -> Row:
+    """Compiles a kernel of a call for a target of :data:`TARGETS`."""
+    log = io.StringIO()
+    with stand_in(target), contextlib.redirect_stdout(log):
+        made = launches(problem)[kernel]
+        compiled = made.kernel.warmup(grid=made.grid, **made.arguments)
+    a, backend = made.arguments, TARGETS[target].backend
+    assembly = compiled.asm["ptx" if backend == "cuda" else "amdgcn"]
+    if backend == "cuda":
+        registers = _number(r"Used (\d+) registers", log.getvalue())
+        spills = sum(_number(rf"(\d+) bytes spill {way}", log.getvalue()) for way in ("stores", "loads"))
+    else:
+        registers = _number(r"\.vgpr_count:\s+(\d+)", assembly)
+        spills = _number(r"\.vgpr_spill_count:\s+(\d+)", assembly)
+    return Row(
+        target=target,
+        swap=getattr(problem.swap, "name", type(problem.swap).__name__),
+        dtype=next(name for name, dtype in DTYPES.items() if dtype == problem.query.dtype),
+        width=problem.query.shape[3],
+        kernel=kernel,
+        tile=str(Tiles(a["ROWS"], a["KEYS"], a["num_warps"], a["num_stages"])),
+        matrix=", ".join(sorted(set(re.findall(MATRIX[backend], assembly)))),
+        shared=compiled.metadata.shared,
+        shared_limit=SHARED_LIMIT[target],
+        registers=registers,
+        spills=spills,
+    )
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.findall(pattern, text)
+    if not found:
+        raise RuntimeError(f"the compiler's report has no {pattern!r}:\n{text[:2000]}")
+    return max(int(x) for x in found)
+
+
+def everything() -> Iterator[tuple[str, str, str, int, str]]:
+    """Yields what the table holds, as arguments of :func:`compile_one`."""
+    return itertools.product(TARGETS, SWAPS, DTYPES, WIDTHS, KERNELS)
+
+
+def table(rows: list[Row]) -> str:
+    """Writes the rows as markdown, with one line for the swaps of a kernel: the highest of each number."""
+    names = ("target", "dtype", "head width", "kernel", "tile", "matrix instructions", "shared (limit)", "registers")
+    lines = [f"| {' | '.join((*names, 'spills'))} |", "| --- " * 9 + "|"]
+    keys = dict.fromkeys((r.target, r.dtype, r.width, r.kernel) for r in rows)
+    for key in keys:
+        own = [r for r in rows if (r.target, r.dtype, r.width, r.kernel) == key]
+        spills = ", ".join(f"{r.spills} ({r.swap})" for r in own if r.spills) or "0"
+        shared = f"{max(r.shared for r in own)} ({own[0].shared_limit})"
+        cells = (*key, own[0].tile, own[0].matrix or "none", shared, max(r.registers for r in own), spills)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Compiles everything and writes ``aot.json`` and ``README.md``."""
+    parser = argparse.ArgumentParser(description="Compile the Triton kernels for every target, without a GPU.")
+    parser.add_argument("--out", type=Path, default=Path("recipes/results/triton"), help="where the table goes")
+    out = parser.parse_args().out
+    rows = []
+    for arguments in everything():
+        rows.append(compile_one(*arguments))
+        print(*arguments, rows[-1].tile, f"{rows[-1].registers} registers, {rows[-1].spills} spilled", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    clean = sum(r.spills == 0 for r in rows)
+    made = {"command": COMMAND, "triton": triton.__version__, "rows": [asdict(r) for r in rows]}
+    (out / "aot.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    text = TEXT.format(command=COMMAND, version=triton.__version__, clean=clean, count=len(rows), table=table(rows))
+    (out / "README.md").write_text(text, encoding="utf-8")
+
+
+TEXT = """# The Triton kernels, compiled ahead of time
+
+```bash
+{command}
+```
+
+Triton {version}, without a GPU: what the compilers say of the kernels at the tile sizes the launcher uses, for
+softpick, sigmoid (learned bias) and the forgetting gate; shared memory and registers are the highest of the three.
+{clean} of {count} kernels spill nothing. Shared memory is in bytes, registers are per thread, spills are bytes
+stored and loaded (gfx942: vector registers). fp32 products are exact, which NVIDIA's matrix instructions are not, so
+they use none there. **Nothing here ran on a GPU, and no speed follows from it.** `aot.json` has every row.
+
+{table}
+"""
+
+if __name__ == "__main__":
+    main()

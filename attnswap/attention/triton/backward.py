@@ -1,0 +1,204 @@
+"""The backward kernels: both compute the scores again, one for the gradients of queries, one for keys and values.
+
+    dS_ij = [w'(s_ij) (dO_i . v_j) - d'(s_ij) (dO_i . O_i)] / Z_i
+
+Every sum has one program that adds it up in a fixed order, so the result is the same in every run.
+"""
+
+import triton
+import triton.language as tl
+
+from attnswap.attention.triton.tile import (
+    add_product,
+    capped,
+    column_of,
+    key_parts,
+    load_rows,
+    product,
+    row_of,
+    row_parts,
+    score,
+    store_rows,
+    visible,
+)
+
+
+@triton.jit(do_not_specialize=["queries", "keys"])
+def backward_queries(
+    q, k, v, out, grad, deltas, dq, drow_scale, drow_bias, dsinks, dnumbers, shifts, inverses, first, last, keep, mask,
+    bias, row_scale, row_bias, centre, near, sinks, numbers, count, q_batch, q_head, q_row, k_batch, k_head, k_row,
+    v_batch, v_head, v_row, out_batch, out_head, out_row, grad_batch, grad_head, grad_row, dq_batch, dq_head, dq_row,
+    span_batch, keep_batch, mask_batch, mask_head, mask_row, mask_key, bias_batch, bias_head, bias_row, bias_key,
+    count_batch, count_head, far_apart, heads, groups, queries, keys, scaling, softcap,
+    LOAD_NUMBERS: tl.constexpr, TILE_SLOPES: tl.constexpr, TILE_SLOPES_BY: tl.constexpr, ROW_NULL_BY: tl.constexpr,
+    NUMBERS: tl.constexpr, CAPPED: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    VALUE_PADDED: tl.constexpr, NUMBERS_PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Stores dO . O of a block of rows, their gradients, and the block's part of what sinks and numbers get."""
+    blocks = tl.cdiv(queries, ROWS)
+    block = blocks - 1 - tl.program_id(0) % blocks
+    task = (tl.program_id(0) // blocks).to(tl.int64)
+    b, h = task // heads, task % heads
+    i = block * ROWS + tl.arange(0, ROWS)
+    inside = i < queries
+    from_key = tl.load(first + b * span_batch + i, mask=inside, other=0)
+    to_key = tl.load(last + b * span_batch + i, mask=inside, other=0)
+    some = to_key > from_key
+    lowest = tl.min(tl.where(some, from_key, keys), 0)
+    highest = tl.max(tl.where(some, to_key, 0), 0)
+    at = task * queries + i
+    q_tile = load_rows(q + b * q_batch + h * q_head, i, q_row, queries, WIDTH, PADDED)
+    grad_tile = load_rows(grad + b * grad_batch + h * grad_head, i, grad_row, queries, VALUE_WIDTH, VALUE_PADDED)
+    out_tile = load_rows(out + b * out_batch + h * out_head, i, out_row, queries, VALUE_WIDTH, VALUE_PADDED)
+    delta = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+    tl.store(deltas + at, delta, mask=inside)
+    reference = tl.load(shifts + at, mask=inside, other=0.0)
+    inverse = tl.load(inverses + at, mask=inside, other=0.0)
+    k_base, v_base = k + b * k_batch + h // groups * k_head, v + b * v_batch + h // groups * v_head
+    scale = None if row_scale is None else tl.load(row_scale + at, mask=inside, other=0.0)[:, None]
+    p = LOAD_NUMBERS(numbers + h * NUMBERS)
+
+    acc = tl.zeros([ROWS, PADDED], tl.float32)
+    scale_sum = tl.zeros([ROWS], tl.float32)
+    bias_sum = tl.zeros([ROWS], tl.float32)
+    which = tl.arange(0, NUMBERS_PADDED)[None, :]
+    number_sums = tl.zeros([ROWS, NUMBERS_PADDED], tl.float32)
+    for tile in range(lowest // KEYS, tl.cdiv(highest, KEYS)):
+        j = tile * KEYS + tl.arange(0, KEYS)
+        k_tile = load_rows(k_base, j, k_row, keys, WIDTH, PADDED)
+        v_tile = load_rows(v_base, j, v_row, keys, VALUE_WIDTH, VALUE_PADDED)
+        content = capped(product(q_tile, tl.trans(k_tile)) * scaling, softcap, CAPPED)
+        seen = visible(
+            i[:, None], j[None, :], from_key[:, None], to_key[:, None], keys, keep, b * keep_batch,
+            mask, b * mask_batch + h * mask_head, mask_row, mask_key,
+        )  # fmt: skip
+        row_high, row_low = row_parts(row_bias, at, inside, centre, task * tl.cdiv(keys, KEYS) + tile)
+        key_high, key_low = key_parts(near, task * keys + j, far_apart, j < keys)
+        s = score(
+            content, i[:, None], j[None, :], seen, scale, column_of(row_high), column_of(row_low),
+            row_of(key_high), row_of(key_low), bias, b * bias_batch + h * bias_head, bias_row, bias_key,
+        )  # fmt: skip
+        seen = seen & (inverse != 0.0)[:, None]
+        s = tl.where(seen, s, reference[:, None])
+        dots = product(grad_tile, tl.trans(v_tile))
+        if dnumbers is not None:
+            for number in tl.static_range(NUMBERS):
+                w_by, d_by = TILE_SLOPES_BY(s, reference[:, None], p, number)
+                part = tl.sum(tl.where(seen, w_by * dots - d_by * delta[:, None], 0.0), 1) * inverse
+                number_sums += tl.where(which == number, part[:, None], 0.0)
+        _, w_slope, d_slope = TILE_SLOPES(s, reference[:, None], p)
+        ds = tl.where(seen, (w_slope * dots - d_slope * delta[:, None]) * inverse[:, None], 0.0)
+        if drow_bias is not None:
+            bias_sum += tl.sum(ds, 1)
+        if drow_scale is not None:
+            scale_sum += tl.sum(ds * content, 1)
+        if scale is not None:
+            ds = ds * scale
+        if CAPPED:
+            ds = ds * (1.0 - (content / softcap) * (content / softcap))
+        acc = add_product(ds.to(k_tile.dtype), k_tile, acc)
+
+    store_rows(dq + b * dq_batch + h * dq_head, i, dq_row, queries, acc * scaling, WIDTH, PADDED)
+    if drow_scale is not None:
+        tl.store(drow_scale + at, scale_sum, mask=inside)
+    if drow_bias is not None:
+        tl.store(drow_bias + at, bias_sum, mask=inside)
+    if dsinks is not None:
+        _, _, slope = TILE_SLOPES(tl.load(sinks + h), reference, p)
+        tl.store(dsinks + task * blocks + block, tl.sum(tl.where(inside, -slope * delta * inverse, 0.0), 0))
+    if dnumbers is not None:
+        n = tl.load(count + b * count_batch + h * count_head + i, mask=inside, other=1.0)
+        for number in tl.static_range(NUMBERS):
+            rest = ROW_NULL_BY(reference, n, p, number)
+            if sinks is not None:
+                _, d_by = TILE_SLOPES_BY(tl.load(sinks + h), reference, p, number)
+                rest = rest + d_by
+            part = tl.where(inside, -rest * delta * inverse, 0.0)
+            number_sums += tl.where(which == number, part[:, None], 0.0)
+        place = dnumbers + (task * blocks + block) * NUMBERS_PADDED + tl.arange(0, NUMBERS_PADDED)
+        tl.store(place, tl.sum(number_sums, 0))
+
+
+@triton.jit(do_not_specialize=["queries", "keys"])
+def backward_keys(
+    q, k, v, grad, deltas, dk, dv, dkey_bias, shifts, inverses, first, last, block_first, block_last, keep, mask, bias,
+    row_scale, row_bias, centre, near, numbers, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    grad_batch, grad_head, grad_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row, span_batch, block_batch,
+    keep_batch, mask_batch, mask_head, mask_row, mask_key, bias_batch, bias_head, bias_row, bias_key,
+    far_apart, heads, groups, queries, keys, scaling, softcap,
+    LOAD_NUMBERS: tl.constexpr, TILE_SLOPES: tl.constexpr, NUMBERS: tl.constexpr, CAPPED: tl.constexpr,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Stores the gradients of a block of keys and values of one key/value head, and of the keys' bias.
+
+    Tiles are transposed, (keys, queries), as the products with weights and slopes want them. The query heads that
+    share the keys come one after the other.
+    """
+    tiles = tl.cdiv(keys, KEYS)
+    tile = tl.program_id(0) % tiles  # the first keys of a causal call are seen most: begin with them
+    kv_task = (tl.program_id(0) // tiles).to(tl.int64)
+    kv_heads = heads // groups
+    b, kv = kv_task // kv_heads, kv_task % kv_heads
+    j = tile * KEYS + tl.arange(0, KEYS)
+    k_tile = load_rows(k + b * k_batch + kv * k_head, j, k_row, keys, WIDTH, PADDED)
+    v_tile = load_rows(v + b * v_batch + kv * v_head, j, v_row, keys, VALUE_WIDTH, VALUE_PADDED)
+    blocks = tl.cdiv(queries, ROWS)
+    begin, end = blocks, 0
+    for some in range(0, blocks, 128):
+        which = some + tl.arange(0, 128)
+        lowest = tl.load(block_first + b * block_batch + which, mask=which < blocks, other=keys)
+        highest = tl.load(block_last + b * block_batch + which, mask=which < blocks, other=0)
+        meets = (lowest < (tile + 1) * KEYS) & (highest > tile * KEYS)
+        begin = tl.minimum(begin, tl.min(tl.where(meets, which, blocks), 0))
+        end = tl.maximum(end, tl.max(tl.where(meets, which + 1, 0), 0))
+
+    dk_sum = tl.zeros([KEYS, PADDED], tl.float32)
+    dv_sum = tl.zeros([KEYS, VALUE_PADDED], tl.float32)
+    for g in range(groups):
+        h = kv * groups + g
+        task = b * heads + h
+        p = LOAD_NUMBERS(numbers + h * NUMBERS)
+        q_base, grad_base = q + b * q_batch + h * q_head, grad + b * grad_batch + h * grad_head
+        key_high, key_low = key_parts(near, task * keys + j, far_apart, j < keys)
+        bias_sum = tl.zeros([KEYS], tl.float32)
+        for block in range(begin, end):
+            i = block * ROWS + tl.arange(0, ROWS)
+            inside = i < queries
+            at = task * queries + i
+            from_key = tl.load(first + b * span_batch + i, mask=inside, other=0)
+            to_key = tl.load(last + b * span_batch + i, mask=inside, other=0)
+            reference = tl.load(shifts + at, mask=inside, other=0.0)[:, None]
+            inverse = tl.load(inverses + at, mask=inside, other=0.0)[:, None]
+            delta = tl.load(deltas + at, mask=inside, other=0.0)[:, None]
+            scale = None if row_scale is None else tl.load(row_scale + at, mask=inside, other=0.0)[:, None]
+            q_tile = load_rows(q_base, i, q_row, queries, WIDTH, PADDED)
+            grad_tile = load_rows(grad_base, i, grad_row, queries, VALUE_WIDTH, VALUE_PADDED)
+            content = capped(product(q_tile, tl.trans(k_tile)) * scaling, softcap, CAPPED)
+            seen = visible(
+                i[:, None], j[None, :], from_key[:, None], to_key[:, None], keys, keep, b * keep_batch,
+                mask, b * mask_batch + h * mask_head, mask_row, mask_key,
+            )  # fmt: skip
+            row_high, row_low = row_parts(row_bias, at, inside, centre, task * tiles + tile)
+            s = score(
+                content, i[:, None], j[None, :], seen, scale, column_of(row_high), column_of(row_low),
+                row_of(key_high), row_of(key_low), bias, b * bias_batch + h * bias_head, bias_row, bias_key,
+            )  # fmt: skip
+            seen = seen & (inverse != 0.0)
+            # Both products come before the maths, so that few whole tiles are held at once.
+            dots = product(grad_tile, tl.trans(v_tile))
+            w, w_slope, d_slope = TILE_SLOPES(tl.where(seen, s, reference), reference, p)
+            weights = tl.where(seen, w * inverse, 0.0).to(grad_tile.dtype)
+            dv_sum = add_product(tl.trans(weights), grad_tile, dv_sum)
+            ds = tl.where(seen, (w_slope * dots - d_slope * delta) * inverse, 0.0)
+            if dkey_bias is not None:
+                bias_sum += tl.sum(ds, 0)
+            if scale is not None:
+                ds = ds * scale
+            if CAPPED:
+                ds = ds * (1.0 - (content / softcap) * (content / softcap))
+            dk_sum = add_product(tl.trans(ds.to(q_tile.dtype)), q_tile, dk_sum)
+        if dkey_bias is not None:
+            tl.store(dkey_bias + task * keys + j, bias_sum, mask=j < keys)
+    store_rows(dk + b * dk_batch + kv * dk_head, j, dk_row, keys, dk_sum * scaling, WIDTH, PADDED)
+    store_rows(dv + b * dv_batch + kv * dv_head, j, dv_row, keys, dv_sum, VALUE_WIDTH, VALUE_PADDED)

@@ -1,0 +1,94 @@
+"""The forward kernel: one block of queries of one head, over the key blocks that its rows see."""
+
+import triton
+import triton.language as tl
+
+from attnswap.attention.triton.tile import (
+    add_product,
+    capped,
+    column_of,
+    key_parts,
+    load_rows,
+    product,
+    row_of,
+    row_parts,
+    score,
+    store_rows,
+    visible,
+)
+
+
+@triton.jit(do_not_specialize=["queries", "keys"])
+def forward(
+    q, k, v, out, shifts, inverses, first, last, keep, mask, bias, row_scale, row_bias, centre, near, sinks, numbers,
+    count, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
+    span_batch, keep_batch, mask_batch, mask_head, mask_row, mask_key, bias_batch, bias_head, bias_row, bias_key,
+    count_batch, count_head, far_apart, heads, groups, queries, keys, scaling, softcap,
+    LOAD_NUMBERS: tl.constexpr, ROW_FLOOR: tl.constexpr, ROW_NULL: tl.constexpr, TILE_NORM: tl.constexpr,
+    TILE_WEIGH: tl.constexpr, NUMBERS: tl.constexpr, SHIFTED: tl.constexpr, CAPPED: tl.constexpr,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Stores the output of a block of rows, their shifts and 1 / Z."""
+    blocks = tl.cdiv(queries, ROWS)
+    block = blocks - 1 - tl.program_id(0) % blocks  # the last rows of a causal call see most keys: begin with them
+    task = (tl.program_id(0) // blocks).to(tl.int64)
+    b, h = task // heads, task % heads
+    i = block * ROWS + tl.arange(0, ROWS)
+    inside = i < queries
+    from_key = tl.load(first + b * span_batch + i, mask=inside, other=0)
+    to_key = tl.load(last + b * span_batch + i, mask=inside, other=0)
+    some = to_key > from_key
+    lowest = tl.min(tl.where(some, from_key, keys), 0)
+    highest = tl.max(tl.where(some, to_key, 0), 0)
+    at = task * queries + i
+    q_tile = load_rows(q + b * q_batch + h * q_head, i, q_row, queries, WIDTH, PADDED)
+    k_base, v_base = k + b * k_batch + h // groups * k_head, v + b * v_batch + h // groups * v_head
+    scale = None if row_scale is None else tl.load(row_scale + at, mask=inside, other=0.0)[:, None]
+    p = LOAD_NUMBERS(numbers + h * NUMBERS)
+
+    shift = tl.zeros([ROWS], tl.float32)
+    if SHIFTED:
+        shift += ROW_FLOOR(p)
+        if sinks is not None:
+            shift = tl.maximum(shift, tl.load(sinks + h))
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
+    for tile in range(lowest // KEYS, tl.cdiv(highest, KEYS)):
+        j = tile * KEYS + tl.arange(0, KEYS)
+        k_tile = load_rows(k_base, j, k_row, keys, WIDTH, PADDED)
+        dots = product(q_tile, tl.trans(k_tile)) * scaling
+        seen = visible(
+            i[:, None], j[None, :], from_key[:, None], to_key[:, None], keys, keep, b * keep_batch,
+            mask, b * mask_batch + h * mask_head, mask_row, mask_key,
+        )  # fmt: skip
+        row_high, row_low = row_parts(row_bias, at, inside, centre, task * tl.cdiv(keys, KEYS) + tile)
+        key_high, key_low = key_parts(near, task * keys + j, far_apart, j < keys)
+        s = score(
+            capped(dots, softcap, CAPPED), i[:, None], j[None, :], seen, scale, column_of(row_high), column_of(row_low),
+            row_of(key_high), row_of(key_low), bias, b * bias_batch + h * bias_head, bias_row, bias_key,
+        )  # fmt: skip
+        if SHIFTED:
+            higher = tl.maximum(shift, tl.max(tl.where(seen, s, float("-inf")), 1))
+            # A row that has seen nothing has no shift yet; any finite one serves, as all of it is dropped.
+            reference = tl.where(higher == float("-inf"), 0.0, higher)
+            factor = tl.exp(shift - reference)  # 0 for the first keys of a row
+            total, acc = total * factor, acc * factor[:, None]
+            shift = higher
+        else:
+            reference = shift
+        w, d = TILE_WEIGH(tl.where(seen, s, reference[:, None]), reference[:, None], p)
+        total += tl.sum(tl.where(seen, d, 0.0), 1)
+        v_tile = load_rows(v_base, j, v_row, keys, VALUE_WIDTH, VALUE_PADDED)
+        acc = add_product(tl.where(seen, w, 0.0).to(v_tile.dtype), v_tile, acc)
+
+    reference = tl.where(shift == float("-inf"), 0.0, shift)
+    n = tl.load(count + b * count_batch + h * count_head + i, mask=inside, other=1.0)
+    total += ROW_NULL(reference, n, p)
+    if sinks is not None:
+        total += TILE_NORM(tl.load(sinks + h), reference, p)
+    inverse = tl.where(total > 0.0, 1.0 / tl.where(total > 0.0, total, 1.0), 0.0)
+    tl.store(shifts + at, reference, mask=inside)
+    tl.store(inverses + at, inverse, mask=inside)
+    base = out + b * out_batch + h * out_head
+    store_rows(base, i, out_row, queries, acc * inverse[:, None], VALUE_WIDTH, VALUE_PADDED)

@@ -1,0 +1,250 @@
+"""Turns a call into kernel launches: buffers, strides, tile sizes and the swap's functions.
+
+The ahead-of-time check compiles exactly these launches for other targets.
+"""
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from attnswap.attention.triton import backward as backward_kernels
+from attnswap.attention.triton import program
+from attnswap.attention.triton.forward import forward as forward_kernel
+from attnswap.attention.triton.tiles import Tiles, padded, tiles_of
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with its grid and arguments, options such as ``num_warps`` among them."""
+
+    kernel: Any
+    grid: tuple[int]
+    arguments: dict[str, Any]
+
+    def run(self) -> None:
+        """Runs the kernel on the device of its tensors, or in Triton's interpreter."""
+        query = self.arguments["q"]
+        with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
+            self.kernel[self.grid](**self.arguments)
+
+
+def arch() -> str:
+    """Returns the architecture of the current device, such as ``"sm_90"``."""
+    if triton.knobs.runtime.interpret:
+        return "gfx942"  # its tiles are the largest in fp32, which the interpreter runs fastest
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+
+
+def forward(call: Mapping[str, Any]) -> tuple[Launch, tuple[Tensor, Tensor, Tensor]]:
+    """Prepares the forward kernel.
+
+    Args:
+        call: The operator's arguments by name (``ops.ORDER``).
+
+    Returns:
+        The launch, and what it fills: output (batch, heads, queries, value_dim), laid out (batch, queries, heads, ...);
+        shift and 1 / Z of each row, fp32 (batch, heads, queries).
+    """
+    query, value = call["query"], call["value"]
+    batch, heads, queries, _ = query.shape
+    tiles, maths = _tiles("forward", call), program.load(call["program"])
+    # Laid out as the next layer reads it.
+    out = query.new_empty(batch, queries, heads, value.shape[3]).transpose(1, 2)
+    shifts = query.new_empty((batch, heads, queries), dtype=torch.float32)
+    inverses = torch.empty_like(shifts)
+    arguments = {
+        **_shared(call, tiles),
+        **_strides(out=out),
+        **_count(call),
+        "sinks": call["sinks"],
+        "shifts": shifts,
+        "inverses": inverses,
+        "ROW_FLOOR": maths.row_floor,
+        "ROW_NULL": maths.row_null,
+        "TILE_NORM": maths.tile_norm,
+        "TILE_WEIGH": maths.tile_weigh,
+        "SHIFTED": call["shifted"],
+    }
+    grid = triton.cdiv(queries, tiles.rows) * batch * heads
+    return Launch(forward_kernel, (grid,), arguments), (out, shifts, inverses)
+
+
+def backward(
+    call: Mapping[str, Any], grad: Tensor, saved: tuple[Tensor, Tensor, Tensor], wanted: Mapping[str, bool]
+) -> tuple[Launch, Launch, dict[str, Tensor | None]]:
+    """Prepares the backward kernels; the one for queries must run first, as the other reads its dO . O.
+
+    Args:
+        call: The operator's arguments by name.
+        grad: Gradient of the output, rows in one piece.
+        saved: What the forward filled.
+        wanted: Which of ``row_scale``, ``row_bias``, ``key_bias``, ``sinks`` and ``params`` want a gradient.
+
+    Returns:
+        The launches over query blocks and key blocks, and the buffers by name; those of ``sinks`` and ``params`` hold
+        one part per block of rows, (batch, heads, blocks) and (batch, heads, blocks, numbers or more).
+    """
+    query, key, value = call["query"], call["key"], call["value"]
+    out, shifts, inverses = saved
+    batch, heads, queries, width = query.shape
+    rows, columns = _tiles("backward_queries", call), _tiles("backward_keys", call)
+    maths, numbers = program.load(call["program"]), call["params"].shape[1]
+    blocks, numbers_padded = triton.cdiv(queries, rows.rows), 1 << (numbers - 1).bit_length()
+
+    def buffer(name: str, *shape: int) -> Tensor | None:
+        return query.new_empty(shape, dtype=torch.float32) if wanted[name] else None
+
+    found = {
+        "query": query.new_empty(batch, queries, heads, width).transpose(1, 2),
+        "key": key.new_empty(key.shape),
+        "value": value.new_empty(value.shape),
+        "row_scale": buffer("row_scale", batch, heads, queries),
+        "row_bias": buffer("row_bias", batch, heads, queries),
+        "key_bias": buffer("key_bias", batch, heads, key.shape[2]),
+        "sinks": buffer("sinks", batch, heads, blocks),
+        "params": buffer("params", batch, heads, blocks, numbers_padded),
+    }
+    both = {
+        "grad": grad,
+        "deltas": torch.empty_like(shifts),
+        "shifts": shifts,
+        "inverses": inverses,
+        "TILE_SLOPES": maths.tile_slopes,
+    }
+    by_queries = {
+        **_shared(call, rows),
+        **_strides(out=out, grad=grad, dq=found["query"]),
+        **_count(call),
+        **both,
+        "drow_scale": found["row_scale"],
+        "drow_bias": found["row_bias"],
+        "dsinks": found["sinks"],
+        "dnumbers": found["params"],
+        "sinks": call["sinks"],
+        "TILE_SLOPES_BY": maths.tile_slopes_by,
+        "ROW_NULL_BY": maths.row_null_by,
+        "NUMBERS_PADDED": numbers_padded,
+    }
+    block_first, block_last = _block_spans(call, columns.rows)
+    by_keys = {
+        **_shared(call, columns),
+        **_strides(grad=grad, dk=found["key"], dv=found["value"]),
+        **both,
+        "dkey_bias": found["key_bias"],
+        "block_first": block_first,
+        "block_last": block_last,
+        "block_batch": _step(block_first, 0),
+    }
+    key_blocks = triton.cdiv(key.shape[2], columns.keys) * batch * key.shape[1]
+    return (
+        Launch(backward_kernels.backward_queries, (blocks * batch * heads,), by_queries),
+        Launch(backward_kernels.backward_keys, (key_blocks,), by_keys),
+        found,
+    )
+
+
+def _tiles(kernel: str, call: Mapping[str, Any]) -> Tiles:
+    query, value = call["query"], call["value"]
+    return tiles_of(kernel, arch(), max(query.shape[3], value.shape[3]), query.element_size())
+
+
+def _shared(call: Mapping[str, Any], tiles: Tiles) -> dict[str, Any]:
+    """Returns the arguments that all kernels take."""
+    query, key, value, mask, bias = (call[name] for name in ("query", "key", "value", "mask", "bias"))
+    first, keep, maths = call["first"], call["keep"], program.load(call["program"])
+    centre, near = (None, None) if call["key_bias"] is None else centred(call["key_bias"], tiles.keys)
+    return {
+        **_strides(q=query, k=key, v=value),
+        "first": first,
+        "last": call["last"],
+        "span_batch": _step(first, 0),
+        "keep": None if keep is None else keep.view(torch.uint8),
+        "keep_batch": 0 if keep is None else _step(keep, 0),
+        "mask": None if mask is None else mask.view(torch.uint8),
+        "bias": bias,
+        **_mask_strides("mask", mask),
+        **_mask_strides("bias", bias),
+        "row_scale": call["row_scale"],
+        "row_bias": call["row_bias"],
+        "centre": centre,
+        "near": near,
+        "far_apart": 0 if near is None else near[0].numel(),
+        "numbers": call["params"],
+        "heads": query.shape[1],
+        "groups": query.shape[1] // key.shape[1],
+        "queries": query.shape[2],
+        "keys": key.shape[2],
+        "scaling": call["scaling"],
+        "softcap": call["softcap"],
+        "LOAD_NUMBERS": maths.load_numbers,
+        "NUMBERS": call["params"].shape[1],
+        "CAPPED": call["softcap"] > 0,
+        "WIDTH": query.shape[3],
+        "PADDED": padded(query.shape[3]),
+        "VALUE_WIDTH": value.shape[3],
+        "VALUE_PADDED": padded(value.shape[3]),
+        "ROWS": tiles.rows,
+        "KEYS": tiles.keys,
+        "enable_fp_fusion": True,  # products may keep more digits than asked for; sums of two parts hold none
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+    }
+
+
+def _strides(**tensors: Any) -> dict[str, Any]:
+    """Returns tensors with their strides as ``NAME_batch``, ``NAME_head`` and ``NAME_row``."""
+    found = dict(tensors)
+    for name, x in tensors.items():
+        found |= zip((f"{name}_batch", f"{name}_head", f"{name}_row"), x.stride()[:3], strict=True)
+    return found
+
+
+def _mask_strides(name: str, x: Tensor | None) -> dict[str, int]:
+    steps = (0, 0, 0, 0) if x is None else tuple(_step(x, dim) for dim in range(4))
+    return dict(zip((f"{name}_batch", f"{name}_head", f"{name}_row", f"{name}_key"), steps, strict=True))
+
+
+def _count(call: Mapping[str, Any]) -> dict[str, Any]:
+    count = call["count"]
+    return {"count": count, "count_batch": _step(count, 0), "count_head": _step(count, 1)}
+
+
+def _step(x: Tensor, dim: int) -> int:
+    """Returns a stride, 0 where one entry serves all."""
+    return 0 if x.shape[dim] == 1 else x.stride(dim)
+
+
+def centred(key_bias: Tensor, keys: int) -> tuple[Tensor, Tensor]:
+    """Splits a key bias into each tile's last value and what is left, which fp32 can hold.
+
+    Args:
+        key_bias: fp64 (batch, heads, keys).
+        keys: Keys in a tile.
+
+    Returns:
+        The last values, fp64 (batch, heads, tiles); and the rest as two fp32 numbers that add up to it,
+        (2, batch, heads, keys).
+    """
+    length = key_bias.shape[2]
+    index = torch.arange(length, device=key_bias.device)
+    centre = key_bias[..., (index[::keys] + keys - 1).clamp(max=length - 1)]
+    rest = key_bias - centre[..., index // keys]
+    high = rest.float()
+    return centre.contiguous(), torch.stack([high, (rest - high).float()])
+
+
+def _block_spans(call: Mapping[str, Any], rows: int) -> tuple[Tensor, Tensor]:
+    """Returns the keys that each block of queries sees between its rows, int32 (batch or 1, blocks)."""
+    first, last = call["first"], call["last"]
+    blind = last <= first
+    missing = (0, -first.shape[1] % rows)
+    keys = call["key"].shape[2]
+    first = torch.nn.functional.pad(first.masked_fill(blind, keys), missing, value=keys)
+    last = torch.nn.functional.pad(last.masked_fill(blind, 0), missing)
+    return first.unflatten(1, (-1, rows)).amin(2), last.unflatten(1, (-1, rows)).amax(2)

@@ -1,0 +1,65 @@
+"""The vocabulary of swaps where Triton's own words do not serve: fp32 tiles, finite and exact at every magnitude.
+
+The polynomials are those of the CPU kernels: least-squares fits within 3e-8 of the function.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def number(x: tl.constexpr):
+    """A constant as an fp32 scalar, so that every word takes it."""
+    return tl.full((), x, tl.float32)
+
+
+@triton.jit
+def vsign(x):
+    """-1, 0 or 1."""
+    return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, 0.0))
+
+
+@triton.jit
+def vsigmoid(x):
+    """``1 / (1 + e^-x)``: where e^-x overflows to infinity, this is 0 as it should be."""
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def vtanh(x):
+    """The hyperbolic tangent: a polynomial near 0, where the other form cancels."""
+    a = tl.abs(x)
+    u = x * x
+    e = tl.exp(a * -2.0)
+    far = (1.0 - e) / (1.0 + e)
+    p = u * -0.00581000576 + 0.0207311508
+    p = p * u - 0.0537672085
+    p = p * u + 0.133317605
+    p = p * u - 0.333332931
+    return tl.where(a < 0.625, (p * u) * x + x, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def vlog1p(u):
+    """``log(1 + u)``: a polynomial where 1 + u would round ``u`` away."""
+    p = u * -0.0751439766 + 0.126044503
+    p = p * u - 0.131325088
+    p = p * u + 0.142220335
+    p = p * u - 0.166280091
+    p = p * u + 0.200004595
+    p = p * u - 0.250006826
+    p = p * u + 0.333333402
+    return tl.where((u < 0.4142) & (u > -0.2928), u + (p * u - 0.5) * (u * u), tl.log(1.0 + u))
+
+
+@triton.jit
+def vsoftplus(x):
+    """``log(1 + e^x)``."""
+    return tl.maximum(x, 0.0) + vlog1p(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def vpow(x, p):
+    """``x ** p`` for ``x`` at or above 0; 0 to the power 0 is 1."""
+    positive = tl.exp(p * tl.log(tl.where(x > 0.0, x, 1.0)))
+    return tl.where(x > 0.0, positive, tl.where(p != 0.0, 0.0, 1.0))

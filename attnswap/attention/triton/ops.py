@@ -1,0 +1,147 @@
+"""The operators as torch sees them: what they compute, their shapes, and the gradient of one by the other."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DIFFERENTIABLE = ("row_scale", "row_bias", "key_bias", "sinks", "params")
+ORDER = (
+    *("program", "shifted", "query", "key", "value", "first", "last", "keep", "mask", "bias", "row_scale"),
+    *("row_bias", "key_bias", "sinks", "params", "count", "scaling", "softcap"),
+)
+"""The operators' arguments: printed maths and whether it takes a shift; the tensors; (batch or 1, queries) spans of
+keys, int32; what hides keys between, (batch, keys) and (batch or 1, heads or 1, queries, keys); an additive mask; a_i
+in fp32 and b_i in fp64, (batch, heads, queries); c_j in fp64, (batch, heads, keys); sinks (heads,); the numbers of each
+head, (heads, numbers); n as (batch or 1, heads or 1, queries); two numbers, the soft cap 0 where there is none."""
+
+
+@torch.library.custom_op("attnswap_triton::forward", mutates_args=())
+def forward(
+    program: str,
+    shifted: bool,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first: Tensor,
+    last: Tensor,
+    keep: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    row_scale: Tensor | None,
+    row_bias: Tensor | None,
+    key_bias: Tensor | None,
+    sinks: Tensor | None,
+    params: Tensor,
+    count: Tensor,
+    scaling: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes output, shifts and inverse denominators; differentiable.
+
+    Returns:
+        Output (batch, heads, queries, value_dim); shift and 1 / Z of each row, fp32 (batch, heads, queries).
+    """
+    from attnswap.attention.triton import launch
+
+    given = locals()
+    kernel, filled = launch.forward({name: given[name] for name in ORDER})
+    kernel.run()
+    return filled
+
+
+@torch.library.custom_op("attnswap_triton::backward", mutates_args=())
+def backward(
+    grad: Tensor,
+    out: Tensor,
+    shifts: Tensor,
+    inverses: Tensor,
+    wanted: list[int],
+    program: str,
+    shifted: bool,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first: Tensor,
+    last: Tensor,
+    keep: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    row_scale: Tensor | None,
+    row_bias: Tensor | None,
+    key_bias: Tensor | None,
+    sinks: Tensor | None,
+    params: Tensor,
+    count: Tensor,
+    scaling: float,
+    softcap: float,
+) -> list[Tensor]:
+    """Computes the gradients of query, key, value and everything :data:`DIFFERENTIABLE` that is wanted."""
+    from attnswap.attention.triton import launch
+
+    given = locals()
+    call = {name: given[name] for name in ORDER}
+    asked = {name: bool(want) for name, want in zip(DIFFERENTIABLE, wanted, strict=True)}
+    by_queries, by_keys, found = launch.backward(call, grad, (out, shifts, inverses), asked)
+    by_queries.run()
+    by_keys.run()
+    if found["sinks"] is not None:
+        found["sinks"] = found["sinks"].sum((0, 2))
+    if found["params"] is not None:
+        found["params"] = found["params"].sum((0, 2))[:, : params.shape[1]]
+    none = query.new_empty(0, dtype=torch.float32)
+    return [none.clone() if x is None else x.contiguous() if x.ndim < 4 else x for x in found.values()]
+
+
+@forward.register_fake
+def _fake_forward(
+    program: str, shifted: bool, query: Tensor, key: Tensor, value: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, queries, _ = query.shape
+    out = query.new_empty(batch, queries, heads, value.shape[3]).transpose(1, 2)
+    rows = query.new_empty((batch, heads, queries), dtype=torch.float32)
+    return out, rows, torch.empty_like(rows)
+
+
+@backward.register_fake
+def _fake_backward(
+    grad: Tensor, out: Tensor, shifts: Tensor, inverses: Tensor, wanted: list[int], *arguments: Any
+) -> list[Tensor]:
+    given = dict(zip(ORDER, arguments, strict=True))
+    query, key, value = given["query"], given["key"], given["value"]
+    batch, heads, queries, width = query.shape
+    rows, keys = (batch, heads, queries), (batch, heads, key.shape[2])
+    shapes = [rows, rows, keys, (heads,), (heads, given["params"].shape[1])]
+    small = zip(shapes, wanted, strict=True)
+    return [
+        query.new_empty(batch, queries, heads, width).transpose(1, 2),
+        key.new_empty(key.shape),
+        value.new_empty(value.shape),
+        *(query.new_empty(shape if want else (0,), dtype=torch.float32) for shape, want in small),
+    ]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*output, *(x for x in inputs if isinstance(x, Tensor)))
+    ctx.places = [isinstance(x, Tensor) for x in inputs]
+    ctx.plain = [None if isinstance(x, Tensor) else x for x in inputs]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    out, shifts, inverses, *tensors = ctx.saved_tensors
+    left = iter(tensors)
+    inputs = [next(left) if is_tensor else x for is_tensor, x in zip(ctx.places, ctx.plain, strict=True)]
+    if grad is None:
+        return (None,) * len(inputs)
+    wanted = [int(ctx.needs_input_grad[ORDER.index(name)]) for name in DIFFERENTIABLE]
+    grad = grad if grad.stride(3) == 1 else grad.contiguous()
+    found = backward(grad, out, shifts, inverses, wanted, *inputs)
+    gradients: dict[str, Tensor] = dict(zip(("query", "key", "value", *DIFFERENTIABLE), found, strict=True))
+    return tuple(
+        gradients[name].to(x.dtype) if needed and name in gradients else None
+        for name, x, needed in zip(ORDER, inputs, ctx.needs_input_grad, strict=True)
+    )
+
+
+forward.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,138 @@
+"""What the three kernels share: loading rows, what a tile of queries and keys sees, and its scores.
+
+Rows and columns come as index vectors already shaped to broadcast, since the kernel over key blocks works on transposed
+tiles. A part of the call that is absent is None, which Triton drops when it compiles.
+"""
+
+import triton
+import triton.language as tl
+
+from attnswap.attention.triton.maths import vtanh
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def product(a, b):
+    """A matrix product with fp32 sums; fp32 inputs keep all their digits (no TF32)."""
+    if INTERPRETED:  # numpy has no bf16: the interpreter would multiply its bits as whole numbers
+        found = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        found = tl.dot(a, b, input_precision="ieee")
+    return found
+
+
+@triton.jit
+def add_product(a, b, acc):
+    """A matrix product added to an fp32 one."""
+    if INTERPRETED:
+        found = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        found = tl.dot(a, b, acc, input_precision="ieee")
+    return found
+
+
+@triton.jit
+def load_rows(base, rows, stride, limit, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Loads whole rows below ``limit`` as (rows, PADDED), zeros elsewhere."""
+    column = tl.arange(0, PADDED)
+    at = base + rows.to(tl.int64)[:, None] * stride + column[None, :]
+    if WIDTH == PADDED:
+        tile = tl.load(at, mask=rows[:, None] < limit, other=0.0)
+    else:
+        tile = tl.load(at, mask=(rows[:, None] < limit) & (column[None, :] < WIDTH), other=0.0)
+    return tile
+
+
+@triton.jit
+def store_rows(base, rows, stride, limit, tile, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Stores the first WIDTH columns of the rows below ``limit``."""
+    column = tl.arange(0, PADDED)
+    at = base + rows.to(tl.int64)[:, None] * stride + column[None, :]
+    tl.store(at, tile.to(base.dtype.element_ty), mask=(rows[:, None] < limit) & (column[None, :] < WIDTH))
+
+
+@triton.jit
+def visible(i, j, from_key, to_key, keys, keep, keep_at, mask, mask_at, mask_row, mask_key):
+    """Which keys ``j`` the queries ``i`` see: the row's span, less what ``keep`` and ``mask`` hide."""
+    seen = (j >= from_key) & (j < to_key)
+    if keep is not None:
+        seen = seen & (tl.load(keep + keep_at + j, mask=j < keys, other=0) != 0)
+    if mask is not None:
+        at = mask + mask_at + i.to(tl.int64) * mask_row + j.to(tl.int64) * mask_key
+        seen = seen & (tl.load(at, mask=seen, other=0) != 0)
+    return seen
+
+
+@triton.jit
+def capped(dots, softcap, CAPPED: tl.constexpr):
+    """The content score under the model's own cap."""
+    return softcap * vtanh(dots / softcap) if CAPPED else dots
+
+
+@triton.jit
+def split(x):
+    """Two fp32 numbers that add up to an fp64 one."""
+    high = x.to(tl.float32)
+    return high, (x - high.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
+def score(content, i, j, seen, row_scale, row_high, row_low, key_high, key_low, bias, bias_at, bias_row, bias_key):
+    """The score ``a_i cap(z) + b_i + c_j + B_ij`` of a tile.
+
+    Sums of log gates grow without bound, and only differences matter. ``row_high + row_low`` is the fp64 value of
+    b_i + c at the tile's last key, ``key_high + key_low`` that of c_j less it: where the two large parts cancel their
+    fp32 sum is exact, and the low parts put back what each was rounded by.
+    """
+    s = content
+    if row_scale is not None:
+        s = s * row_scale
+    if key_high is not None:
+        s = s + ((row_high + key_high) + (row_low + key_low))
+    elif row_high is not None:
+        s = s + row_high
+    if bias is not None:
+        at = bias + bias_at + i.to(tl.int64) * bias_row + j.to(tl.int64) * bias_key
+        s = s + tl.load(at, mask=seen, other=0.0).to(tl.float32)
+    return s
+
+
+@triton.jit
+def row_parts(row_bias, at, inside, centre, centre_at):
+    """Loads b_i, moved to a tile's centre, as two fp32 numbers; None where the call has neither."""
+    if centre is not None:
+        own = tl.load(centre + centre_at)
+        if row_bias is not None:
+            own = own + tl.load(row_bias + at, mask=inside, other=0.0)
+        else:
+            own = own + tl.zeros_like(at).to(tl.float64)
+        high, low = split(own)
+    elif row_bias is not None:
+        high, low = split(tl.load(row_bias + at, mask=inside, other=0.0))
+    else:
+        high, low = None, None
+    return high, low
+
+
+@triton.jit
+def key_parts(near, at, far_apart, inside):
+    """Loads c_j less the tile's centre as two fp32 numbers; None where the call has no key bias."""
+    if near is not None:
+        high = tl.load(near + at, mask=inside, other=0.0)
+        low = tl.load(near + far_apart + at, mask=inside, other=0.0)
+    else:
+        high, low = None, None
+    return high, low
+
+
+@triton.jit
+def column_of(x):
+    """A vector as a column; None stays None."""
+    return None if x is None else x[:, None]
+
+
+@triton.jit
+def row_of(x):
+    """A vector as a row; None stays None."""
+    return None if x is None else x[None, :]
