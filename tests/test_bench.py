@@ -199,13 +199,13 @@ def test_memory_in_fresh_processes():
     """The dense reference holds matrices of queries by keys, the flash path none."""
     case = bench.swap_cases(["softpick"])[0]
     shape = Shape("wide", 8, 8, 16)
-    lengths = [512, 1024]
+    lengths = [1024, 2048]
     dense = [memory.extra_memory(case, setting(n, shape=shape), "dense", 1, False) for n in lengths]
-    flash = memory.extra_memory(SDPA, setting(1024, shape=shape), "auto", 1, False)
-    square = 4 * 8 * 1024**2
+    flash = memory.extra_memory(SDPA, setting(2048, shape=shape), "auto", 1, False)
+    square = 4 * 8 * 2048**2
     assert 2 * square < dense[1] < PEERS["eager softmax"].squares * square
-    assert statistics.exponent(lengths, dense) == pytest.approx(2, abs=0.1)
-    assert 8 * 1024 * 16 * 4 <= flash < square / 4  # at least its output
+    assert statistics.exponent(lengths, dense) == pytest.approx(2, abs=0.15)
+    assert 8 * 2048 * 16 * 4 <= flash < square / 4  # at least its output
 
 
 def test_a_case_survives_the_way_to_another_process():
