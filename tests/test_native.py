@@ -183,6 +183,19 @@ def test_extreme_scores_stay_finite(swap: Swap, level: float):
 
 
 @needs_compiler
+@pytest.mark.parametrize("swap", SWAPS, ids=repr)
+@pytest.mark.parametrize("attend", [oracle, native.attend], ids=["dense", "native"])
+def test_a_number_that_is_none_is_not_swallowed(swap: Swap, attend: Any):
+    """NaN in a query reaches that row's output and no other: a broken model must not look sound."""
+    problem = problem_of(swap, Visibility(30, 30, torch.device("cpu")), (1, 2, 1, 4))
+    problem.query[0, 1, 20, 0] = torch.nan
+    out = attend(problem)
+    assert out[0, 1, 20].isnan().all()
+    assert out[:, :, :20].isfinite().all()
+    assert out[0, 0].isfinite().all()
+
+
+@needs_compiler
 @pytest.mark.parametrize("decay", [1e-3, 0.05, 0.7])
 def test_skipped_tiles_change_nothing(decay: float):
     """Tiles that a gate has faded out are skipped; the result stays within rounding of the whole computation."""

@@ -91,7 +91,7 @@ def attend_block(problem: Problem, terms: Terms, block: Block, p: SimpleNamespac
         total = total + swap.norm(sinks, shift, p)
     n = problem.visibility.n[..., block.start : block.stop, None].to(dtype)
     total = total + swap.null(shift, n, p)
-    weights = torch.where(total > 0, weight / torch.where(total > 0, total, 1.0), 0.0)
+    weights = torch.where(total > 0, weight / torch.where(total > 0, total, 1.0), total * 0)  # NaN stays NaN
     if problem.dropout:
         weights = torch.nn.functional.dropout(weights, problem.dropout)
     value = problem.value[:, :, block.k0 : block.k1].to(dtype)

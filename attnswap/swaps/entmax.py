@@ -57,7 +57,8 @@ class Entmax(Swap):
             return fn.power(fn.relu(1 + above), 1 / order)
         # At lambda 0 what is left is e^(s - t); keys below the threshold are held at it, out of the logarithm's way.
         order = fn.maximum(order, 1e-30)
-        return fn.where(above > -1.0, fn.exp(fn.log1p(fn.maximum(order * (s - shift), -0.9999999)) / order), 0.0)
+        # Written so that NaN passes both the comparison and the maximum.
+        return fn.where(above < -1.0, 0.0, fn.exp(fn.log1p(fn.maximum(-0.9999999, order * (s - shift))) / order))
 
     def bracket(self, top: Any, n: Any, p: SimpleNamespace) -> tuple[Any, Any]:
         return top, top + fn.log(n)

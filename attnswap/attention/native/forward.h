@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(ARGUMENTS) {
       const F n = c.count ? c.count[b * c.count_batch + h * c.count_head + i0 + r] : F(0);
       F sum = total[r] + maths.null(reference, n, p);
       if (c.sinks) sum += maths.norm(c.sinks[h], reference, p);
-      const F inverse = sum > 0 ? 1 / sum : F(0);
+      const F inverse = sum > 0 ? 1 / sum : sum * 0;  // NaN stays NaN
       m[c.row(b, h, i0 + r)] = reference, z[c.row(b, h, i0 + r)] = inverse;
       F* target = o + ((b * c.queries + i0 + r) * c.heads + h) * dv;
       const F* acc = x.out.data() + r * dv;

@@ -100,7 +100,7 @@ inline T vabs(T x) {
 }
 template <typename T>
 inline T vrelu(T x) {
-  return x > number<T>(0) ? x : number<T>(0);
+  return x < number<T>(0) ? number<T>(0) : x;  // NaN stays NaN
 }
 template <typename T>
 inline T vsign(T x) {

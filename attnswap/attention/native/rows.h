@@ -82,10 +82,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_rows(ARGUMENTS) {
           slopes[r] += slope;
         }
       } else {
+        // No key, or none but NaN, which must not be lost.
+        for (int64_t j = row.from; j < row.to; ++j)
+          if (!row.keep || row.keep[j]) totals[r] += s[j] * 0;
         std::fill(s + row.from, s + row.to, F(0));
         if (w) std::fill(w + row.from, w + row.to, F(0));
       }
-      m[c.row(b, h, i0 + r)] = t, z[c.row(b, h, i0 + r)] = totals[r] > 0 ? 1 / totals[r] : F(0);
+      m[c.row(b, h, i0 + r)] = t, z[c.row(b, h, i0 + r)] = totals[r] > 0 ? 1 / totals[r] : totals[r] * 0;
     }
     const F* v = c.value(b, h) + k0 * c.v_row;
     gemm<F>(false, false, rows, dv, width, 1, x.scores.data(), width, v, c.v_row, 0, values, dv);
