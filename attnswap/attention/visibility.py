@@ -87,19 +87,11 @@ class Visibility:
         if self.dense is not None:
             rows = [self.mask(i, min(i + 512, self.q_length)).sum(-1) for i in range(0, self.q_length, 512)]
             return torch.cat(rows, -1)
-        last = self.positions()[None]
-        end = (last + 1 if self.causal else torch.full_like(last, self.k_length)).clamp(0, self.k_length)
-        start = torch.zeros_like(end)
-        if self.window is not None:
-            start = torch.maximum(start, last - self.window + 1)
-        if self.row_start is not None:
-            start = torch.maximum(start, self.row_start)
+        start, end = (bound.long() for bound in self.spans)
         start = torch.minimum(start, end)
         if self.key_valid is None:
             return (end - start)[:, None]
-        seen = torch.nn.functional.pad(self.key_valid.long().cumsum(-1), (1, 0))
-        rows = torch.broadcast_shapes(end.shape[:1], start.shape[:1], seen.shape[:1])[0]
-        end, start, seen = end.expand(rows, -1), start.expand(rows, -1), seen.expand(rows, -1)
+        seen = torch.nn.functional.pad(self.key_valid.long().cumsum(-1), (1, 0)).expand(len(start), -1)
         return (seen.gather(1, end) - seen.gather(1, start))[:, None]
 
     @lazy

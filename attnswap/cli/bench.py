@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from attnswap.bench import SHAPES, Plan, Shape, run_bench, tables, write_report
-from attnswap.cli.options import parse_dtype, parse_size
+from attnswap.cli.options import check_folder, parse_dtype, parse_size
 from attnswap.errors import ConfigError, nearest
 
 
@@ -36,8 +36,7 @@ def bench_command(
     Each round times SDPA and the swap right after one another; the median ratio comes with a 95% interval over rounds
     and is held against the bounds the project promises.
     """
-    if out and not out.is_dir() and out.exists():
-        raise ConfigError(f'--out: "{out}" is a file; name a directory')
+    check_folder(out)
     plan = Plan(
         swaps=None if swaps is None else [name.strip() for name in swaps.split(",")],
         shapes=[_shape(name.strip()) for name in shapes.split(",")],

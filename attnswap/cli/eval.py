@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from attnswap.cli.options import parse_device, parse_dtype, parse_size
+from attnswap.cli.options import check_folder, parse_device, parse_dtype, parse_size
 from attnswap.errors import ConfigError
 from attnswap.evaluation import Evaluation, evaluate_perplexity, table, write_report
 from attnswap.evaluation.corpus import read_dataset, read_text
@@ -42,8 +42,7 @@ def eval_command(
         raise ConfigError("give --text or --dataset, not both")
     if batch_size < 1:
         raise ConfigError(f"--batch-size must be at least 1, not {batch_size}")
-    if out and not out.is_dir() and out.exists():
-        raise ConfigError(f'--out: "{out}" is a file; name a directory')
+    check_folder(out)
     chosen_dtype, chosen_device = parse_dtype(dtype), parse_device(device)
     lengths = [parse_size(part) for part in contexts.split(",")]
     documents: str | list[str] | None = read_text(text) if text else read_dataset(dataset) if dataset else None

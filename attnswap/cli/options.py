@@ -1,5 +1,7 @@
 """Values that several commands read from their options, checked before any work is done."""
 
+from pathlib import Path
+
 import torch
 
 from attnswap.errors import ConfigError, nearest
@@ -37,6 +39,12 @@ def parse_device(text: str | None) -> str:
     if device.type not in here or (device.index or 0) >= count:
         raise ConfigError(f'there is no device "{text}" here; there are {", ".join(here)}')
     return str(device)
+
+
+def check_folder(out: Path | None) -> None:
+    """Raises ConfigError if ``--out`` names something that is no directory."""
+    if out and out.exists() and not out.is_dir():
+        raise ConfigError(f'--out: "{out}" is a file; name a directory')
 
 
 def parse_numbers(text: str | None, name: str) -> list[int] | None:

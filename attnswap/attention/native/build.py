@@ -17,13 +17,12 @@ from attnswap.attention.native.program import HERE, digest, headers, source
 from attnswap.swaps.base import Swap
 
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
-"""Neither option changes a result: no function here sets errno, and nobody reads floating point exceptions."""
-
-WIDE = ["-mprefer-vector-width=512"]
-"""Where the compiler knows it (x86): use whole vector registers."""
-
+"""The last two change no result: no function here sets errno, and nobody reads floating point exceptions."""
+if platform.machine() in ("x86_64", "AMD64"):
+    FLAGS.append("-mprefer-vector-width=512")  # whole vector registers, where the compiler knows the word
 
 ENGINE = ("engine.cpp", "call.h", "forward.h", "rows.h", "backward.h")
+"""The files the engine is made of, beside the headers that it shares with compiled swaps."""
 
 
 def is_row(path: str) -> bool:
@@ -81,8 +80,7 @@ def unavailable() -> str | None:
 
 def _load_engine() -> None:
     text = "".join((HERE / name).read_text() for name in ENGINE)
-    flags = [*FLAGS, *(WIDE if platform.machine() in ("x86_64", "AMD64") else [])]
-    name = f"attnswap_engine_{digest(text, headers(), *flags)}"
+    name = f"attnswap_engine_{digest(text, headers(), *FLAGS)}"
     target = folder() / name
     target.mkdir(parents=True, exist_ok=True)
     if not (target / f"{name}.so").exists() and os.environ.get("RANK", "0") == "0":
@@ -90,7 +88,7 @@ def _load_engine() -> None:
     cpp_extension.load(
         name,
         [str(HERE / "engine.cpp")],
-        extra_cflags=flags,
+        extra_cflags=FLAGS,
         extra_ldflags=["-fopenmp", "-ldl"],
         build_directory=str(target),
         is_python_module=False,
@@ -109,15 +107,14 @@ def program(swap: Swap, whole: bool) -> str:
         RuntimeError: The compiler refuses it.
     """
     text = source(swap, whole)
-    flags = [*FLAGS, *(WIDE if platform.machine() in ("x86_64", "AMD64") else [])]
-    target = folder() / f"{'row' if swap.threshold else 'swap'}_{digest(text, headers(), *flags)}.so"
+    target = folder() / f"{'row' if swap.threshold else 'swap'}_{digest(text, headers(), *FLAGS)}.so"
     if target.exists():
         return str(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         (Path(scratch) / "swap.cpp").write_text(text)
         made = Path(scratch) / "swap.so"
-        command = [str(compiler()), *flags, f"-I{HERE}", "-shared", "-fPIC", str(Path(scratch) / "swap.cpp")]
+        command = [str(compiler()), *FLAGS, f"-I{HERE}", "-shared", "-fPIC", str(Path(scratch) / "swap.cpp")]
         done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"the maths of {swap!r} does not compile:\n{done.stderr[:2000]}")

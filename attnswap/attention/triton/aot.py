@@ -20,9 +20,10 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from attnswap.attention.autograd import DIFFERENTIABLE
 from attnswap.attention.problem import Problem
 from attnswap.attention.triton import launch, operands
-from attnswap.attention.triton.ops import DIFFERENTIABLE, ORDER
+from attnswap.attention.triton.ops import ORDER
 from attnswap.attention.triton.tiles import KERNELS, Tiles
 from attnswap.attention.visibility import Visibility
 from attnswap.swaps.base import Swap

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DIFFERENTIABLE = ("row_scale", "row_bias", "key_bias", "sinks", "params")
+from attnswap.attention.autograd import DIFFERENTIABLE, empty_gradients, gradients, save_inputs
+
 ORDER = (
     *("program", "shifted", "query", "key", "value", "first", "last", "keep", "mask", "bias", "row_scale"),
     *("row_bias", "key_bias", "sinks", "params", "count", "scaling", "softcap"),
@@ -107,41 +108,7 @@ def _fake_forward(
 def _fake_backward(
     grad: Tensor, out: Tensor, shifts: Tensor, inverses: Tensor, wanted: list[int], *arguments: Any
 ) -> list[Tensor]:
-    given = dict(zip(ORDER, arguments, strict=True))
-    query, key, value = given["query"], given["key"], given["value"]
-    batch, heads, queries, width = query.shape
-    rows, keys = (batch, heads, queries), (batch, heads, key.shape[2])
-    shapes = [rows, rows, keys, (heads,), (heads, given["params"].shape[1])]
-    small = zip(shapes, wanted, strict=True)
-    return [
-        query.new_empty(batch, queries, heads, width).transpose(1, 2),
-        key.new_empty(key.shape),
-        value.new_empty(value.shape),
-        *(query.new_empty(shape if want else (0,), dtype=torch.float32) for shape, want in small),
-    ]
+    return empty_gradients(dict(zip(ORDER, arguments, strict=True)), wanted)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*output, *(x for x in inputs if isinstance(x, Tensor)))
-    ctx.places = [isinstance(x, Tensor) for x in inputs]
-    ctx.plain = [None if isinstance(x, Tensor) else x for x in inputs]
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, grad: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    out, shifts, inverses, *tensors = ctx.saved_tensors
-    left = iter(tensors)
-    inputs = [next(left) if is_tensor else x for is_tensor, x in zip(ctx.places, ctx.plain, strict=True)]
-    if grad is None:
-        return (None,) * len(inputs)
-    wanted = [int(ctx.needs_input_grad[ORDER.index(name)]) for name in DIFFERENTIABLE]
-    grad = grad if grad.stride(3) == 1 else grad.contiguous()
-    found = backward(grad, out, shifts, inverses, wanted, *inputs)
-    gradients: dict[str, Tensor] = dict(zip(("query", "key", "value", *DIFFERENTIABLE), found, strict=True))
-    return tuple(
-        gradients[name].to(x.dtype) if needed and name in gradients else None
-        for name, x, needed in zip(ORDER, inputs, ctx.needs_input_grad, strict=True)
-    )
-
-
-forward.register_autograd(_backward, setup_context=_setup)
+forward.register_autograd(gradients(backward, ORDER), setup_context=save_inputs)
