@@ -11,7 +11,6 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch.utils import cpp_extension
 
 from attnswap.attention.native.program import HERE, digest, headers, source
 from attnswap.swaps.base import Swap
@@ -65,12 +64,12 @@ def unavailable() -> str | None:
     reason = None
     if compiler() is None:
         reason = "there is no C++ compiler (install g++ or clang, or set CXX)"
-    elif not cpp_extension.is_ninja_available():
+    elif shutil.which("ninja") is None:
         reason = "there is no ninja (pip install ninja)"
     else:
         try:
             _load_engine()
-        except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        except (ImportError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
             lines = str(error).strip().splitlines()
             reason = f"it does not build: {next((x for x in lines if 'error' in x), lines[-1] if lines else error)}"
     if reason:
@@ -79,6 +78,8 @@ def unavailable() -> str | None:
 
 
 def _load_engine() -> None:
+    from torch.utils import cpp_extension  # brings setuptools, which importing attnswap should not need
+
     text = "".join((HERE / name).read_text() for name in ENGINE)
     name = f"attnswap_engine_{digest(text, headers(), *FLAGS)}"
     target = folder() / name
