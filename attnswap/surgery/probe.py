@@ -56,7 +56,7 @@ def verify(model: PreTrainedModel, config: PreTrainedConfig, modules: Modules, b
             config._attn_implementation_internal = KEY
             with _replaced(swapped, Plain()):
                 same = _forward(model)
-            with _replaced(swapped, Flat()), _gains(swapped) as gains, torch.enable_grad():
+            with _replaced(swapped, Flat()), _differentiable(modules), _gains(swapped) as gains, torch.enable_grad():
                 output = _forward(model)
                 weights = torch.linspace(1, 2, output.numel(), device=output.device).view_as(output)
                 slopes = torch.autograd.grad((output * weights).sum(), list(gains.values()), allow_unused=True)
@@ -153,6 +153,26 @@ def _replaced(swapped: dict[int, nn.Module], swap: Swap) -> Iterator[None]:
         for child, slots, _ in saved:
             child.slots = slots
             del child.forward
+
+
+@contextlib.contextmanager
+def _differentiable(modules: Modules) -> Iterator[None]:
+    """Lets eager attention stand in for flex_attention on a CPU, where it gives no gradient."""
+    hooks = [
+        hook
+        for _, module in modules.values()
+        for hook in module._forward_pre_hooks.values()
+        if isinstance(hook, Enter)
+        and hook.before == "flex_attention"
+        and next(module.parameters()).device.type == "cpu"
+    ]
+    try:
+        for hook in hooks:
+            hook.before = "eager"
+        yield
+    finally:
+        for hook in hooks:
+            hook.before = "flex_attention"
 
 
 @contextlib.contextmanager
