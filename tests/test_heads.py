@@ -1,5 +1,7 @@
 """Some heads of a layer: the map of query to key/value heads in every backend, and how the parts are put together."""
 
+import importlib.util
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -8,7 +10,7 @@ from cases import Case, allowed_error, bound, compare, draw, short_blocks, varia
 from torch import Tensor
 
 import attnswap
-from attnswap.attention import native
+from attnswap.attention import native, triton
 from attnswap.attention.dispatch import BACKENDS
 from attnswap.attention.heads import in_order, kv_heads_of, pick, regular_heads
 from attnswap.attention.native import build
@@ -182,4 +184,16 @@ def test_the_engine_refuses_a_map_that_does_not_fit(kv_heads):
     x = torch.randn(1, 3, 4, 8)
     problem = Problem(attnswap.Softpick(), x, x[:, :2], x[:, :2], Visibility(4, 4, x.device), {}, 1.0)
     with pytest.raises(RuntimeError, match="key/value head"):
-        native.attend(Problem(**{**vars(problem), "kv_heads": kv_heads}))
+        native.attend(replace(problem, kv_heads=kv_heads))
+
+
+def test_triton_gets_equal_groups():
+    """Its kernels know no map; the heads are picked before they are launched."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    key = torch.randn(1, 3, 4, 8)
+    problem = Problem(attnswap.Softpick(), torch.randn(1, 4, 4, 8), key, key + 1, Visibility(4, 4, key.device), {}, 1.0)
+    given = dict(zip(triton.ops.ORDER, triton.operands(replace(problem, kv_heads=(2, 2, 0, 0))), strict=True))
+    assert torch.equal(given["key"], key[:, [2, 0]]) and torch.equal(given["value"], key[:, [2, 0]] + 1)
+    given = dict(zip(triton.ops.ORDER, triton.operands(replace(problem, kv_heads=(2, 0, 1, 1))), strict=True))
+    assert torch.equal(given["key"], key[:, [2, 0, 1, 1]])

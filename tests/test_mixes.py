@@ -15,6 +15,7 @@ from transformers.modeling_utils import AttentionInterface
 
 import attnswap
 from attnswap.attention import folded
+from attnswap.errors import UnsupportedModelError
 from attnswap.surgery import combine
 from attnswap.surgery.previous import Previous
 from attnswap.surgery.select import attention_modules
@@ -411,6 +412,18 @@ def test_cached_decoding_on_flash_attention(kind, flash, tokens):
         cached = model.generate(tokens, **given)
         assert {call[0] for call in flash.calls} == {4, 8}, "all heads where a single query parts a group"
         assert torch.equal(cached, model.generate(tokens, use_cache=False, **given))
+
+
+def test_a_flash_function_that_does_more_than_softmax_is_refused(flash, monkeypatch):
+    """The proof after patching runs on kernels of our own, so that it still compares two things."""
+    more = functools.partial(Flash.__call__, flash)
+    monkeypatch.setitem(
+        AttentionInterface._global_mapping,
+        "flash_attention_2",
+        lambda module, query, *args, **kwargs: more(module, query * 1.5, *args, **kwargs),
+    )
+    with pytest.raises(UnsupportedModelError, match="more in its attention than softmax"):
+        attnswap.patch(on_flash(), "ssmax")
 
 
 def test_gradients_flow_through_the_model_s_own_kernel(flash, tokens):

@@ -55,6 +55,7 @@ class Previous:
         value: Shape (batch, kv heads, keys, value_dim).
         mask: What the model passed as its mask.
         options: The other arguments of the call.
+        lends: Whether swaps may run on it as a softmax kernel.
     """
 
     module: nn.Module
@@ -64,6 +65,7 @@ class Previous:
     value: Tensor
     mask: ForwardMask | Tensor | None
     options: dict[str, Any]
+    lends: bool = True
 
     def everything(self) -> tuple[Tensor, Tensor | None]:
         """Computes all heads: output (batch, queries, heads, value_dim), and weights where it returns any."""
@@ -76,6 +78,7 @@ class Previous:
         it reads nothing of its module that may be per head. All heads are computed by any other function (one that
         users registered, or an eager one of code that came with a checkpoint), and for a single query by eager
         functions and where heads that share keys are parted: such a row of a product is rounded by what is beside it.
+        Dropout draws for the heads computed.
 
         Args:
             heads: Query heads in ascending order, at least one.
@@ -100,7 +103,7 @@ class Previous:
         Args:
             heads: The query heads it will be called with, in their order; None: all.
         """
-        if not isinstance(self.mask, ForwardMask) or self.options.get("softcap") is not None:
+        if not self.lends or not isinstance(self.mask, ForwardMask) or self.options.get("softcap") is not None:
             return None
         if self.name == "flex_attention":
             serves = self.query.device.type != "cpu" or not (self._learns or self.options.get("s_aux") is not None)

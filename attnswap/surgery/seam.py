@@ -54,6 +54,7 @@ class LayerCall:
         features: Each slot's features and ramp, of the new tokens.
         cache: The KV cache of this forward, if any.
         probe: Multiplies each head's output, shape (heads,), while a patch is being verified.
+        alone: No swap runs on the model's own kernel, which would prove nothing of ours.
         served: Set by the attention function.
     """
 
@@ -62,6 +63,7 @@ class LayerCall:
     features: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     cache: Cache | None = None
     probe: Tensor | None = None
+    alone: bool = False
     served: bool = False
 
 
@@ -72,12 +74,13 @@ class Enter:
         self.before = before
         self.unchecked = unchecked
         self.probe: Tensor | None = None
+        self.alone = False
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Computes the layer's features and adds the call to the kwargs."""
-        call = LayerCall(self.before, probe=self.probe)
+        call = LayerCall(self.before, probe=self.probe, alone=self.alone)
         child = module._modules.get(KEY)
         if child is not None:
             if self.unchecked:
@@ -160,7 +163,7 @@ def attention_forward(
     call.served = True
 
     options = {"scaling": scaling, "dropout": dropout, **kwargs}
-    previous = Previous(module, call.before, query, key, value, attention_mask, options)
+    previous = Previous(module, call.before, query, key, value, attention_mask, options, lends=not call.alone)
     weights_wanted = attentions_wanted(kwargs)
     if not call.slots:
         kept = previous.everything()
