@@ -25,6 +25,7 @@ def attend(problem: Problem) -> Tensor:
     Returns:
         Output (batch, heads, queries, value_dim) in the dtype of the values, laid out (batch, queries, heads, ...).
     """
+    problem = problem.regular()
     terms, value, dtype = problem.terms, problem.value, problem.dtype
     if terms.value_scale is not None:
         value = (value * terms.value_scale[..., None]).to(value.dtype)
