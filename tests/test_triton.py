@@ -196,7 +196,7 @@ def with_negated_slope(swap: Swap, inputs: Inputs) -> dict[str, Tensor]:
     """Runs a swap whose printed slope of the weight has the wrong sign."""
     from attnswap.attention.triton import program
 
-    printed = program.source(swap)
+    printed = program.source(swap, True)
     start = printed.index("def weight_slope")
     slope = printed[start:].split("\n\n")[0]
     result = slope.rsplit("return ", 1)[1]

@@ -1,4 +1,4 @@
-"""The Triton backend: any elementwise swap in tiles on NVIDIA and AMD GPUs, forward and backward.
+"""The Triton backend: any elementwise or row swap in tiles on NVIDIA and AMD GPUs, forward and backward.
 
 The kernels are checked against the fp64 reference in Triton's interpreter and compiled ahead of time for sm_80, sm_90,
 sm_100 and gfx942 (``recipes/results/triton/``). They have not run on a GPU: their speed has not been measured.
@@ -31,8 +31,6 @@ def refusal(problem: Problem) -> str | None:
     width = max(problem.query.shape[3], problem.value.shape[3])
     if width > WIDEST:
         return f"it takes heads of at most {WIDEST} dimensions, not {width}"
-    if problem.swap.threshold:
-        return f'"{problem.swap.name}" needs the threshold of a whole row, which these kernels do not solve for'
     return shared.refusal(problem)
 
 
@@ -63,9 +61,11 @@ def operands(problem: Problem) -> tuple[Any, ...]:
     if terms.value_scale is not None:
         value = (value * terms.value_scale[..., None]).to(value.dtype)
     scale, key_bias = terms.query_scale, terms.key_bias
-    return (
-        _source(swap),
+    whole_ramp = isinstance(problem.ramp, float) and problem.ramp == 1.0
+    arguments = (
+        _source(swap, whole_ramp),
         swap.shifted,
+        swap.threshold,
         *(rows(x) for x in (problem.query, problem.key, value)),
         *visibility.spans,
         visibility.holes,
@@ -79,12 +79,15 @@ def operands(problem: Problem) -> tuple[Any, ...]:
         visibility.n.float().contiguous(),
         problem.scaling,
         problem.softcap or 0.0,
+        # Tiles of decayed keys are left out while what they could add stays below rounding.
+        torch.finfo(torch.float32).eps if swap is shared.PLAIN else 0.0,
     )
+    return *arguments, torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
 
 
 @torch.compiler.assume_constant_result
-def _source(swap: Swap) -> str:
-    return program.source(swap)
+def _source(swap: Swap, whole_ramp: bool) -> str:
+    return program.source(swap, whole_ramp)
 
 
 @torch.compiler.assume_constant_result

@@ -27,6 +27,7 @@ from attnswap.attention.triton.ops import ORDER
 from attnswap.attention.triton.tiles import KERNELS, Tiles
 from attnswap.attention.visibility import Visibility
 from attnswap.swaps.base import Swap
+from attnswap.swaps.entmax import Entmax
 from attnswap.swaps.forgetting_gate import ForgettingGate
 from attnswap.swaps.sigmoid import Sigmoid
 from attnswap.swaps.softpick import Softpick
@@ -47,8 +48,10 @@ SWAPS: dict[str, Swap] = {
     "softpick": Softpick(),
     "sigmoid": Sigmoid(bias="learned", max_positions=1024),
     "forgetting-gate": ForgettingGate(),
+    "entmax": Entmax(alpha="learned"),
 }
-"""A shift with a floor; a row bias with its gradient and no shift; a key bias in fp64 with its gradient."""
+"""A shift with a floor; a row bias with its gradient and no shift; a key bias in fp64 with its gradient, whose decayed
+tiles are left out; a threshold of the row, with the gradient of a number of each head."""
 COMMAND = "python -m attnswap.attention.triton.aot"
 
 
@@ -118,10 +121,11 @@ def causal_call(swap: Swap, dtype: torch.dtype, width: int) -> Problem:
 def launches(problem: Problem) -> dict[str, launch.Launch]:
     """Prepares the launches of a call by the names of the kernels, forward and backward."""
     call = dict(zip(ORDER, operands(problem), strict=True))
-    forward, saved = launch.forward(call)
+    forward, (out, shifts, inverses, mean) = launch.forward(call)
     wanted = {name: call[name] is not None and call[name].requires_grad for name in DIFFERENTIABLE}
-    by_queries, by_keys, _ = launch.backward(call, torch.empty_like(saved[0]), saved, wanted)
-    return dict(zip(KERNELS, (forward, by_queries, by_keys), strict=True))
+    saved = (mean if mean.numel() else out, shifts, inverses)
+    by_queries, by_keys, _ = launch.backward(call, torch.empty_like(out), saved, wanted)
+    return {forward.kernel.__name__: forward, "backward_queries": by_queries, "backward_keys": by_keys}
 
 
 def compile_one(target: str, swap: str, dtype: str, width: int, kernel: str) -> Row:
@@ -167,7 +171,9 @@ def _number(pattern: str, text: str) -> int:
 
 def everything() -> Iterator[tuple[str, str, str, int, str]]:
     """Yields what the table holds, as arguments of :func:`compile_one`."""
-    return itertools.product(TARGETS, SWAPS, DTYPES, WIDTHS, KERNELS)
+    for name, swap in SWAPS.items():
+        kernels = [k for k in KERNELS if k != ("forward" if swap.threshold else "forward_rows")]
+        yield from itertools.product(TARGETS, [name], DTYPES, WIDTHS, kernels)
 
 
 def table(rows: list[Row]) -> str:

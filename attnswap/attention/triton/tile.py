@@ -1,4 +1,4 @@
-"""What the three kernels share: loading rows, what a tile of queries and keys sees, and its scores.
+"""What the kernels share: loading rows, what a tile of queries and keys sees, and its scores.
 
 Rows and columns come as index vectors already shaped to broadcast, since the kernel over key blocks works on transposed
 tiles. A part of the call that is absent is None, which Triton drops when it compiles.
@@ -136,3 +136,57 @@ def column_of(x):
 def row_of(x):
     """A vector as a row; None stays None."""
     return None if x is None else x[None, :]
+
+
+@triton.jit
+def tile_scores(
+    q_tile, k_tile, i, j, tile, task, at, inside, from_key, to_key, b, h, keep, keep_batch, mask, mask_batch, mask_head,
+    mask_row, mask_key, bias, bias_batch, bias_head, bias_row, bias_key, scale, row_bias, centre, near, far_apart, keys,
+    scaling, softcap, CAPPED: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """The capped content, the scores and what is seen of a tile of queries ``i`` and keys ``j``."""
+    content = capped(product(q_tile, tl.trans(k_tile)) * scaling, softcap, CAPPED)
+    seen = visible(
+        i[:, None], j[None, :], from_key[:, None], to_key[:, None], keys, keep, b * keep_batch,
+        mask, b * mask_batch + h * mask_head, mask_row, mask_key,
+    )  # fmt: skip
+    row_high, row_low = row_parts(row_bias, at, inside, centre, task * tl.cdiv(keys, KEYS) + tile)
+    key_high, key_low = key_parts(near, task * keys + j, far_apart, j < keys)
+    s = score(
+        content, i[:, None], j[None, :], seen, scale, column_of(row_high), column_of(row_low),
+        row_of(key_high), row_of(key_low), bias, b * bias_batch + h * bias_head, bias_row, bias_key,
+    )  # fmt: skip
+    return content, s, seen
+
+
+@triton.jit
+def rows_norm(tile):
+    """The largest norm among the rows of a tile."""
+    wide = tile.to(tl.float32)
+    return tl.sqrt(tl.max(tl.sum(wide * wide, 1), 0))
+
+
+@triton.jit
+def rows_slack(row_bias, at, counted, shift):
+    """How far the rows' own bias stands above their shift, at most; fp64, and without a bound for a row without one."""
+    own = 0.0 - shift.to(tl.float64)
+    if row_bias is not None:
+        own = own + tl.load(row_bias + at, mask=counted, other=0.0)
+    return tl.max(tl.where(counted, own, float("-inf")), 0)
+
+
+@triton.jit
+def first_needed(begin, end, norms, norms_at, crests, crests_at, reach, slack, limit):
+    """The first of some key tiles in which a score may come within ``limit`` of its row's shift; ``end`` if none.
+
+    A score is at most ``reach`` times the norm of its key, plus the tile's largest key bias, plus the row's own part.
+    What is left out then adds less than rounding. NaN is below no limit, so it is never left out.
+    """
+    found = end
+    for some in range(begin, end, 128):
+        which = some + tl.arange(0, 128)
+        norm = tl.load(norms + norms_at + which, mask=which < end, other=0.0)
+        crest = tl.load(crests + crests_at + which, mask=which < end, other=0.0)
+        bound = (norm * reach).to(tl.float64) + (crest + slack)
+        found = tl.minimum(found, tl.min(tl.where((which >= end) | (bound < limit), end, which), 0))
+    return found
