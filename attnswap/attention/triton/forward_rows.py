@@ -109,36 +109,32 @@ def forward_rows(
         moving = tl.where(far & (tl.abs(mass - 1.0) > 2 * EPSILON), moving, 0)
         step, open = step + 1, tl.max(moving, 0)
 
-    total, falls = zeros, zeros
     shrink = tl.where(slope < 0.0, 1.0 / tl.where(slope < 0.0, slope, -1.0), -1.0)  # keeps slopes in half's range
-    acc = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
-    acc_mean = None if mean is None else tl.zeros([ROWS, VALUE_PADDED], tl.float32)
-    for tile in range(begin, end):
-        j = tile * KEYS + tl.arange(0, KEYS)
-        k_tile = load_rows(k_base, j, k_row, keys, WIDTH, PADDED)
-        _, s, seen = tile_scores(
-            q_tile, k_tile, i, j, tile, task, at, inside, from_key, to_key, b, h, keep, keep_batch, mask, mask_batch,
-            mask_head, mask_row, mask_key, bias, bias_batch, bias_head, bias_row, bias_key, scale, row_bias, centre,
-            near, far_apart, keys, scaling, softcap, CAPPED, KEYS,
-        )  # fmt: skip
-        w, by = TILE_MASS(tl.where(seen, s, t[:, None]), t[:, None], p)
-        w = tl.where(seen, w, 0.0)
-        total += tl.sum(w, 1)
-        v_tile = load_rows(v_base, j, v_row, keys, VALUE_WIDTH, VALUE_PADDED)
-        acc = add_product(w.to(v_tile.dtype), v_tile, acc)
-        if mean is not None:
-            by = tl.where(seen, by * shrink[:, None], 0.0)
-            falls += tl.sum(by, 1)
-            acc_mean = add_product(by.to(v_tile.dtype), v_tile, acc_mean)
-    if sinks is not None:
-        w, by = TILE_MASS(sink, t, p)
-        total += w
-        falls += by * shrink
-    inverse = tl.where(total > 0.0, 1.0 / tl.where(total > 0.0, total, 1.0), total * 0.0)  # NaN stays NaN
-    tl.store(shifts + at, t, mask=inside)
-    tl.store(inverses + at, inverse, mask=inside)
-    place = b * out_batch + h * out_head
-    store_rows(out + place, i, out_row, queries, acc * inverse[:, None], VALUE_WIDTH, VALUE_PADDED)
-    if mean is not None:
-        falls = tl.where(falls > 0.0, 1.0 / tl.where(falls > 0.0, falls, 1.0), falls * 0.0)
-        store_rows(mean + place, i, out_row, queries, acc_mean * falls[:, None], VALUE_WIDTH, VALUE_PADDED)
+    # The output, and then the mean: one accumulator at a time, as two would not stay in registers.
+    for part in tl.static_range(1 if mean is None else 2):
+        total = zeros
+        acc = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
+        for tile in range(begin, end):
+            j = tile * KEYS + tl.arange(0, KEYS)
+            k_tile = load_rows(k_base, j, k_row, keys, WIDTH, PADDED)
+            _, s, seen = tile_scores(
+                q_tile, k_tile, i, j, tile, task, at, inside, from_key, to_key, b, h, keep, keep_batch, mask,
+                mask_batch, mask_head, mask_row, mask_key, bias, bias_batch, bias_head, bias_row, bias_key, scale,
+                row_bias, centre, near, far_apart, keys, scaling, softcap, CAPPED, KEYS,
+            )  # fmt: skip
+            w, by = TILE_MASS(tl.where(seen, s, t[:, None]), t[:, None], p)
+            share = tl.where(seen, w if part == 0 else by * shrink[:, None], 0.0)
+            total += tl.sum(share, 1)
+            v_tile = load_rows(v_base, j, v_row, keys, VALUE_WIDTH, VALUE_PADDED)
+            acc = add_product(share.to(v_tile.dtype), v_tile, acc)
+        if sinks is not None:
+            w, by = TILE_MASS(sink, t, p)
+            total += w if part == 0 else by * shrink
+        inverse = tl.where(total > 0.0, 1.0 / tl.where(total > 0.0, total, 1.0), total * 0.0)  # NaN stays NaN
+        place = b * out_batch + h * out_head
+        if part == 0:
+            tl.store(shifts + at, t, mask=inside)
+            tl.store(inverses + at, inverse, mask=inside)
+            store_rows(out + place, i, out_row, queries, acc * inverse[:, None], VALUE_WIDTH, VALUE_PADDED)
+        else:
+            store_rows(mean + place, i, out_row, queries, acc * inverse[:, None], VALUE_WIDTH, VALUE_PADDED)
