@@ -56,7 +56,7 @@ def forward(
     start = begin
     if norms is not None:  # at first the tiles of the rows' last keys, which decayed least: then the shift is known
         start = tl.maximum(begin, tl.min(tl.where(some, to_key - 1, keys), 0) // KEYS)
-    for part in range(1 if norms is None else 2):
+    for _part in range(1 if norms is None else 2):
         for back in range(0, end - start):
             tile = end - 1 - back
             j = tile * KEYS + tl.arange(0, KEYS)

@@ -102,11 +102,12 @@ def forward_rows(
             mass += w
             fall += by
         low, high = tl.where(mass >= 1.0, t, low), tl.where(mass > 1.0, high, t)
-        new = tl.where(mass == 1.0, t, newton(t, low, high, mass, fall, power))
+        new = newton(t, low, high, mass, fall, power)
+        new = tl.where(tl.abs(mass - 1.0) <= 2 * EPSILON, t, new)  # what is left may be rounding of the sum
         far = tl.abs(new - t) > 2 * EPSILON * tl.maximum(tl.abs(t), 1.0)
         # A row takes no step more because of others in its block: its result depends on nothing but itself.
         t, slope = tl.where(moving > 0, new, t), tl.where(moving > 0, fall, slope)
-        moving = tl.where(far & (tl.abs(mass - 1.0) > 2 * EPSILON), moving, 0)
+        moving = tl.where(far, moving, 0)
         step, open = step + 1, tl.max(moving, 0)
 
     shrink = tl.where(slope < 0.0, 1.0 / tl.where(slope < 0.0, slope, -1.0), -1.0)  # keeps slopes in half's range
