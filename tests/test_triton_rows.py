@@ -59,6 +59,7 @@ class Doubled(Cubes):
 
 Doubled.name = "doubled"  # set late, so that it is not registered
 
+
 class Peaks(Swap):
     """Softmax with a key bias that rises and falls."""
 

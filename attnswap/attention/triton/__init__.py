@@ -75,7 +75,7 @@ def operands(problem: Problem) -> tuple[Any, ...]:
         shared.row_bias(problem),
         None if key_bias is None else whole(key_bias.double(), keys, problem),
         None if problem.sinks is None else problem.sinks.float().contiguous(),
-        shared.numbers(problem, functools.partial(_reads, swap)),
+        shared.numbers(problem, functools.partial(_reads, swap, whole_ramp)),
         visibility.n.float().contiguous(),
         problem.scaling,
         problem.softcap or 0.0,
@@ -91,5 +91,5 @@ def _source(swap: Swap, whole_ramp: bool) -> str:
 
 
 @torch.compiler.assume_constant_result
-def _reads(swap: Swap, name: str) -> bool:
-    return program.reads(swap, name)
+def _reads(swap: Swap, whole_ramp: bool, name: str) -> bool:
+    return program.reads(swap, name, whole_ramp)

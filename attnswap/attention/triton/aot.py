@@ -12,7 +12,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,10 +48,11 @@ SWAPS: dict[str, Swap] = {
     "softpick": Softpick(),
     "sigmoid": Sigmoid(bias="learned", max_positions=1024),
     "forgetting-gate": ForgettingGate(),
-    "entmax": Entmax(alpha="learned"),
+    "entmax": Entmax(),
+    "entmax (learned alpha)": Entmax(alpha="learned"),
 }
 """A shift with a floor; a row bias with its gradient and no shift; a key bias in fp64 with its gradient, whose decayed
-tiles are left out; a threshold of the row, with the gradient of a number of each head."""
+tiles are left out; a threshold of the row, by a power and, with the gradient of its number, by exponentials."""
 COMMAND = "python -m attnswap.attention.triton.aot"
 
 
@@ -130,7 +131,7 @@ def launches(problem: Problem) -> dict[str, launch.Launch]:
 
 def compile_one(target: str, swap: str, dtype: str, width: int, kernel: str) -> Row:
     """Compiles one kernel of the table."""
-    return compile_kernel(target, causal_call(SWAPS[swap], DTYPES[dtype], width), kernel)
+    return replace(compile_kernel(target, causal_call(SWAPS[swap], DTYPES[dtype], width), kernel), swap=swap)
 
 
 def compile_kernel(target: str, problem: Problem, kernel: str) -> Row:
@@ -214,10 +215,16 @@ TEXT = """# The Triton kernels, compiled ahead of time
 ```
 
 Triton {version}, without a GPU: what the compilers say of the kernels at the tile sizes the launcher uses, for
-softpick, sigmoid (learned bias) and the forgetting gate; shared memory and registers are the highest of the three.
-{clean} of {count} kernels spill nothing. Shared memory is in bytes, registers are per thread, spills are bytes
-stored and loaded (gfx942: vector registers). fp32 products are exact, which NVIDIA's matrix instructions are not, so
-they use none there. **Nothing here ran on a GPU, and no speed follows from it.** `aot.json` has every row.
+softpick, sigmoid (learned bias), the forgetting gate, and entmax of a fixed and of a learned alpha; shared memory and
+registers are the highest of the five. `forward_rows` is the forward pass of row swaps such as entmax, `forward` that of
+the others. {clean} of {count} kernels spill nothing. Shared memory is in bytes, registers are per thread, spills are
+bytes stored and loaded (gfx942: vector registers). fp32 products are exact, which NVIDIA's matrix instructions are not,
+so they use none there. **Nothing here ran on a GPU, and no speed follows from it.** `aot.json` has every row.
+
+Tiles are at least 64 x 64 in bf16, but for `backward_keys` on some targets. That kernel holds four tiles of a block at
+once (keys, values and their two gradients) beside those of the scores: at 64 x 64 it spills for some swap at every
+number of warps (4, 8, 16) and stages (1, 2) that was tried there, and neither transposed tiles nor keeping the compiler
+from moving loads out of the loop helped.
 
 {table}
 """

@@ -36,8 +36,9 @@ def backward_queries(
     dq_head, dq_row, span_batch, keep_batch, mask_batch, mask_head, mask_row, mask_key, bias_batch, bias_head, bias_row,
     bias_key, count_batch, count_head, far_apart, heads, groups, queries, keys, scaling, softcap, limit,
     LOAD_NUMBERS: tl.constexpr, TILE_SLOPES: tl.constexpr, TILE_SLOPES_BY: tl.constexpr, ROW_NULL_BY: tl.constexpr,
-    NUMBERS: tl.constexpr, CAPPED: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    VALUE_PADDED: tl.constexpr, NUMBERS_PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    READ: tl.constexpr, NUMBERS: tl.constexpr, CAPPED: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr, NUMBERS_PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS:
+    tl.constexpr,
 ):  # fmt: skip
     """Stores dO . O of a block of rows, their gradients, and the block's part of what sinks and numbers get."""
     blocks = tl.cdiv(queries, ROWS)
@@ -89,9 +90,10 @@ def backward_queries(
         dots = product(grad_tile, tl.trans(v_tile))
         if dnumbers is not None:
             for number in tl.static_range(NUMBERS):
-                w_by, d_by = TILE_SLOPES_BY(s, reference[:, None], p, number)
-                part = tl.sum(tl.where(seen, w_by * dots - d_by * delta[:, None], 0.0), 1) * inverse
-                number_sums += tl.where(which == number, part[:, None], 0.0)
+                if READ >> number & 1:
+                    w_by, d_by = TILE_SLOPES_BY(s, reference[:, None], p, number)
+                    part = tl.sum(tl.where(seen, w_by * dots - d_by * delta[:, None], 0.0), 1) * inverse
+                    number_sums += tl.where(which == number, part[:, None], 0.0)
         _, w_slope, d_slope = TILE_SLOPES(s, reference[:, None], p)
         ds = tl.where(seen, (w_slope * dots - d_slope * delta[:, None]) * inverse[:, None], 0.0)
         if drow_bias is not None:
@@ -178,12 +180,12 @@ def backward_keys(
         task = b * heads + h
         p = LOAD_NUMBERS(numbers + h * NUMBERS)
         q_base, grad_base = q + b * q_batch + h * q_head, grad + b * grad_batch + h * grad_head
-        key_high, key_low = key_parts(near, task * keys + j, far_apart, j < keys)
-        bias_sum = tl.zeros([KEYS], tl.float32)
         begin, end = query_blocks(
             tile, tiles, b, kv_task, task, block_first, block_last, block_batch, tl.cdiv(queries, ROWS), norms, crests,
             reaches, slacks, limit, keys, KEYS,
         )  # fmt: skip
+        key_high, key_low = key_parts(near, task * keys + j, far_apart, j < keys)
+        bias_sum = tl.zeros([KEYS], tl.float32)
         for block in range(begin, end):
             i = block * ROWS + tl.arange(0, ROWS)
             inside = i < queries

@@ -142,6 +142,7 @@ def backward(
         "sinks": call["sinks"],
         "TILE_SLOPES_BY": maths.tile_slopes_by,
         "ROW_NULL_BY": maths.row_null_by,
+        "READ": maths.READ,
         "NUMBERS_PADDED": numbers_padded,
     }
     block_first, block_last = _block_spans(call, columns.rows)

@@ -84,10 +84,10 @@ def tile_mass(s, shift, p):
 NAMES = (
     *("load_numbers", "row_floor", "row_null", "row_null_by"),
     *("tile_norm", "tile_weigh", "tile_slopes", "tile_slopes_by"),
-    *("row_bracket", "row_power", "tile_mass"),
+    *("row_bracket", "row_power", "tile_mass", "READ"),
 )
-"""The functions that the kernels take as arguments, under the same names in capitals; the last three are those of row
-swaps alone."""
+"""What the kernels take as arguments, under the same names in capitals: functions, the last three of row swaps alone;
+and ``READ``, with a bit for each number that the maths reads."""
 
 
 @functools.cache
@@ -120,13 +120,14 @@ def source(swap: Swap, whole: bool) -> str:
         null_by=cases("null_by = null_by_{name}(shift, shift, n{p})"),
     )
     glue += THRESHOLD.format(p=p) if swap.threshold else ""
-    return HEAD + functions(swap, TRITON, whole) + glue
+    read = sum(reads(swap, name, whole) << i for i, name in enumerate(names))
+    return f"{HEAD}{functions(swap, TRITON, whole)}{glue}\n\nREAD = {read}\n"
 
 
 @functools.cache
-def reads(swap: Swap, name: str) -> bool:
+def reads(swap: Swap, name: str, whole: bool) -> bool:
     """Whether the maths depends on a number of :func:`codegen.parameters`, rather than the score's terms alone."""
-    trees = trace(swap)
+    trees = trace(swap, whole)
     return any(trees[f"{part}_by_{name}"] != constant(0) for part in ("weight", "norm", "null"))
 
 
