@@ -282,6 +282,7 @@ def test_the_committed_table_is_of_the_sizes_that_are_launched():
     for r in rows:
         tiles = tiles_of(r["kernel"], r["target"], r["width"], {"bf16": 2, "fp32": 4}[r["dtype"]])
         assert r["tile"] == str(tiles)
+        assert r["dtype"] == "fp32" or r["kernel"] == "backward_keys" or min(tiles.rows, tiles.keys) >= 64
         assert r["shared"] <= r["shared_limit"]
         assert r["matrix"] or r["dtype"] == "fp32"
 
@@ -293,7 +294,9 @@ def test_compiling_a_target_gives_the_committed_row():
     code = (
         "import dataclasses, json\n"
         "from attnswap.attention.triton import aot\n"
-        "rows = [aot.compile_one('sm_90', 'softpick', 'bf16', 64, k) for k in aot.KERNELS]\n"
+        "made = [('softpick', 'forward'), ('softpick', 'backward_queries'), ('softpick', 'backward_keys')]\n"
+        "made += [('entmax', 'forward_rows')]\n"
+        "rows = [aot.compile_one('sm_90', swap, 'bf16', 64, kernel) for swap, kernel in made]\n"
         "print(json.dumps([aot.triton.__version__, [dataclasses.asdict(r) for r in rows]]))\n"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
@@ -319,8 +322,15 @@ def compile_every_part() -> list[int]:
     ramp, sinks = (torch.rand(4, generator=generator).requires_grad_() for _ in range(2))
     problem = replace(problem, visibility=visibility, ramp=ramp, sinks=sinks, softcap=30.0)
     biased = replace(problem, swap=attnswap.ForgettingGate(), features={"log_forget": -torch.rand(2, 4, 256)})
-    calls = itertools.product(aot.TARGETS, (problem, biased), aot.KERNELS)
-    return [aot.compile_kernel(target, call, kernel).registers for target, call, kernel in calls]
+    numbers = {"alpha_logit": torch.rand(4, generator=generator).requires_grad_()}
+    row = replace(problem, swap=attnswap.Entmax(alpha="learned"), features=numbers)
+    calls = itertools.product(aot.TARGETS, (problem, biased, row), aot.KERNELS)
+    kernels = {True: "forward_rows", False: "forward"}
+    return [
+        aot.compile_kernel(target, call, kernel).registers
+        for target, call, kernel in calls
+        if kernel.startswith("backward") or kernel == kernels[call.swap.threshold]
+    ]
 
 
 @pytest.mark.slow
@@ -378,3 +388,12 @@ def test_a_machine_without_triton_is_refused():
     ):
         said = refusal({})
     assert said is not None and "pip install triton" in said
+
+
+def test_an_old_triton_is_refused():
+    with (
+        mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}),
+        mock.patch.object(triton_backend, "_version", return_value=(3, 4)),
+    ):
+        said = refusal({})
+    assert said is not None and "triton>=3.5" in said

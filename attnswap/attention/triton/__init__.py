@@ -5,6 +5,7 @@ sm_100 and gfx942 (``recipes/results/triton/``). They have not run on a GPU: the
 """
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
 from typing import Any
@@ -19,6 +20,9 @@ from attnswap.attention.triton import ops, program
 from attnswap.attention.triton.tiles import WIDEST
 from attnswap.swaps.base import Swap
 
+OLDEST = (3, 5)
+"""The first version of triton whose compiler can be told not to hoist loads, as the backward kernel needs."""
+
 
 def refusal(problem: Problem) -> str | None:
     """Says why these kernels cannot compute a call, or None where they can."""
@@ -26,12 +30,20 @@ def refusal(problem: Problem) -> str | None:
         return "it runs on CUDA and ROCm devices (on a CPU only where TRITON_INTERPRET=1 is set, for checking)"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
+    if _version() < OLDEST:
+        return f"triton {'.'.join(map(str, _version()))} is too old (pip install 'triton>=3.5')"
     if problem.query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it computes in fp32, bf16 and fp16, not {problem.query.dtype}"
     width = max(problem.query.shape[3], problem.value.shape[3])
     if width > WIDEST:
         return f"it takes heads of at most {WIDEST} dimensions, not {width}"
     return shared.refusal(problem)
+
+
+@functools.cache
+@torch.compiler.assume_constant_result
+def _version() -> tuple[int, ...]:
+    return tuple(int(x) for x in importlib.metadata.version("triton").split(".")[:2])
 
 
 def is_fast(problem: Problem) -> bool:

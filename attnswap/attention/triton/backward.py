@@ -11,20 +11,13 @@ import triton.language as tl
 
 from attnswap.attention.triton.tile import (
     add_product,
-    capped,
-    column_of,
     first_needed,
-    key_parts,
     load_rows,
     product,
-    row_of,
-    row_parts,
     rows_norm,
     rows_slack,
-    score,
     store_rows,
     tile_scores,
-    visible,
 )
 
 
@@ -184,9 +177,9 @@ def backward_keys(
             tile, tiles, b, kv_task, task, block_first, block_last, block_batch, tl.cdiv(queries, ROWS), norms, crests,
             reaches, slacks, limit, keys, KEYS,
         )  # fmt: skip
-        key_high, key_low = key_parts(near, task * keys + j, far_apart, j < keys)
         bias_sum = tl.zeros([KEYS], tl.float32)
-        for block in range(begin, end):
+        # Hoisted out of the loop, keys and values would stand in registers as both sides of products.
+        for block in tl.range(begin, end, disable_licm=True):
             i = block * ROWS + tl.arange(0, ROWS)
             inside = i < queries
             at = task * queries + i
@@ -198,15 +191,10 @@ def backward_keys(
             scale = None if row_scale is None else tl.load(row_scale + at, mask=inside, other=0.0)[:, None]
             q_tile = load_rows(q_base, i, q_row, queries, WIDTH, PADDED)
             grad_tile = load_rows(grad_base, i, grad_row, queries, VALUE_WIDTH, VALUE_PADDED)
-            content = capped(product(q_tile, tl.trans(k_tile)) * scaling, softcap, CAPPED)
-            seen = visible(
-                i[:, None], j[None, :], from_key[:, None], to_key[:, None], keys, keep, b * keep_batch,
-                mask, b * mask_batch + h * mask_head, mask_row, mask_key,
-            )  # fmt: skip
-            row_high, row_low = row_parts(row_bias, at, inside, centre, task * tiles + tile)
-            s = score(
-                content, i[:, None], j[None, :], seen, scale, column_of(row_high), column_of(row_low),
-                row_of(key_high), row_of(key_low), bias, b * bias_batch + h * bias_head, bias_row, bias_key,
+            content, s, seen = tile_scores(
+                q_tile, k_tile, i, j, tile, task, at, inside, from_key, to_key, b, h, keep, keep_batch, mask,
+                mask_batch, mask_head, mask_row, mask_key, bias, bias_batch, bias_head, bias_row, bias_key, scale,
+                row_bias, centre, near, far_apart, keys, scaling, softcap, CAPPED, KEYS,
             )  # fmt: skip
             seen = seen & (inverse != 0.0)
             # Both products come before the maths, so that few whole tiles are held at once.

@@ -1,7 +1,6 @@
 """What the kernels share: loading rows, what a tile of queries and keys sees, and its scores.
 
-Rows and columns come as index vectors already shaped to broadcast, since the kernel over key blocks works on transposed
-tiles. A part of the call that is absent is None, which Triton drops when it compiles.
+A part of the call that is absent is None, which Triton drops when it compiles.
 """
 
 import triton
@@ -78,84 +77,39 @@ def split(x):
 
 
 @triton.jit
-def score(content, i, j, seen, row_scale, row_high, row_low, key_high, key_low, bias, bias_at, bias_row, bias_key):
-    """The score ``a_i cap(z) + b_i + c_j + B_ij`` of a tile.
-
-    Sums of log gates grow without bound, and only differences matter. ``row_high + row_low`` is the fp64 value of
-    b_i + c at the tile's last key, ``key_high + key_low`` that of c_j less it: where the two large parts cancel their
-    fp32 sum is exact, and the low parts put back what each was rounded by.
-    """
-    s = content
-    if row_scale is not None:
-        s = s * row_scale
-    if key_high is not None:
-        s = s + ((row_high + key_high) + (row_low + key_low))
-    elif row_high is not None:
-        s = s + row_high
-    if bias is not None:
-        at = bias + bias_at + i.to(tl.int64) * bias_row + j.to(tl.int64) * bias_key
-        s = s + tl.load(at, mask=seen, other=0.0).to(tl.float32)
-    return s
-
-
-@triton.jit
-def row_parts(row_bias, at, inside, centre, centre_at):
-    """Loads b_i, moved to a tile's centre, as two fp32 numbers; None where the call has neither."""
-    if centre is not None:
-        own = tl.load(centre + centre_at)
-        if row_bias is not None:
-            own = own + tl.load(row_bias + at, mask=inside, other=0.0)
-        else:
-            own = own + tl.zeros_like(at).to(tl.float64)
-        high, low = split(own)
-    elif row_bias is not None:
-        high, low = split(tl.load(row_bias + at, mask=inside, other=0.0))
-    else:
-        high, low = None, None
-    return high, low
-
-
-@triton.jit
-def key_parts(near, at, far_apart, inside):
-    """Loads c_j less the tile's centre as two fp32 numbers; None where the call has no key bias."""
-    if near is not None:
-        high = tl.load(near + at, mask=inside, other=0.0)
-        low = tl.load(near + far_apart + at, mask=inside, other=0.0)
-    else:
-        high, low = None, None
-    return high, low
-
-
-@triton.jit
-def column_of(x):
-    """A vector as a column; None stays None."""
-    return None if x is None else x[:, None]
-
-
-@triton.jit
-def row_of(x):
-    """A vector as a row; None stays None."""
-    return None if x is None else x[None, :]
-
-
-@triton.jit
 def tile_scores(
     q_tile, k_tile, i, j, tile, task, at, inside, from_key, to_key, b, h, keep, keep_batch, mask, mask_batch, mask_head,
     mask_row, mask_key, bias, bias_batch, bias_head, bias_row, bias_key, scale, row_bias, centre, near, far_apart, keys,
     scaling, softcap, CAPPED: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """The capped content, the scores and what is seen of a tile of queries ``i`` and keys ``j``."""
+    """The capped content, the scores ``a_i cap(z) + b_i + c_j + B_ij`` and what is seen of queries ``i``, keys ``j``.
+
+    Sums of log gates grow without bound, and only differences matter. The fp64 value of b_i and of c at the tile's last
+    key is split into two fp32 numbers, as is that of c_j less it (``near``): where the two large parts cancel their
+    fp32 sum is exact, and the low parts put back what each was rounded by.
+    """
     content = capped(product(q_tile, tl.trans(k_tile)) * scaling, softcap, CAPPED)
     seen = visible(
         i[:, None], j[None, :], from_key[:, None], to_key[:, None], keys, keep, b * keep_batch,
         mask, b * mask_batch + h * mask_head, mask_row, mask_key,
     )  # fmt: skip
-    row_high, row_low = row_parts(row_bias, at, inside, centre, task * tl.cdiv(keys, KEYS) + tile)
-    key_high, key_low = key_parts(near, task * keys + j, far_apart, j < keys)
-    s = score(
-        content, i[:, None], j[None, :], seen, scale, column_of(row_high), column_of(row_low),
-        row_of(key_high), row_of(key_low), bias, b * bias_batch + h * bias_head, bias_row, bias_key,
-    )  # fmt: skip
+    s = content
+    if scale is not None:
+        s = s * scale
+    if near is not None:
+        own = tl.load(centre + task * tl.cdiv(keys, KEYS) + tile) + tl.zeros_like(i).to(tl.float64)
+        if row_bias is not None:
+            own = own + tl.load(row_bias + at, mask=inside, other=0.0)
+        row_high, row_low = split(own)
+        key_high = tl.load(near + task * keys + j, mask=j < keys, other=0.0)
+        key_low = tl.load(near + far_apart + task * keys + j, mask=j < keys, other=0.0)
+        s = s + ((row_high[:, None] + key_high[None, :]) + (row_low[:, None] + key_low[None, :]))
+    elif row_bias is not None:
+        s = s + tl.load(row_bias + at, mask=inside, other=0.0).to(tl.float32)[:, None]
+    if bias is not None:
+        place = bias + b * bias_batch + h * bias_head
+        place = place + i.to(tl.int64)[:, None] * bias_row + j.to(tl.int64)[None, :] * bias_key
+        s = s + tl.load(place, mask=seen, other=0.0).to(tl.float32)
     return content, s, seen
 
 
