@@ -272,7 +272,8 @@ def test_the_committed_table_is_of_the_sizes_that_are_launched():
     rows = committed()["rows"]
     found = {(r["target"], r["swap"], r["dtype"], r["width"], r["kernel"]) for r in rows}
     targets = ("sm_80", "sm_90", "sm_100", "gfx942")
-    swaps = dict.fromkeys(("softpick", "sigmoid", "forgetting-gate"), "forward") | {"entmax": "forward_rows"}
+    swaps = dict.fromkeys(("softpick", "sigmoid", "forgetting-gate"), "forward")
+    swaps |= dict.fromkeys(("entmax", "entmax (learned alpha)"), "forward_rows")
     assert found == {
         (target, swap, dtype, width, kernel)
         for target, dtype, width in itertools.product(targets, ("bf16", "fp32"), (64, 128))

@@ -5,7 +5,6 @@ sm_100 and gfx942 (``recipes/results/triton/``). They have not run on a GPU: the
 """
 
 import functools
-import importlib.metadata
 import importlib.util
 import os
 from typing import Any
@@ -40,10 +39,11 @@ def refusal(problem: Problem) -> str | None:
     return shared.refusal(problem)
 
 
-@functools.cache
 @torch.compiler.assume_constant_result
 def _version() -> tuple[int, ...]:
-    return tuple(int(x) for x in importlib.metadata.version("triton").split(".")[:2])
+    import triton  # its distributions for ROCm and nightly builds go by other names
+
+    return tuple(int(x) for x in triton.__version__.split(".")[:2])
 
 
 def is_fast(problem: Problem) -> bool:

@@ -222,9 +222,9 @@ bytes stored and loaded (gfx942: vector registers). fp32 products are exact, whi
 so they use none there. **Nothing here ran on a GPU, and no speed follows from it.** `aot.json` has every row.
 
 Tiles are at least 64 x 64 in bf16, but for `backward_keys` at width 64 on sm_80 and 128 on sm_90. That kernel holds
-four tiles of a block at once (keys, values and their two gradients) beside those of the scores: at 64 x 64 the sigmoid
-spills 72 bytes or more there at every number of warps (4, 8, 16) and stages (1, 2) that was tried, and transposed tiles
-spill more.
+four tiles of a block at once (keys, values and their two gradients) beside those of the scores: at 64 x 64 some swap
+spills 72 bytes or more there at every number of warps (4, 8, 16) and stages (1, 2) that was tried, and so it does with
+transposed tiles.
 
 {table}
 """

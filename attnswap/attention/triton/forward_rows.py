@@ -98,9 +98,9 @@ def forward_rows(
             mass += tl.sum(tl.where(seen, w, 0.0), 1)
             fall += tl.sum(tl.where(seen, by, 0.0), 1)
         if sinks is not None:
-            w, by = TILE_MASS(sink, t, p)
-            mass += w
-            fall += by
+            sink_mass, sink_fall = TILE_MASS(sink, t, p)
+            mass += sink_mass
+            fall += sink_fall
         low, high = tl.where(mass >= 1.0, t, low), tl.where(mass > 1.0, high, t)
         new = newton(t, low, high, mass, fall, power)
         new = tl.where(tl.abs(mass - 1.0) <= 2 * EPSILON, t, new)  # what is left may be rounding of the sum
@@ -129,8 +129,8 @@ def forward_rows(
             v_tile = load_rows(v_base, j, v_row, keys, VALUE_WIDTH, VALUE_PADDED)
             acc = add_product(share.to(v_tile.dtype), v_tile, acc)
         if sinks is not None:
-            w, by = TILE_MASS(sink, t, p)
-            total += w if part == 0 else by * shrink
+            sink_mass, sink_fall = TILE_MASS(sink, t, p)
+            total += sink_mass if part == 0 else sink_fall * shrink
         inverse = tl.where(total > 0.0, 1.0 / tl.where(total > 0.0, total, 1.0), total * 0.0)  # NaN stays NaN
         place = b * out_batch + h * out_head
         if part == 0:
