@@ -4,7 +4,6 @@ Run in fp64 it is the oracle of every other backend. The chunked backend calls t
 """
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from attnswap.attention.problem import Problem
 from attnswap.attention.threshold import thresholds
-from attnswap.swaps.base import Terms
+from attnswap.swaps.base import Numbers, Terms
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def bias(problem: Problem, terms: Terms, block: Block) -> Tensor | float:
     return total
 
 
-def attend_block(problem: Problem, terms: Terms, block: Block, p: SimpleNamespace) -> tuple[Tensor, Tensor]:
+def attend_block(problem: Problem, terms: Terms, block: Block, p: Numbers) -> tuple[Tensor, Tensor]:
     """Computes the rows of a block over keys that include every visible one.
 
     Returns:
@@ -100,7 +99,7 @@ def attend_block(problem: Problem, terms: Terms, block: Block, p: SimpleNamespac
     return grouped_matmul(weights, value, problem.groups), weights
 
 
-def reference_shift(problem: Problem, s: Tensor, visible: Tensor, sinks: Tensor | None, p: SimpleNamespace) -> Any:
+def reference_shift(problem: Problem, s: Tensor, visible: Tensor, sinks: Tensor | None, p: Numbers) -> Any:
     """Returns each row's shift: its largest visible score, at least the swap's floor and the sink; or its threshold."""
     swap = problem.swap
     if swap.threshold:

@@ -1,5 +1,6 @@
-"""A property that is computed once."""
+"""What is computed once, in eager mode and under torch.compile."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar, overload
 
@@ -30,3 +31,15 @@ class lazy(Generic[T]):
         if not torch.compiler.is_compiling():
             instance.__dict__[self.name] = value
         return value
+
+
+def constant(function: Callable[..., T]) -> Callable[..., T]:
+    """``functools.cache`` for what torch.compile shall not look into: the result is a constant of the graph."""
+    kept = functools.cache(function)
+
+    @torch.compiler.assume_constant_result
+    @functools.wraps(function)
+    def known(*args: Any) -> T:
+        return kept(*args)
+
+    return known

@@ -1,18 +1,19 @@
 """Solve for the thresholds of row swaps in plain torch, and let gradients through."""
 
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops import while_loop
 
-from attnswap.swaps.base import Swap
+from attnswap.swaps.base import Numbers, Swap
 
 STEPS = 60
 """More than any row takes: safeguarded Newton steps, each of which at worst halves the bracket."""
 
 
-def thresholds(swap: Swap, s: Tensor, visible: Tensor, sinks: Tensor | None, p: SimpleNamespace) -> Tensor:
+def thresholds(swap: Swap, s: Tensor, visible: Tensor, sinks: Tensor | None, p: Numbers) -> Tensor:
     """Returns the number of each row at which its weights sum to one.
 
     Differentiable by the scores, sinks and parameters: at the root, one more Newton step is the identity, and its
@@ -36,21 +37,21 @@ def thresholds(swap: Swap, s: Tensor, visible: Tensor, sinks: Tensor | None, p: 
     visible = visible.expand(s.shape)
     some = visible.any(-1, keepdim=True)
     with torch.no_grad():
-        fixed = SimpleNamespace(**{k: v.detach() if isinstance(v, Tensor) else v for k, v in vars(p).items()})
+        fixed = Numbers(**{k: v.detach() if isinstance(v, Tensor) else v for k, v in vars(p).items()})
         root = torch.where(some, _solve(swap, s.detach(), visible, fixed), 0.0)
         _, slope = _mass(swap, s.detach(), visible, root, fixed)
     mass = torch.where(visible, swap.weight(torch.where(visible, s, root), root, p), 0.0).sum(-1, keepdim=True)
     return torch.where(some, root - (mass - 1) / torch.where(slope < 0, slope, -1.0), 0.0)
 
 
-def _solve(swap: Swap, s: Tensor, visible: Tensor, p: SimpleNamespace) -> Tensor:
+def _solve(swap: Swap, s: Tensor, visible: Tensor, p: Numbers) -> Tensor:
     top = s.masked_fill(~visible, -torch.inf).amax(-1, keepdim=True) if s.shape[-1] else s.new_zeros(*s.shape[:-1], 1)
     top = torch.where(top > -torch.inf, top, 0.0)
     low, high = swap.bracket(top, visible.sum(-1, keepdim=True).clamp(min=1).to(s.dtype), p)
     low, high = torch.broadcast_tensors(low, high)
     power = torch.as_tensor(swap.mass_power(p), dtype=s.dtype, device=s.device)
-    t, settled = low, torch.zeros_like(low, dtype=torch.bool)
-    for _ in range(STEPS):
+
+    def advance(t: Tensor, low: Tensor, high: Tensor, settled: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         mass, slope = _mass(swap, s, visible, t, p)
         low, high = torch.where(mass >= 1, t, low), torch.where(mass > 1, high, t)
         # Newton on (mass^power - 1) / power, whose limit for a power of 0 is the logarithm.
@@ -59,16 +60,42 @@ def _solve(swap: Swap, s: Tensor, visible: Tensor, p: SimpleNamespace) -> Tensor
         inside = (step >= low) & (step <= high)
         new = torch.where(mass == 1, t, torch.where(inside, step, (low + high) / 2))
         near = (new - t).abs() <= 2 * torch.finfo(s.dtype).eps * t.abs().clamp(min=1)
-        t, settled = torch.where(settled, t, new), settled | near  # a row takes no step more because of others
-        if bool(settled.all()):
+        # A row takes no step more because of others.
+        return torch.where(settled, t, new), low, high, settled | near
+
+    state = (low, low, high, torch.zeros_like(low, dtype=torch.bool))
+    if torch.compiler.is_compiling():
+        return _loop_in_graph(advance, state)
+    for _ in range(STEPS):
+        state = advance(*state)
+        if bool(state[-1].all()):
             break
-    return t
+    return state[0]
 
 
-def _mass(swap: Swap, s: Tensor, visible: Tensor, t: Tensor, p: SimpleNamespace) -> tuple[Tensor, Tensor]:
+def _loop_in_graph(advance: Callable[..., tuple[Tensor, ...]], state: tuple[Tensor, ...]) -> Tensor:
+    """The loop of :func:`_solve` as one operation of a compiled graph, with the same steps."""
+
+    def unsettled(count: Tensor, *state: Tensor) -> Tensor:
+        return (count < STEPS) & ~state[-1].all()
+
+    def one_more(count: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        return count + 1, *advance(*state)
+
+    count = torch.zeros((), dtype=torch.int64, device=state[0].device)
+    return while_loop(unsettled, one_more, (count, *(x.clone() for x in state)))[1]
+
+
+def _mass(swap: Swap, s: Tensor, visible: Tensor, t: Tensor, p: Numbers) -> tuple[Tensor, Tensor]:
     """Returns the sum of the weights at a threshold, and its derivative."""
+
+    def mass_at(at: Any) -> Tensor:
+        return torch.where(visible, swap.weight(torch.where(visible, s, at), at, p), 0.0).sum(-1, keepdim=True)
+
+    if torch.compiler.is_compiling():  # torch.compile traces derivatives forwards alone, which run slower in eager mode
+        return torch.func.jvp(mass_at, (t,), (torch.ones_like(t),))
     with torch.enable_grad():
-        at: Any = t.detach().requires_grad_()
-        mass = torch.where(visible, swap.weight(torch.where(visible, s, at), at, p), 0.0).sum(-1, keepdim=True)
+        at = t.detach().requires_grad_()
+        mass = mass_at(at)
         (slope,) = torch.autograd.grad(mass.sum(), at)
     return mass.detach(), slope

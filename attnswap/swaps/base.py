@@ -18,7 +18,6 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 from torch import Tensor
@@ -146,6 +145,21 @@ class Traits:
     paper: str
 
 
+class Numbers:
+    """What the maths reads for each head, as attributes: lambda as ``ramp``, and the per-head features.
+
+    A plain class, since torch.compile does not trace ``types.SimpleNamespace``.
+    """
+
+    def __init__(self, **values: Any) -> None:
+        for name, value in values.items():
+            setattr(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        """Names what is missing (and tells type checkers that any name may be there)."""
+        raise AttributeError(f'the maths of a swap reads "ramp" and its per-head features, not "{name}"')
+
+
 REGISTRY: dict[str, type["Swap"]] = {}
 """Every swap class by name; a class enters when its file is imported."""
 
@@ -232,23 +246,23 @@ class Swap:
         """Returns what changes in the scores and values."""
         return Terms()
 
-    def shift_floor(self, p: SimpleNamespace) -> Any:
+    def shift_floor(self, p: Numbers) -> Any:
         """Returns the smallest reference shift a row may have (a number or per-head value), None for no floor."""
         return None
 
-    def weight(self, s: Any, shift: Any, p: SimpleNamespace) -> Any:
+    def weight(self, s: Any, shift: Any, p: Numbers) -> Any:
         """The unnormalised weight of a visible key with score ``s``."""
         return fn.exp(s - shift)
 
-    def norm(self, s: Any, shift: Any, p: SimpleNamespace) -> Any:
+    def norm(self, s: Any, shift: Any, p: Numbers) -> Any:
         """What a visible key adds to the denominator; default: its weight."""
         return self.weight(s, shift, p)
 
-    def null(self, shift: Any, n: Any, p: SimpleNamespace) -> Any:
+    def null(self, shift: Any, n: Any, p: Numbers) -> Any:
         """What the denominator holds before any key."""
         return 0.0
 
-    def bracket(self, top: Any, n: Any, p: SimpleNamespace) -> tuple[Any, Any]:
+    def bracket(self, top: Any, n: Any, p: Numbers) -> tuple[Any, Any]:
         """Bounds of a row's threshold: at the lower one the weights sum to one or more, at the upper to at most one.
 
         Weights must fall as the threshold grows.
@@ -260,7 +274,7 @@ class Swap:
         """
         raise NotImplementedError
 
-    def mass_power(self, p: SimpleNamespace) -> Any:
+    def mass_power(self, p: Numbers) -> Any:
         """The power of the weights' sum that is closest to linear in the threshold, for the solver's steps."""
         return 1.0
 
