@@ -19,7 +19,8 @@ def refusal(problem: Problem) -> str | None:
 def attend(problem: Problem) -> Tensor:
     """Computes a call with memory linear in its length, forward and backward.
 
-    Half precision is computed in fp32, from fp32 copies of queries, keys and values.
+    In bf16 the products run on matrix units (AMX) where the processor has them, with fp32 scores, weights and sums.
+    Without them, and in fp16, queries, keys and values are copied to fp32.
 
     Returns:
         Output (batch, heads, queries, value_dim) in the dtype of the values, laid out (batch, queries, heads, ...).
@@ -27,11 +28,12 @@ def attend(problem: Problem) -> Tensor:
     swap = operands.kernel_swap(problem)
     terms, visibility = problem.terms, problem.visibility
     queries, dtype, scale = problem.query.shape[2], problem.dtype, terms.query_scale
-    query, key, value = (x.to(dtype) for x in (problem.query, problem.key, problem.value))
-    if scale is not None and problem.softcap is None:
+    held = torch.bfloat16 if problem.query.dtype == torch.bfloat16 else dtype
+    query, key, value = (x.to(held) for x in (problem.query, problem.key, problem.value))
+    if scale is not None and problem.softcap is None and held == dtype:
         query, scale = query * scale[..., None], None
     if terms.value_scale is not None:
-        value = value * terms.value_scale[..., None]
+        value = (value * terms.value_scale[..., None]).to(held)
     first, last = visibility.spans
     return ops.forward(
         build.program(swap, isinstance(problem.ramp, float) and problem.ramp == 1.0),

@@ -4,22 +4,29 @@
 
 namespace {
 
+template <typename F, typename A, typename B>
+F dot(const A* a, const B* b, int64_t size) {
+  F sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t d = 0; d < size; ++d) sum += F(a[d]) * F(b[d]);
+  return sum;
+}
+
 // Gradients of everything a swap may learn; what is not asked for comes back empty. `out` is the output, or for row
-// swaps the mean that stands in for it.
-template <typename F>
+// swaps the mean that stands in for it; in half precision either may come unrounded.
+template <typename F, typename Products>
 std::vector<Tensor> backward(const Tensor& grad, const Tensor& out, const Tensor& shifts, const Tensor& inverses,
                              at::ArrayRef<int64_t> wanted, ARGUMENTS) {
-  const Call<F> c = make_call<F>(path, query, key, value, first, last, keep, mask, bias, row_scale, row_bias, key_bias, sinks,
+  using S = typename Products::Held;
+  auto c = make_call<F, S>(path, query, key, value, first, last, keep, mask, bias, row_scale, row_bias, key_bias, sinks,
                            params, count, scaling, softcap, tolerance, training);
   TORCH_CHECK(grad.stride(3) == 1 && out.stride(3) == 1, "attnswap: rows of floats expected");
   const ProgramOf<F>& maths = *c.maths;
   const bool want_scale = wanted[0], want_row = wanted[1], want_key = wanted[2], want_sinks = wanted[3],
              want_params = wanted[4];
-  const auto floats_of = query.options();
+  const Products products(c, grad);
+  const auto floats_of = shifts.options();
   const Tensor none = at::empty({0}, floats_of);
-  Tensor dq = at::zeros({c.batch, c.queries, c.heads, c.width}, floats_of);
-  Tensor dk = at::zeros({c.batch, c.heads, c.keys, c.width}, floats_of);
-  Tensor dv = at::zeros({c.batch, c.heads, c.keys, c.value_width}, floats_of);
   Tensor dscale = want_scale ? at::zeros_like(shifts) : none, drow = want_row ? at::zeros_like(shifts) : none;
   Tensor dkey = want_key ? at::zeros({c.batch, c.heads, c.keys}, floats_of) : none;
   Tensor dsinks = want_sinks ? at::zeros({c.batch, c.heads}, floats_of) : none;
@@ -30,15 +37,15 @@ std::vector<Tensor> backward(const Tensor& grad, const Tensor& out, const Tensor
 
   run_tasks<F>(c.batch * c.heads, [&](int64_t task, Scratch<F>& x) {
     const int64_t b = task / c.heads, h = task % c.heads;
-    const F *p = c.params + h * maths.params, *q = c.query(b, h), *k = c.key(b, h), *v = c.value(b, h);
-    const F* g = grad.const_data_ptr<F>() + b * grad.stride(0) + h * grad.stride(1);
-    const F* o = out.const_data_ptr<F>() + b * out.stride(0) + h * out.stride(1);
+    const F* p = c.params + h * maths.params;
+    const S *q = c.query(b, h), *g = grad.const_data_ptr<S>() + b * grad.stride(0) + h * grad.stride(1);
+    const int64_t o_head = b * out.stride(0) + h * out.stride(1);
+    const bool rounded = out.scalar_type() == grad.scalar_type();
+    const S* o = rounded ? out.const_data_ptr<S>() + o_head : nullptr;
+    const F* u = rounded ? nullptr : out.const_data_ptr<F>() + o_head;
     const F* m = shifts.const_data_ptr<F>() + task * c.queries;
     const F* z = inverses.const_data_ptr<F>() + task * c.queries;
-    const int64_t g_row = grad.stride(2), o_row = out.stride(2), dq_row = c.heads * c.width;
-    F* dq_head = dq.data_ptr<F>() + (b * c.queries * c.heads + h) * c.width;
-    F* dk_head = dk.data_ptr<F>() + task * c.keys * c.width;
-    F* dv_head = dv.data_ptr<F>() + task * c.keys * wide;
+    const int64_t g_row = grad.stride(2), o_row = out.stride(2);
     const bool capped = c.softcap > 0, caps = capped || want_scale;
     x.scores.resize(ROWS * KEYS), x.dots.resize(ROWS * KEYS), x.weights.resize(ROWS * KEYS);
     x.caps.resize(caps ? KEYS : 0), x.key_part.resize(KEYS), x.kept.resize(KEYS);
@@ -48,13 +55,10 @@ std::vector<Tensor> backward(const Tensor& grad, const Tensor& out, const Tensor
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t i0 = block * ROWS, i1 = std::min(i0 + ROWS, c.queries);
       spans[block] = keys_of(c, b, i0, i1);
-      if (!norms.empty()) block_norm[block] = largest_norm(q + i0 * c.q_row, i1 - i0, c.q_row, c.width);
+      if (!norms.empty()) block_norm[block] = largest_norm<F>(q + i0 * c.q_row, i1 - i0, c.q_row, c.width);
     }
     for (int64_t i = 0; i < c.queries; ++i) {
-      F sum = 0;
-      const F *left = g + i * g_row, *right = o + i * o_row;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t d = 0; d < wide; ++d) sum += left[d] * right[d];
+      const F sum = rounded ? dot<F>(g + i * g_row, o + i * o_row, wide) : dot<F>(g + i * g_row, u + i * o_row, wide);
       delta[i] = sum;
       if (!want_sinks && !want_params) continue;
       const F n = c.count ? c.count[b * c.count_batch + h * c.count_head + i] : F(0);
@@ -65,8 +69,11 @@ std::vector<Tensor> backward(const Tensor& grad, const Tensor& out, const Tensor
         if (c.sinks) maths.norm_by_param(c.sinks[h], m[i], p, -sum * z[i], slopes);
       }
     }
+    typename Products::Head head(products, x, b, h);
     for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t k0 = tile * KEYS, k1 = std::min(k0 + KEYS, c.keys), width = k1 - k0;
+      const int64_t k0 = tile * KEYS, k1 = std::min(k0 + KEYS, c.keys);
+      const int64_t width = Products::WHOLE_TILES ? KEYS : k1 - k0;
+      head.begin(k0, k1);
       const double centre = centre_of(c, b, h, k0, k1, x.key_part);
       for (int64_t block = 0; block < blocks; ++block) {
         if (spans[block].last <= k0 || spans[block].first >= k1) continue;
@@ -75,10 +82,7 @@ std::vector<Tensor> backward(const Tensor& grad, const Tensor& out, const Tensor
             negligible(c, b, h, i0, i1, k1, block_norm[block], norms[(b * kv_heads + h / c.groups) * tiles + tile],
                        m + i0))
           continue;
-        gemm(false, true, rows, width, c.width, c.scaling, q + i0 * c.q_row, c.q_row, k + k0 * c.k_row, c.k_row, 0,
-             x.scores.data(), KEYS);
-        gemm(false, true, rows, width, wide, 1, g + i0 * g_row, g_row, v + k0 * c.v_row, c.v_row, 0, x.dots.data(),
-             KEYS);
+        head.scores(i0, rows, k0, k1);
         for (int64_t r = 0; r < rows; ++r) {
           const int64_t i = i0 + r;
           F *s = x.scores.data() + r * KEYS, *dot = x.dots.data() + r * KEYS, *w = x.weights.data() + r * KEYS;
@@ -127,22 +131,20 @@ std::vector<Tensor> backward(const Tensor& grad, const Tensor& out, const Tensor
             for (int64_t j = row.from; j < row.to; ++j) dot[j] *= 1 - (cap[j] * inverse) * (cap[j] * inverse);
           }
         }
-        gemm(true, false, width, wide, rows, 1, x.weights.data(), KEYS, g + i0 * g_row, g_row, 1, dv_head + k0 * wide,
-             wide);
-        gemm(true, false, width, c.width, rows, c.scaling, x.dots.data(), KEYS, q + i0 * c.q_row, c.q_row, 1,
-             dk_head + k0 * c.width, c.width);
-        gemm(false, false, rows, c.width, width, c.scaling, x.dots.data(), KEYS, k + k0 * c.k_row, c.k_row, 1,
-             dq_head + i0 * dq_row, dq_row);
+        head.accumulate(i0, rows, k0, k1);
       }
+      head.end_tile(k0, k1);
     }
+    head.end();
   });
+  Tensor dk = products.dk, dv = products.dv;
   if (c.groups > 1) {
     dk = dk.view({c.batch, kv_heads, c.groups, c.keys, c.width}).sum(2);
     dv = dv.view({c.batch, kv_heads, c.groups, c.keys, c.value_width}).sum(2);
   }
   if (want_sinks) dsinks = dsinks.sum(0);
   if (want_params) dparams = dparams.sum(0);
-  return {dq.transpose(1, 2), dk, dv, dscale, drow, dkey, dsinks, dparams};
+  return {products.dq.transpose(1, 2), dk, dv, dscale, drow, dkey, dsinks, dparams};
 }
 
 }  // namespace

@@ -76,11 +76,12 @@ void gemm(bool ta, bool tb, int64_t m, int64_t n, int64_t k, std::type_identity_
     dgemm_(second, first, &N, &M, &K, &alpha, b, &LB, a, &LA, &beta, c, &LC);
 }
 
-// Everything a call is made of, with strides; absent parts are null.
-template <typename F>
+// Everything a call is made of, with strides; absent parts are null. Queries, keys and values are held as S, and
+// everything else is, and is computed in, F.
+template <typename F, typename S = F>
 struct Call {
   const ProgramOf<F>* maths;
-  const F *q, *k, *v;
+  const S *q, *k, *v;
   int64_t batch, heads, groups, queries, keys, width, value_width;
   int64_t q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row;
   const int32_t *first, *last;
@@ -95,10 +96,11 @@ struct Call {
   int64_t count_batch, count_head;
   const double *row_bias, *key_bias;  // (batch, heads, queries), (batch, heads, keys)
   F scaling, softcap, tolerance;
+  F rest = 1;  // what the products have left out of `scaling`
 
-  const F* query(int64_t b, int64_t h) const { return q + b * q_batch + h * q_head; }
-  const F* key(int64_t b, int64_t h) const { return k + b * k_batch + h / groups * k_head; }
-  const F* value(int64_t b, int64_t h) const { return v + b * v_batch + h / groups * v_head; }
+  const S* query(int64_t b, int64_t h) const { return q + b * q_batch + h * q_head; }
+  const S* key(int64_t b, int64_t h) const { return k + b * k_batch + h / groups * k_head; }
+  const S* value(int64_t b, int64_t h) const { return v + b * v_batch + h / groups * v_head; }
   int64_t row(int64_t b, int64_t h, int64_t i) const { return (b * heads + h) * queries + i; }
 };
 
@@ -116,14 +118,14 @@ int64_t step_of(const Tensor& x, int64_t dim) { return x.size(dim) == 1 ? 0 : x.
       const Optional &row_bias, const Optional &key_bias, const Optional &sinks, const Tensor &params,                \
       const Optional &count, double scaling, double softcap, double tolerance, bool training
 
-template <typename F>
-Call<F> make_call(ARGUMENTS) {
-  Call<F> c{};
+template <typename F, typename S = F>
+Call<F, S> make_call(ARGUMENTS) {
+  Call<F, S> c{};
   c.maths = program(path).of<F>();
   TORCH_CHECK(params.size(1) == c.maths->params && params.is_contiguous(), "attnswap: wrong parameters");
   for (const Tensor* x : {&query, &key, &value})
-    TORCH_CHECK(x->scalar_type() == c10::CppTypeToScalarType<F>::value && x->stride(3) == 1, "attnswap: rows of floats expected");
-  c.q = query.const_data_ptr<F>(), c.k = key.const_data_ptr<F>(), c.v = value.const_data_ptr<F>();
+    TORCH_CHECK(x->scalar_type() == c10::CppTypeToScalarType<S>::value && x->stride(3) == 1, "attnswap: rows of floats expected");
+  c.q = query.const_data_ptr<S>(), c.k = key.const_data_ptr<S>(), c.v = value.const_data_ptr<S>();
   c.batch = query.size(0), c.heads = query.size(1), c.groups = c.heads / key.size(1);
   c.queries = query.size(2), c.keys = key.size(2), c.width = query.size(3), c.value_width = value.size(3);
   c.q_batch = query.stride(0), c.q_head = query.stride(1), c.q_row = query.stride(2);
@@ -153,12 +155,13 @@ struct Row {
 // Buffers of one thread.
 template <typename F>
 struct Scratch {
-  std::vector<F> scores, caps, dots, weights, out, key_part;
+  std::vector<F> scores, caps, dots, weights, out, key_part, wide;
+  std::vector<at::BFloat16> first, second;
   std::vector<uint8_t> kept;
 };
 
-template <typename F>
-Row visible(const Call<F>& c, int64_t b, int64_t h, int64_t i, int64_t k0, int64_t k1, std::vector<uint8_t>& kept) {
+template <typename F, typename S>
+Row visible(const Call<F, S>& c, int64_t b, int64_t h, int64_t i, int64_t k0, int64_t k1, std::vector<uint8_t>& kept) {
   const int32_t* first = c.first + b * c.span_batch;
   const int32_t* last = c.last + b * c.span_batch;
   Row row{std::max<int64_t>(first[i], k0) - k0, std::min<int64_t>(last[i], k1) - k0, nullptr};
@@ -171,10 +174,14 @@ Row visible(const Call<F>& c, int64_t b, int64_t h, int64_t i, int64_t k0, int64
 }
 
 // Turns dot products into scores a_i cap(z) + b_i + c_j + B_ij; `caps` receives cap(z) where the backward needs it.
-template <typename F>
-void finish_scores(const Call<F>& c, int64_t b, int64_t h, int64_t i, int64_t k0, int64_t k1, const Row& row, F* s,
+template <typename F, typename S>
+void finish_scores(const Call<F, S>& c, int64_t b, int64_t h, int64_t i, int64_t k0, int64_t k1, const Row& row, F* s,
                    const std::type_identity_t<F>* key_part, double centre, std::type_identity_t<F>* caps) {
   const int64_t from = row.from, to = row.to;
+  if (c.rest != 1) {
+#pragma omp simd
+    for (int64_t j = from; j < to; ++j) s[j] *= c.rest;
+  }
   if (c.softcap > 0) {
     const F cap = c.softcap, inverse = 1 / c.softcap;
 #pragma omp simd
@@ -228,8 +235,8 @@ F largest(const F* s, const Row& row) {
 }
 
 // The part of the key bias that is left in a tile once its last key's is taken out, and that one.
-template <typename F>
-double centre_of(const Call<F>& c, int64_t b, int64_t h, int64_t k0, int64_t k1, std::vector<F>& part) {
+template <typename F, typename S>
+double centre_of(const Call<F, S>& c, int64_t b, int64_t h, int64_t k0, int64_t k1, std::vector<F>& part) {
   if (!c.key_bias) return 0;
   const double* keys = c.key_bias + (b * c.heads + h) * c.keys;
   const double centre = keys[k1 - 1];
@@ -238,8 +245,8 @@ double centre_of(const Call<F>& c, int64_t b, int64_t h, int64_t k0, int64_t k1,
 }
 
 // Largest norms of key rows per tile, for the bound that lets decayed tiles be skipped; empty where nothing decays.
-template <typename F>
-std::vector<F> key_norms(const Call<F>& c) {
+template <typename F, typename S>
+std::vector<F> key_norms(const Call<F, S>& c) {
   std::vector<F> norms;
   if (!c.key_bias || c.tolerance <= 0 || c.softcap > 0 || c.row_scale || c.bias) return norms;
   const int64_t tiles = (c.keys + KEYS - 1) / KEYS, kv_heads = c.heads / c.groups;
@@ -247,10 +254,10 @@ std::vector<F> key_norms(const Call<F>& c) {
   at::parallel_for(0, c.batch * kv_heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t)
       for (int64_t j = 0; j < c.keys; ++j) {
-        const F* row = c.k + t / kv_heads * c.k_batch + t % kv_heads * c.k_head + j * c.k_row;
+        const S* row = c.k + t / kv_heads * c.k_batch + t % kv_heads * c.k_head + j * c.k_row;
         F sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t d = 0; d < c.width; ++d) sum += row[d] * row[d];
+        for (int64_t d = 0; d < c.width; ++d) sum += F(row[d]) * F(row[d]);
         F& largest = norms[t * tiles + j / KEYS];
         largest = std::max(largest, std::sqrt(sum));
       }
@@ -258,13 +265,13 @@ std::vector<F> key_norms(const Call<F>& c) {
   return norms;
 }
 
-template <typename F>
-F largest_norm(const F* rows, int64_t count, int64_t stride, int64_t width) {
+template <typename F, typename S>
+F largest_norm(const S* rows, int64_t count, int64_t stride, int64_t width) {
   F most = 0;
   for (int64_t i = 0; i < count; ++i) {
     F sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t d = 0; d < width; ++d) sum += rows[i * stride + d] * rows[i * stride + d];
+    for (int64_t d = 0; d < width; ++d) sum += F(rows[i * stride + d]) * F(rows[i * stride + d]);
     most = std::max(most, sum);
   }
   return std::sqrt(most);
@@ -272,8 +279,8 @@ F largest_norm(const F* rows, int64_t count, int64_t stride, int64_t width) {
 
 // Whether no score of a tile can come within `tolerance` of the smallest shift among its rows: what all keys together
 // could add to any row is then below the tolerance relative to that row's largest term.
-template <typename F>
-bool negligible(const Call<F>& c, int64_t b, int64_t h, int64_t i0, int64_t i1, int64_t k1, F q_norm, F k_norm,
+template <typename F, typename S>
+bool negligible(const Call<F, S>& c, int64_t b, int64_t h, int64_t i0, int64_t i1, int64_t k1, F q_norm, F k_norm,
                 const F* shift) {
   const double nearest = c.key_bias[(b * c.heads + h) * c.keys + k1 - 1];
   double slack = -std::numeric_limits<double>::infinity();
@@ -303,8 +310,8 @@ struct Span {
 };
 
 // The keys that rows [i0, i1) see between them.
-template <typename F>
-Span keys_of(const Call<F>& c, int64_t b, int64_t i0, int64_t i1) {
+template <typename F, typename S>
+Span keys_of(const Call<F, S>& c, int64_t b, int64_t i0, int64_t i1) {
   const int32_t* first = c.first + b * c.span_batch;
   const int32_t* last = c.last + b * c.span_batch;
   Span span{c.keys, 0};

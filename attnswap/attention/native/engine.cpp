@@ -7,26 +7,48 @@
 // row sees one range of keys [first, last), less what `keep` and `mask` hide. Tiles run from the last key to the
 // first, so that the running shift m soon knows the nearest keys, and what decay has made negligible is never read.
 #include "backward.h"
+#include "direct.h"
 #include "forward.h"
+#include "packed.h"
 #include "rows.h"
 
 namespace {
 
-// Calls the form for a tensor's own type.
-#define DISPATCH(function, ...) \
-  return query.scalar_type() == at::kDouble ? function<double>(__VA_ARGS__) : function<float>(__VA_ARGS__)
+// Computes in fp32 what has no products in half precision.
+template <typename Function>
+auto in_float(const Tensor& query, const Tensor& key, const Tensor& value, Function&& function) {
+  return function(query.to(at::kFloat), key.to(at::kFloat), value.to(at::kFloat));
+}
+
 #define NAMES                                                                                                      \
   path, query, key, value, first, last, keep, mask, bias, row_scale, row_bias, key_bias, sinks, params, count,     \
       scaling, softcap, tolerance, training
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_of(ARGUMENTS) {
-  if (program(path).single.threshold) DISPATCH(forward_rows, NAMES);
-  DISPATCH(forward, NAMES);
+  const bool row = program(path).single.threshold;
+  if (query.scalar_type() == at::kDouble) return row ? forward_rows<double>(NAMES) : forward<double, Direct<double>>(NAMES);
+  if (query.scalar_type() == at::kFloat) return row ? forward_rows<float>(NAMES) : forward<float, Direct<float>>(NAMES);
+  if (!row && matrix_units()) return forward<float, Packed>(NAMES);
+  return in_float(query, key, value, [&](const Tensor& query, const Tensor& key, const Tensor& value) {
+    auto [out, shifts, inverses, mean] = row ? forward_rows<float>(NAMES) : forward<float, Direct<float>>(NAMES);
+    return std::tuple{out.to(at::kBFloat16), shifts, inverses, mean};
+  });
 }
 
 std::vector<Tensor> backward_of(const Tensor& grad, const Tensor& out, const Tensor& shifts, const Tensor& inverses,
                                 at::ArrayRef<int64_t> wanted, ARGUMENTS) {
-  DISPATCH(backward, grad, out, shifts, inverses, wanted, NAMES);
+#define OWN grad, out, shifts, inverses, wanted, NAMES
+  if (query.scalar_type() == at::kDouble) return backward<double, DirectBackward<double>>(OWN);
+  if (query.scalar_type() == at::kFloat) return backward<float, DirectBackward<float>>(OWN);
+  if (matrix_units()) return backward<float, PackedBackward>(OWN);
+  const Tensor &rounded_grad = grad, &rounded_out = out;
+  return in_float(query, key, value, [&](const Tensor& query, const Tensor& key, const Tensor& value) {
+    const Tensor grad = rounded_grad.to(at::kFloat), out = rounded_out.to(at::kFloat);
+    auto found = backward<float, DirectBackward<float>>(OWN);
+    for (int i = 0; i < 3; ++i) found[i] = found[i].to(at::kBFloat16);
+    return found;
+  });
+#undef OWN
 }
 
 }  // namespace

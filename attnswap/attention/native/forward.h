@@ -4,15 +4,22 @@
 
 namespace {
 
-template <typename F>
+template <typename F, typename Products>
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(ARGUMENTS) {
-  const Call<F> c = make_call<F>(path, query, key, value, first, last, keep, mask, bias, row_scale, row_bias, key_bias, sinks,
+  using S = typename Products::Held;
+  auto c = make_call<F, S>(path, query, key, value, first, last, keep, mask, bias, row_scale, row_bias, key_bias, sinks,
                            params, count, scaling, softcap, tolerance, training);
+  const Products products(c);
+  const auto exact = query.options().dtype(c10::CppTypeToScalarType<F>::value);
   // Laid out as (batch, queries, heads, width), which is how the next layer reads it.
   Tensor out = at::empty({c.batch, c.queries, c.heads, c.value_width}, query.options());
-  Tensor shifts = at::empty({c.batch, c.heads, c.queries}, query.options());
+  // Rounding errors of the output add up over a gate's sums, so its gradient is formed from an output that has none.
+  const bool keeps = training && c.key_bias && !std::is_same_v<F, S>;
+  Tensor unrounded = keeps ? at::empty_like(out, exact) : at::empty({0, 0, 0, 0}, exact);
+  Tensor shifts = at::empty({c.batch, c.heads, c.queries}, exact);
   Tensor inverses = at::empty_like(shifts);
-  F *o = out.data_ptr<F>(), *m = shifts.data_ptr<F>(), *z = inverses.data_ptr<F>();
+  S* o = out.data_ptr<S>();
+  F *u = keeps ? unrounded.data_ptr<F>() : nullptr, *m = shifts.data_ptr<F>(), *z = inverses.data_ptr<F>();
   const int64_t blocks = (c.queries + ROWS - 1) / ROWS, tiles = (c.keys + KEYS - 1) / KEYS;
   const int64_t dv = c.value_width;
   const std::vector<F> norms = key_norms(c);
@@ -23,27 +30,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(ARGUMENTS) {
     const int64_t i0 = block * ROWS, i1 = std::min(i0 + ROWS, c.queries), rows = i1 - i0;
     x.scores.resize(ROWS * KEYS), x.out.assign(ROWS * dv, 0), x.key_part.resize(KEYS), x.kept.resize(KEYS);
     const F* p = c.params + h * maths.params;
-    const F* q = c.query(b, h) + i0 * c.q_row;
+    products.begin(x, b, h, i0, rows);
     F shift[ROWS], total[ROWS];
     const F start = std::max(maths.shifted ? maths.floor(p) : F(0), maths.shifted && c.sinks ? c.sinks[h] : -INF<F>);
     std::fill(shift, shift + rows, maths.shifted ? start : F(0)), std::fill(total, total + rows, F(0));
-    const F q_norm = norms.empty() ? 0 : largest_norm(q, rows, c.q_row, c.width);
+    const F q_norm = norms.empty() ? 0 : largest_norm<F>(c.query(b, h) + i0 * c.q_row, rows, c.q_row, c.width);
     const Span span = keys_of(c, b, i0, i1);
     for (int64_t k1 = span.last; k1 > span.first;) {
-      const int64_t tile = (k1 - 1) / KEYS, k0 = std::max(tile * KEYS, span.first), width = k1 - k0;
+      const int64_t tile = (k1 - 1) / KEYS, k0 = std::max(tile * KEYS, Products::WHOLE_TILES ? 0 : span.first);
+      const int64_t width = Products::WHOLE_TILES ? KEYS : k1 - k0;
       if (!norms.empty() && negligible(c, b, h, i0, i1, k1, q_norm,
                                        norms[(b * (c.heads / c.groups) + h / c.groups) * tiles + tile], shift)) {
         k1 = k0;  // a later tile may still matter: decay is no more than what the gates say
         continue;
       }
-      gemm(false, true, rows, width, c.width, c.scaling, q, c.q_row, c.key(b, h) + k0 * c.k_row, c.k_row, 0,
-           x.scores.data(), KEYS);
+      products.scores(x, b, h, i0, rows, k0, k1);
       const double centre = centre_of(c, b, h, k0, k1, x.key_part);
       for (int64_t r = 0; r < rows; ++r) {
         F* s = x.scores.data() + r * KEYS;
         const Row row = visible(c, b, h, i0 + r, k0, k1, x.kept);
         if (row.to <= row.from) {
           std::fill(s, s + width, F(0));
+          products.weighed(x, r);
           continue;
         }
         finish_scores(c, b, h, i0 + r, k0, k1, row, s, x.key_part.data(), centre, nullptr);
@@ -62,9 +70,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(ARGUMENTS) {
         // A row that sees nothing but hidden keys has no shift yet; any finite one serves, as all is dropped.
         const F reference = shift[r] == -INF<F> ? F(0) : shift[r];
         total[r] += maths.weigh(s + row.from, row.to - row.from, reference, p, row.keep ? row.keep + row.from : nullptr);
+        products.weighed(x, r);
       }
-      gemm(false, false, rows, dv, width, 1, x.scores.data(), KEYS, c.value(b, h) + k0 * c.v_row, c.v_row, 1,
-           x.out.data(), dv);
+      products.add_values(x, b, h, rows, k0, k1);
       k1 = k0;
     }
     for (int64_t r = 0; r < rows; ++r) {
@@ -74,13 +82,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(ARGUMENTS) {
       if (c.sinks) sum += maths.norm(c.sinks[h], reference, p);
       const F inverse = sum > 0 ? 1 / sum : sum * 0;  // NaN stays NaN
       m[c.row(b, h, i0 + r)] = reference, z[c.row(b, h, i0 + r)] = inverse;
-      F* target = o + ((b * c.queries + i0 + r) * c.heads + h) * dv;
+      const int64_t place = ((b * c.queries + i0 + r) * c.heads + h) * dv;
       const F* acc = x.out.data() + r * dv;
 #pragma omp simd
-      for (int64_t d = 0; d < dv; ++d) target[d] = acc[d] * inverse;
+      for (int64_t d = 0; d < dv; ++d) o[place + d] = acc[d] * inverse;
+      for (int64_t d = 0; keeps && d < dv; ++d) u[place + d] = acc[d] * inverse;
     }
+    products.end();
   });
-  return {out.transpose(1, 2), shifts, inverses, at::empty({0, 0, 0, 0}, query.options())};
+  return {out.transpose(1, 2), shifts, inverses, keeps ? unrounded.transpose(1, 2) : unrounded};
 }
 
 }  // namespace

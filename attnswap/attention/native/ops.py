@@ -44,12 +44,16 @@ def _register() -> None:
     _registered = True
 
 
-def _fake_forward(path: str, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    given = dict(zip(ORDER, arguments, strict=True))
+    query, dtype = given["query"], given["params"].dtype
     batch, heads, queries, _ = query.shape
-    shape = (batch, queries, heads, value.shape[3])
-    mean = query.new_empty(shape).transpose(1, 2) if rest[-1] and build.is_row(path) else query.new_empty(0, 0, 0, 0)
-    rows = (batch, heads, queries)
-    return query.new_empty(shape).transpose(1, 2), query.new_empty(rows), query.new_empty(rows), mean
+    shape = (batch, queries, heads, given["value"].shape[3])
+    gate_in_half = given["key_bias"] is not None and query.dtype != dtype
+    kept = given["training"] and (build.is_row(given["path"]) or gate_in_half)
+    mean = query.new_empty(shape if kept else (0, 0, 0, 0), dtype=dtype)
+    rows = query.new_empty((batch, heads, queries), dtype=dtype)
+    return query.new_empty(shape).transpose(1, 2), rows, torch.empty_like(rows), mean.transpose(1, 2) if kept else mean
 
 
 def _fake_backward(
