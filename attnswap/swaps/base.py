@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
+import torch
 from torch import Tensor
 
 from attnswap.errors import ConfigError, nearest
@@ -198,11 +199,10 @@ class Swap:
 
     def __post_init__(self) -> None:
         """Checks every option against its type hint; an override starts with ``super().__post_init__()``."""
-        hints = get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            value, hint = getattr(self, field.name), hints[field.name]
-            if not _fits(value, hint):
-                raise ConfigError(f"{self.name}: {field.name} must be {_spell(hint)}, not {value!r}")
+        for name in _options(type(self)):
+            wanted = _wanted(type(self), name, getattr(self, name))
+            if wanted is not None:
+                raise ConfigError(f"{self.name}: {name} must be {wanted}, not {getattr(self, name)!r}")
 
     # --- what it needs ------------------------------------------------------------------------------------------
 
@@ -320,7 +320,11 @@ class Swap:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the config as JSON-able values, with its name."""
-        return {"name": self.name, **dataclasses.asdict(self)}
+        return {"name": self.name, **self.options()}
+
+    def options(self) -> dict[str, Any]:
+        """Returns the values of the config's fields, by name."""
+        return {name: getattr(self, name) for name in _options(type(self))}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -329,7 +333,7 @@ class Swap:
         Raises:
             ConfigError: A key is unknown (the nearest valid one is named) or a value is not allowed.
         """
-        known = [f.name for f in dataclasses.fields(cls)]
+        known = _options(cls)
         for key in values:
             if key not in known:
                 raise ConfigError(
@@ -337,6 +341,18 @@ class Swap:
                     f"Options: {', '.join(known) or 'none'}"
                 )
         return cls(**values)
+
+
+@torch.compiler.assume_constant_result
+def _options(cls: type[Swap]) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+@torch.compiler.assume_constant_result
+def _wanted(cls: type[Swap], name: str, value: Any) -> str | None:
+    """Says what an option must be if ``value`` is none, else None."""
+    hint = get_type_hints(cls)[name]
+    return None if _fits(value, hint) else _spell(hint)
 
 
 def _fits(value: Any, hint: Any) -> bool:

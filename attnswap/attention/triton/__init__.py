@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from attnswap.attention import operands as shared
+from attnswap.attention.lazy import constant
 from attnswap.attention.operands import rows, whole
 from attnswap.attention.problem import Problem
 from attnswap.attention.triton import ops, program
@@ -82,11 +83,11 @@ def operands(problem: Problem) -> tuple[Any, ...]:
     )
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _source(swap: Swap) -> str:
     return program.source(swap)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _reads(swap: Swap, name: str) -> bool:
     return program.reads(swap, name)
