@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnswap.attention.problem import Problem
-from attnswap.attention.threshold import thresholds
+from attnswap.attention.threshold import roots, thresholds, with_sinks
 from attnswap.swaps.base import Numbers, Terms
 
 
@@ -72,8 +72,27 @@ def bias(problem: Problem, terms: Terms, block: Block) -> Tensor | float:
     return total
 
 
-def attend_block(problem: Problem, terms: Terms, block: Block, p: Numbers) -> tuple[Tensor, Tensor]:
+def block_roots(problem: Problem, terms: Terms, block: Block, p: Numbers) -> Tensor | None:
+    """Returns the thresholds of a block's rows without gradient, (batch, heads, rows, 1); None if there are none."""
+    if not problem.swap.threshold:
+        return None
+    with torch.no_grad():
+        visible = problem.visibility.mask(block.start, block.stop, block.k0, block.k1)
+        sinks = None if problem.sinks is None else problem.per_head(problem.sinks, 2)
+        return roots(problem.swap, *with_sinks(scores(problem, terms, block), visible, sinks), p)
+
+
+def attend_block(
+    problem: Problem, terms: Terms, block: Block, p: Numbers, known: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Computes the rows of a block over keys that include every visible one.
+
+    Args:
+        problem: The call.
+        terms: Its terms.
+        block: Which rows and keys.
+        p: The per-head values.
+        known: What :func:`block_roots` found, if it was asked before.
 
     Returns:
         Output (batch, heads, rows, value_dim) and weights (batch, heads, rows, keys), in the computing dtype.
@@ -82,7 +101,7 @@ def attend_block(problem: Problem, terms: Terms, block: Block, p: Numbers) -> tu
     visible = problem.visibility.mask(block.start, block.stop, block.k0, block.k1)
     s = scores(problem, terms, block)
     sinks = None if problem.sinks is None else problem.per_head(problem.sinks, 2)
-    shift = reference_shift(problem, s, visible, sinks, p)
+    shift = reference_shift(problem, s, visible, sinks, p, known)
     s = torch.where(visible, s, shift)  # a finite stand-in, so that no masked score can poison a gradient
     weight = torch.where(visible, swap.weight(s, shift, p), 0.0)
     total = torch.where(visible, swap.norm(s, shift, p), 0.0).sum(-1, keepdim=True)
@@ -99,11 +118,13 @@ def attend_block(problem: Problem, terms: Terms, block: Block, p: Numbers) -> tu
     return grouped_matmul(weights, value, problem.groups), weights
 
 
-def reference_shift(problem: Problem, s: Tensor, visible: Tensor, sinks: Tensor | None, p: Numbers) -> Any:
+def reference_shift(
+    problem: Problem, s: Tensor, visible: Tensor, sinks: Tensor | None, p: Numbers, known: Tensor | None
+) -> Any:
     """Returns each row's shift: its largest visible score, at least the swap's floor and the sink; or its threshold."""
     swap = problem.swap
     if swap.threshold:
-        return thresholds(swap, s, visible, sinks, p)
+        return thresholds(swap, *with_sinks(s, visible, sinks), p, known)
     if not swap.shifted:
         return s.new_zeros(())
     hidden = s.masked_fill(~visible, -torch.inf)

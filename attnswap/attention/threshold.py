@@ -13,7 +13,33 @@ STEPS = 60
 """More than any row takes: safeguarded Newton steps, each of which at worst halves the bracket."""
 
 
-def thresholds(swap: Swap, s: Tensor, visible: Tensor, sinks: Tensor | None, p: Numbers) -> Tensor:
+def with_sinks(s: Tensor, visible: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Adds the null keys, if there are any, to the keys.
+
+    Args:
+        s: Scores, shape (batch, heads, rows, keys).
+        visible: Which keys count, broadcastable to the scores.
+        sinks: Scores of the null keys, (heads, 1, 1), or None.
+
+    Returns:
+        Scores, and which count, of one shape.
+    """
+    if sinks is not None:
+        s = torch.cat([s, sinks.expand(*s.shape[:-1], 1)], -1)
+        visible = torch.cat(
+            [visible.expand(*visible.shape[:-1], s.shape[-1] - 1), torch.ones_like(visible[..., :1])], -1
+        )
+    return s, visible.expand(s.shape)
+
+
+@torch.no_grad()
+def roots(swap: Swap, s: Tensor, visible: Tensor, p: Numbers) -> Tensor:
+    """Returns the number of each row at which its weights sum to one, as a constant; see :func:`thresholds`."""
+    root = _solve(swap, s.detach(), visible, _fixed(p))
+    return torch.where(visible.any(-1, keepdim=True), root, 0.0)
+
+
+def thresholds(swap: Swap, s: Tensor, visible: Tensor, p: Numbers, root: Tensor | None = None) -> Tensor:
     """Returns the number of each row at which its weights sum to one.
 
     Differentiable by the scores, sinks and parameters: at the root, one more Newton step is the identity, and its
@@ -21,27 +47,24 @@ def thresholds(swap: Swap, s: Tensor, visible: Tensor, sinks: Tensor | None, p: 
 
     Args:
         swap: A swap with ``threshold``.
-        s: Scores, shape (batch, heads, rows, keys).
-        visible: Which keys count, broadcastable to the scores.
-        sinks: Scores of the null keys, (heads, 1, 1), or None.
+        s: Scores, shape (batch, heads, rows, keys), sinks among them.
+        visible: Which keys count, of the same shape.
         p: The per-head values.
+        root: What :func:`roots` found, if it was asked before.
 
     Returns:
         Shape (batch, heads, rows, 1); 0 for rows without a key or sink.
     """
-    if sinks is not None:
-        s = torch.cat([s, sinks.expand(*s.shape[:-1], 1)], -1)
-        visible = torch.cat(
-            [visible.expand(*visible.shape[:-1], s.shape[-1] - 1), torch.ones_like(visible[..., :1])], -1
-        )
-    visible = visible.expand(s.shape)
-    some = visible.any(-1, keepdim=True)
+    root = roots(swap, s, visible, p) if root is None else root
     with torch.no_grad():
-        fixed = Numbers(**{k: v.detach() if isinstance(v, Tensor) else v for k, v in vars(p).items()})
-        root = torch.where(some, _solve(swap, s.detach(), visible, fixed), 0.0)
-        _, slope = _mass(swap, s.detach(), visible, root, fixed)
+        _, slope = _mass(swap, s.detach(), visible, root, _fixed(p))
     mass = torch.where(visible, swap.weight(torch.where(visible, s, root), root, p), 0.0).sum(-1, keepdim=True)
+    some = visible.any(-1, keepdim=True)
     return torch.where(some, root - (mass - 1) / torch.where(slope < 0, slope, -1.0), 0.0)
+
+
+def _fixed(p: Numbers) -> Numbers:
+    return Numbers(**{k: v.detach() if isinstance(v, Tensor) else v for k, v in vars(p).items()})
 
 
 def _solve(swap: Swap, s: Tensor, visible: Tensor, p: Numbers) -> Tensor:
@@ -89,13 +112,17 @@ def _loop_in_graph(advance: Callable[..., tuple[Tensor, ...]], state: tuple[Tens
 def _mass(swap: Swap, s: Tensor, visible: Tensor, t: Tensor, p: Numbers) -> tuple[Tensor, Tensor]:
     """Returns the sum of the weights at a threshold, and its derivative."""
 
-    def mass_at(at: Any) -> Tensor:
-        return torch.where(visible, swap.weight(torch.where(visible, s, at), at, p), 0.0).sum(-1, keepdim=True)
+    def mass_at(at: Any) -> tuple[Tensor, Tensor]:
+        mass = torch.where(visible, swap.weight(torch.where(visible, s, at), at, p), 0.0).sum(-1, keepdim=True)
+        return mass.sum(), mass
 
-    if torch.compiler.is_compiling():  # torch.compile traces derivatives forwards alone, which run slower in eager mode
-        return torch.func.jvp(mass_at, (t,), (torch.ones_like(t),))
+    if (
+        torch.compiler.is_compiling()
+    ):  # torch.compile traces this form of a derivative alone, which is slower in eager mode
+        slope, mass = torch.func.grad(mass_at, has_aux=True)(t)
+        return mass, slope
     with torch.enable_grad():
         at = t.detach().requires_grad_()
-        mass = mass_at(at)
-        (slope,) = torch.autograd.grad(mass.sum(), at)
+        total, mass = mass_at(at)
+        (slope,) = torch.autograd.grad(total, at)
     return mass.detach(), slope
