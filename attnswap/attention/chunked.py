@@ -1,12 +1,13 @@
 """Any swap in bounded memory: rows are computed in chunks and recomputed in the backward pass."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from attnswap.attention.dense import Block, attend_block, block_roots
+from attnswap.attention.dense import Block, attend_block, block_root
 from attnswap.attention.problem import Problem
 
 CHUNK_ELEMENTS = 1 << 24
@@ -27,7 +28,7 @@ def row_blocks(problem: Problem, elements: int | None = None) -> list[Block]:
 
 
 def by_blocks(
-    problem: Problem, rows: Callable[..., Tensor], ahead: Callable[[Block], Tensor | None] = lambda block: None
+    problem: Problem, rows: Callable[..., Tensor], ahead: Callable[[Block], Any] = lambda block: None
 ) -> Tensor:
     """Computes the output block by block; where gradients are wanted a block is computed again in the backward pass.
 
@@ -49,8 +50,8 @@ def attend(problem: Problem) -> Tensor:
         Output (batch, heads, queries, value_dim) in the dtype of the values.
     """
     terms, p = problem.terms, problem.maths_parameters()
-
-    def rows(block: Block, roots: Tensor | None) -> Tensor:
-        return attend_block(problem, terms, block, p, roots)[0].to(problem.value.dtype)
-
-    return by_blocks(problem, rows, lambda block: block_roots(problem, terms, block, p))
+    return by_blocks(
+        problem,
+        lambda block, root: attend_block(problem, terms, block, p, root)[0].to(problem.value.dtype),
+        lambda block: block_root(problem, terms, block, p),
+    )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnswap.attention.problem import Problem
-from attnswap.attention.threshold import roots, thresholds, with_sinks
+from attnswap.attention.threshold import Root, find_root, thresholds, with_sinks
 from attnswap.swaps.base import Numbers, Terms
 
 
@@ -72,18 +72,18 @@ def bias(problem: Problem, terms: Terms, block: Block) -> Tensor | float:
     return total
 
 
-def block_roots(problem: Problem, terms: Terms, block: Block, p: Numbers) -> Tensor | None:
-    """Returns the thresholds of a block's rows without gradient, (batch, heads, rows, 1); None if there are none."""
+def block_root(problem: Problem, terms: Terms, block: Block, p: Numbers) -> Root | None:
+    """Returns what the thresholds of a block's rows are made of, each (batch, heads, rows, 1), if it has any."""
     if not problem.swap.threshold:
         return None
     with torch.no_grad():
         visible = problem.visibility.mask(block.start, block.stop, block.k0, block.k1)
         sinks = None if problem.sinks is None else problem.per_head(problem.sinks, 2)
-        return roots(problem.swap, *with_sinks(scores(problem, terms, block), visible, sinks), p)
+        return find_root(problem.swap, *with_sinks(scores(problem, terms, block), visible, sinks), p)
 
 
 def attend_block(
-    problem: Problem, terms: Terms, block: Block, p: Numbers, known: Tensor | None = None
+    problem: Problem, terms: Terms, block: Block, p: Numbers, known: Root | None = None
 ) -> tuple[Tensor, Tensor]:
     """Computes the rows of a block over keys that include every visible one.
 
@@ -92,7 +92,7 @@ def attend_block(
         terms: Its terms.
         block: Which rows and keys.
         p: The per-head values.
-        known: What :func:`block_roots` found, if it was asked before.
+        known: What :func:`block_root` found, if it was asked before.
 
     Returns:
         Output (batch, heads, rows, value_dim) and weights (batch, heads, rows, keys), in the computing dtype.
@@ -119,7 +119,7 @@ def attend_block(
 
 
 def reference_shift(
-    problem: Problem, s: Tensor, visible: Tensor, sinks: Tensor | None, p: Numbers, known: Tensor | None
+    problem: Problem, s: Tensor, visible: Tensor, sinks: Tensor | None, p: Numbers, known: Root | None
 ) -> Any:
     """Returns each row's shift: its largest visible score, at least the swap's floor and the sink; or its threshold."""
     swap = problem.swap

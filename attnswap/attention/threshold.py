@@ -32,14 +32,19 @@ def with_sinks(s: Tensor, visible: Tensor, sinks: Tensor | None) -> tuple[Tensor
     return s, visible.expand(s.shape)
 
 
+Root = tuple[Tensor, Tensor]
+"""The number of each row at which its weights sum to one, and the derivative of the sum there, as constants."""
+
+
 @torch.no_grad()
-def roots(swap: Swap, s: Tensor, visible: Tensor, p: Numbers) -> Tensor:
-    """Returns the number of each row at which its weights sum to one, as a constant; see :func:`thresholds`."""
-    root = _solve(swap, s.detach(), visible, _fixed(p))
-    return torch.where(visible.any(-1, keepdim=True), root, 0.0)
+def find_root(swap: Swap, s: Tensor, visible: Tensor, p: Numbers) -> Root:
+    """Solves for the thresholds; the arguments are those of :func:`thresholds`."""
+    s, p = s.detach(), Numbers(**{k: v.detach() if isinstance(v, Tensor) else v for k, v in vars(p).items()})
+    root = torch.where(visible.any(-1, keepdim=True), _solve(swap, s, visible, p), 0.0)
+    return root, _mass(swap, s, visible, root, p)[1]
 
 
-def thresholds(swap: Swap, s: Tensor, visible: Tensor, p: Numbers, root: Tensor | None = None) -> Tensor:
+def thresholds(swap: Swap, s: Tensor, visible: Tensor, p: Numbers, known: Root | None = None) -> Tensor:
     """Returns the number of each row at which its weights sum to one.
 
     Differentiable by the scores, sinks and parameters: at the root, one more Newton step is the identity, and its
@@ -50,21 +55,15 @@ def thresholds(swap: Swap, s: Tensor, visible: Tensor, p: Numbers, root: Tensor 
         s: Scores, shape (batch, heads, rows, keys), sinks among them.
         visible: Which keys count, of the same shape.
         p: The per-head values.
-        root: What :func:`roots` found, if it was asked before.
+        known: What :func:`find_root` found, if it was asked before.
 
     Returns:
         Shape (batch, heads, rows, 1); 0 for rows without a key or sink.
     """
-    root = roots(swap, s, visible, p) if root is None else root
-    with torch.no_grad():
-        _, slope = _mass(swap, s.detach(), visible, root, _fixed(p))
+    root, slope = find_root(swap, s, visible, p) if known is None else known
     mass = torch.where(visible, swap.weight(torch.where(visible, s, root), root, p), 0.0).sum(-1, keepdim=True)
     some = visible.any(-1, keepdim=True)
     return torch.where(some, root - (mass - 1) / torch.where(slope < 0, slope, -1.0), 0.0)
-
-
-def _fixed(p: Numbers) -> Numbers:
-    return Numbers(**{k: v.detach() if isinstance(v, Tensor) else v for k, v in vars(p).items()})
 
 
 def _solve(swap: Swap, s: Tensor, visible: Tensor, p: Numbers) -> Tensor:

@@ -86,8 +86,8 @@ class Visibility:
     def n(self) -> Tensor:
         """Number of visible keys, int64, shape (batch or 1, heads or 1, queries)."""
         if self.dense is not None:
-            rows = [self.mask(i, min(i + 512, self.q_length)).sum(-1) for i in range(0, self.q_length, 512)]
-            return torch.cat(rows, -1)
+            starts = [512 * i for i in range(-(-self.q_length // 512))]
+            return torch.cat([self.mask(i, min(i + 512, self.q_length)).sum(-1) for i in starts], -1)
         start, end = (bound.long() for bound in self.spans)
         start = torch.minimum(start, end)
         if self.key_valid is None:

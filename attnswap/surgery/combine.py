@@ -84,7 +84,9 @@ def slot_problem(layer: LayerInputs, slot: Slot, features: dict[str, Tensor]) ->
     features = dict(features)
     ramp = features.pop("ramp")
     if slot.phase == "ramp":
-        for name in slot.swap.fixed_in_ramp:  # a gradient of 0, so that data-parallel training finds one
+        for name in features.keys() & set(
+            slot.swap.fixed_in_ramp
+        ):  # a gradient of 0, so that data-parallel training finds one
             features[name] = features[name].detach() + 0 * features[name]
     query, key, value, sinks = layer.query, layer.key, layer.value, layer.sinks
     visibility = layer.visibility
