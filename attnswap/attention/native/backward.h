@@ -4,14 +4,6 @@
 
 namespace {
 
-template <typename F, typename A, typename B>
-F dot(const A* a, const B* b, int64_t size) {
-  F sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t d = 0; d < size; ++d) sum += F(a[d]) * F(b[d]);
-  return sum;
-}
-
 // Gradients of everything a swap may learn; what is not asked for comes back empty. `out` is the output, or for row
 // swaps the mean that stands in for it; in half precision either may come unrounded.
 template <typename F, typename Products>

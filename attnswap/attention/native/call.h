@@ -234,6 +234,14 @@ F largest(const F* s, const Row& row) {
   return m;
 }
 
+template <typename F, typename A, typename B>
+F dot(const A* a, const B* b, int64_t size) {
+  F sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t d = 0; d < size; ++d) sum += F(a[d]) * F(b[d]);
+  return sum;
+}
+
 // The part of the key bias that is left in a tile once its last key's is taken out, and that one.
 template <typename F, typename S>
 double centre_of(const Call<F, S>& c, int64_t b, int64_t h, int64_t k0, int64_t k1, std::vector<F>& part) {
@@ -248,18 +256,15 @@ double centre_of(const Call<F, S>& c, int64_t b, int64_t h, int64_t k0, int64_t 
 template <typename F, typename S>
 std::vector<F> key_norms(const Call<F, S>& c) {
   std::vector<F> norms;
-  if (!c.key_bias || c.tolerance <= 0 || c.softcap > 0 || c.row_scale || c.bias) return norms;
+  if (!c.key_bias || c.tolerance <= 0 || c.queries < ROWS || c.softcap > 0 || c.row_scale || c.bias) return norms;
   const int64_t tiles = (c.keys + KEYS - 1) / KEYS, kv_heads = c.heads / c.groups;
   norms.assign(c.batch * kv_heads * tiles, 0);
   at::parallel_for(0, c.batch * kv_heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t)
       for (int64_t j = 0; j < c.keys; ++j) {
         const S* row = c.k + t / kv_heads * c.k_batch + t % kv_heads * c.k_head + j * c.k_row;
-        F sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t d = 0; d < c.width; ++d) sum += F(row[d]) * F(row[d]);
         F& largest = norms[t * tiles + j / KEYS];
-        largest = std::max(largest, std::sqrt(sum));
+        largest = std::max(largest, std::sqrt(dot<F>(row, row, c.width)));
       }
   });
   return norms;
@@ -268,12 +273,7 @@ std::vector<F> key_norms(const Call<F, S>& c) {
 template <typename F, typename S>
 F largest_norm(const S* rows, int64_t count, int64_t stride, int64_t width) {
   F most = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    F sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t d = 0; d < width; ++d) sum += F(rows[i * stride + d]) * F(rows[i * stride + d]);
-    most = std::max(most, sum);
-  }
+  for (int64_t i = 0; i < count; ++i) most = std::max(most, dot<F>(rows + i * stride, rows + i * stride, width));
   return std::sqrt(most);
 }
 

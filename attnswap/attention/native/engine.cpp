@@ -27,7 +27,10 @@ auto in_float(const Tensor& query, const Tensor& key, const Tensor& value, Funct
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_of(ARGUMENTS) {
   const bool row = program(path).single.threshold;
   if (query.scalar_type() == at::kDouble) return row ? forward_rows<double>(NAMES) : forward<double, Direct<double>>(NAMES);
-  if (query.scalar_type() == at::kFloat) return row ? forward_rows<float>(NAMES) : forward<float, Direct<float>>(NAMES);
+  const bool few = query.size(2) <= Few<float, float>::MOST;
+  if (query.scalar_type() == at::kFloat)
+    return row ? forward_rows<float>(NAMES) : few ? forward<float, Few<float, float>>(NAMES) : forward<float, Direct<float>>(NAMES);
+  if (!row && few) return forward<float, Few<float, Half>>(NAMES);
   if (!row && matrix_units()) return forward<float, Packed>(NAMES);
   return in_float(query, key, value, [&](const Tensor& query, const Tensor& key, const Tensor& value) {
     auto [out, shifts, inverses, mean] = row ? forward_rows<float>(NAMES) : forward<float, Direct<float>>(NAMES);

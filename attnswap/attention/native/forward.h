@@ -13,8 +13,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(ARGUMENTS) {
   const auto exact = query.options().dtype(c10::CppTypeToScalarType<F>::value);
   // Laid out as (batch, queries, heads, width), which is how the next layer reads it.
   Tensor out = at::empty({c.batch, c.queries, c.heads, c.value_width}, query.options());
-  // Rounding errors of the output add up over a gate's sums, so its gradient is formed from an output that has none.
-  const bool keeps = training && c.key_bias && !std::is_same_v<F, S>;
+  // Rounding errors of the output add up in the sums that gates and per-head numbers get, so the backward pass reads an
+  // output that has none.
+  const bool keeps = training && !std::is_same_v<F, S>;
   Tensor unrounded = keeps ? at::empty_like(out, exact) : at::empty({0, 0, 0, 0}, exact);
   Tensor shifts = at::empty({c.batch, c.heads, c.queries}, exact);
   Tensor inverses = at::empty_like(shifts);
@@ -45,7 +46,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(ARGUMENTS) {
         continue;
       }
       products.scores(x, b, h, i0, rows, k0, k1);
-      const double centre = centre_of(c, b, h, k0, k1, x.key_part);
+      const bool far = rows > 1;  // sums of the key bias that rows share are worth their making for several alone
+      const double centre = far ? centre_of(c, b, h, k0, k1, x.key_part) : 0;
       for (int64_t r = 0; r < rows; ++r) {
         F* s = x.scores.data() + r * KEYS;
         const Row row = visible(c, b, h, i0 + r, k0, k1, x.kept);
@@ -54,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(ARGUMENTS) {
           products.weighed(x, r);
           continue;
         }
-        finish_scores(c, b, h, i0 + r, k0, k1, row, s, x.key_part.data(), centre, nullptr);
+        finish_scores(c, b, h, i0 + r, k0, k1, row, s, far ? x.key_part.data() : nullptr, centre, nullptr);
         if (maths.shifted) {
           const F higher = std::max(shift[r], largest(s, row));
           if (higher > shift[r]) {

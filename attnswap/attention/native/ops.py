@@ -44,8 +44,7 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     query, dtype = given["query"], given["params"].dtype
     batch, heads, queries, _ = query.shape
     shape = (batch, queries, heads, given["value"].shape[3])
-    gate_in_half = given["key_bias"] is not None and query.dtype != dtype
-    kept = given["training"] and (build.is_row(given["path"]) or gate_in_half)
+    kept = given["training"] and (build.is_row(given["path"]) or query.dtype != dtype)
     mean = query.new_empty(shape if kept else (0, 0, 0, 0), dtype=dtype)
     rows = query.new_empty((batch, heads, queries), dtype=dtype)
     return query.new_empty(shape).transpose(1, 2), rows, torch.empty_like(rows), mean.transpose(1, 2) if kept else mean
