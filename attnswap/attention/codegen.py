@@ -36,9 +36,8 @@ def trace(swap: Swap, whole: bool = False) -> dict[str, Expr]:
         each per-head number, such as ``weight_by_ramp``; ``floor``, where the swap has a smallest shift; and of row
         swaps ``weight_by_shift``, ``power``, and ``low`` and ``high``, whose ``s`` is the row's largest score.
     """
-    p = Numbers(**{k: symbol(k) for k in parameters(swap)})
-    if whole:
-        p.ramp = 1.0
+    named: dict[str, Any] = {k: symbol(k) for k in parameters(swap)}
+    p = Numbers(**named | ({"ramp": 1.0} if whole else {}))
     s, shift, n = symbol("s"), symbol("shift"), symbol("n")
     maths = {"weight": swap.weight(s, shift, p), "norm": swap.norm(s, shift, p), "null": swap.null(shift, n, p)}
     trees = {k: as_tree(v) for k, v in maths.items()}

@@ -25,7 +25,7 @@ def refusal(problem: Problem) -> str | None:
     """Says why these kernels cannot compute a call, or None where they can."""
     if problem.query.device.type != "cuda" and not (problem.query.device.type == "cpu" and interpreted()):
         return "it runs on CUDA and ROCm devices (on a CPU only where TRITON_INTERPRET=1 is set, for checking)"
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return "triton is not installed (pip install triton)"
     if problem.query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it computes in fp32, bf16 and fp16, not {problem.query.dtype}"
@@ -40,6 +40,11 @@ def refusal(problem: Problem) -> str | None:
 def is_fast(problem: Problem) -> bool:
     """Whether the call is on a GPU: in the interpreter the kernels are for checking alone."""
     return problem.query.device.type == "cuda"
+
+
+@constant
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def interpreted() -> bool:
