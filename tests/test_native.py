@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import attnswap
-from attnswap.attention import dense, native
+from attnswap.attention import dense, native, tiled
 from attnswap.attention.native import build
 from attnswap.attention.problem import Problem, complete_features
+from attnswap.attention.tiled import scores as tiled_scores
 from attnswap.attention.visibility import Visibility
 from attnswap.swaps import Swap
 from attnswap.swaps import expression as fn
@@ -111,14 +112,17 @@ def layouts() -> dict[str, Visibility]:
     }
 
 
-@needs_compiler
+@pytest.mark.parametrize("backend", [pytest.param(native, marks=needs_compiler), tiled], ids=["native", "tiled"])
 @pytest.mark.parametrize("name", layouts())
 @pytest.mark.parametrize("swap", SWAPS, ids=repr)
-def test_every_layout_in_fp64(swap: Swap, name: str):
+def test_every_layout_in_fp64(swap: Swap, name: str, backend: Any, monkeypatch):
     """Outputs and all gradients, to rounding, for grouped keys, caps, sinks and ramps."""
     visibility = layouts()[name]
     if swap.causal_only and visibility.sees_future:
         pytest.skip("works over time")
+    if swap.threshold and backend is tiled:
+        pytest.skip("needs whole rows")
+    monkeypatch.setattr(tiled_scores, "KEYS", 100)  # several tiles
     sinks = torch.linspace(-1, 1, 4, dtype=torch.float64)
     ramp = torch.tensor([0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
     variants: list[dict[str, Any]] = [{}, {"softcap": 2.0, "sinks": sinks}]
@@ -126,7 +130,7 @@ def test_every_layout_in_fp64(swap: Swap, name: str):
     for options in variants:
         problem = problem_of(swap, visibility, (2, 4, 2, 8), **options)
         for found, wanted in zip(
-            results(problem, native.attend, torch.float64), results(problem, oracle, torch.float64), strict=True
+            results(problem, backend.attend, torch.float64), results(problem, oracle, torch.float64), strict=True
         ):
             assert (found - wanted).abs().max() <= 1e-11 * max(1.0, float(wanted.abs().max())), options.keys()
 
@@ -222,9 +226,11 @@ def test_extreme_scores_stay_finite(swap: Swap, level: float):
 
 @needs_compiler
 @pytest.mark.parametrize("swap", SWAPS, ids=repr)
-@pytest.mark.parametrize("attend", [oracle, native.attend], ids=["dense", "native"])
+@pytest.mark.parametrize("attend", [oracle, native.attend, tiled.attend], ids=["dense", "native", "tiled"])
 def test_a_number_that_is_none_is_not_swallowed(swap: Swap, attend: Any):
     """NaN in a query reaches that row's output and no other: a broken model must not look sound."""
+    if swap.threshold and attend is tiled.attend:
+        pytest.skip("needs whole rows")
     problem = problem_of(swap, Visibility(30, 30, torch.device("cpu")), (1, 2, 1, 4))
     problem.query[0, 1, 20, 0] = torch.nan
     out = attend(problem)

@@ -1,4 +1,4 @@
-"""How a swap is computed: the dense reference, the stock kernel and a chunked path behind one function."""
+"""How a swap is computed: the dense reference, the stock kernel and kernels of our own behind one function."""
 
 from attnswap.attention.functional import attention
 

@@ -49,6 +49,7 @@ def attend(problem: Problem) -> Tensor:
     Returns:
         Output (batch, heads, queries, value_dim) in the dtype of the values.
     """
+    problem = problem.regular()
     terms, p = problem.terms, problem.maths_parameters()
     return by_blocks(
         problem,

@@ -144,6 +144,7 @@ def attend(problem: Problem, need_weights: bool = False) -> tuple[Tensor, Tensor
     Returns:
         Output (batch, heads, queries, value_dim) in the dtype of the values and, if asked for, the weights.
     """
+    problem = problem.regular()
     block = Block(0, problem.visibility.q_length, 0, problem.visibility.k_length)
     out, weights = attend_block(problem, problem.terms, block, problem.maths_parameters())
     return out.to(problem.value.dtype), weights if need_weights else None

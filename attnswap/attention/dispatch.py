@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from attnswap.attention import chunked, dense, folded, native, triton
+from attnswap.attention import chunked, dense, folded, native, tiled, triton
 from attnswap.attention.checks import ensure
 from attnswap.attention.problem import Problem
 from attnswap.errors import ConfigError, UnsupportedModelError, nearest
@@ -29,8 +29,9 @@ class Backend:
 BACKENDS: dict[str, Backend] = {
     "folded": Backend(folded.attend, folded.refusal, folded.is_stock),
     "native": Backend(native.attend, native.refusal, lambda problem: True),
-    "chunked": Backend(chunked.attend),
     "triton": Backend(triton.attend, triton.refusal, triton.is_fast),
+    "tiled": Backend(tiled.attend, tiled.refusal, lambda problem: True),
+    "chunked": Backend(chunked.attend),
     "dense": Backend(lambda problem: dense.attend(problem)[0]),
 }
 """In order of preference: ``backend="auto"`` takes the first that is fast for a call, else the first that serves."""

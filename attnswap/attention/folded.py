@@ -16,8 +16,8 @@ def refusal(problem: Problem) -> str | None:
     if not problem.swap.softmax_weighted:
         return f'the weights of "{problem.swap.name}" are not softmax\'s'
     if problem.softcap is not None:
-        return "the model caps its scores, and the stock kernel does not"
-    if problem.sinks is not None:
+        return "the model caps its scores, which a scale of the query does not go around"
+    if problem.sinks is not None and not _on_own_kernel(problem):
         return "the model has sinks, and the stock kernel does not"
     return None
 
@@ -27,8 +27,15 @@ def is_stock(problem: Problem) -> bool:
     return refusal(problem) is None and problem.terms.key_bias is None
 
 
+def _on_own_kernel(problem: Problem) -> bool:
+    """Whether the model's own kernel serves: it adds no bias of the swap's, and without sinks that of a row cancels."""
+    if problem.stock is None or problem.terms.key_bias is not None:
+        return False
+    return problem.sinks is None or problem.terms.query_bias is None
+
+
 def attend(problem: Problem) -> Tensor:
-    """Computes a softmax-weighted swap with ``scaled_dot_product_attention``.
+    """Computes a softmax-weighted swap with the model's own kernel, or ``scaled_dot_product_attention``.
 
     A key bias goes in as an additive mask, one chunk of rows at a time, because the difference of two large
     cumulative sums must be formed in fp64; folding it into the query and key loses 1e-3 at 8k tokens.
@@ -36,12 +43,15 @@ def attend(problem: Problem) -> Tensor:
     Returns:
         Output (batch, heads, queries, value_dim) in the dtype of the values.
     """
+    problem = problem.regular()
     terms, visibility = problem.terms, problem.visibility
     query, value = problem.query, problem.value
     if terms.query_scale is not None:
         query = (query.to(problem.dtype) * terms.query_scale[..., None]).to(query.dtype)
     if terms.value_scale is not None:
         value = (value.to(problem.dtype) * terms.value_scale[..., None]).to(value.dtype)
+    if problem.stock is not None and _on_own_kernel(problem):
+        return problem.stock(query, problem.key, value)
     stock = functools.partial(
         scaled_dot_product_attention,
         dropout_p=problem.dropout,

@@ -48,7 +48,8 @@ def attention(
         scaling: Multiplies the dot products; default ``head_dim ** -0.5``.
         dropout_p: Probability of dropping a weight.
         enable_gqa: Allow fewer key/value heads than query heads.
-        backend: ``"auto"``, ``"folded"``, ``"native"``, ``"chunked"``, ``"triton"`` or ``"dense"`` (the reference).
+        backend: ``"auto"``, ``"folded"``, ``"native"``, ``"triton"``, ``"tiled"``, ``"chunked"`` or ``"dense"`` (the
+            reference).
         ramp: lambda between softmax (0) and the swap (1): a number, or a tensor of shape () or (heads,).
         **features: The swap's declared features: per head (heads,), per query (batch, heads, queries), per key
             (batch, heads or kv heads, keys), such as ``log_forget`` of the forgetting gate.

@@ -1,12 +1,13 @@
 """One attention call, as every backend receives it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attnswap.attention.heads import pick, regular_heads
 from attnswap.attention.lazy import lazy
 from attnswap.attention.visibility import Visibility
 from attnswap.errors import ConfigError, nearest
@@ -20,7 +21,7 @@ class Problem:
     Attributes:
         swap: The swap that weighs the values.
         query: Shape (batch, heads, queries, head_dim).
-        key: Shape (batch, kv heads, keys, head_dim); heads is a multiple of kv heads.
+        key: Shape (batch, kv heads, keys, head_dim); heads is a multiple of kv heads unless ``kv_heads`` is given.
         value: Shape (batch, kv heads, keys, value_dim).
         visibility: Which keys each query sees.
         features: Every feature the swap declares (see :func:`complete_features`).
@@ -29,6 +30,11 @@ class Problem:
         softcap: The model's own cap: scores become ``softcap * tanh(score / softcap)``.
         sinks: The model's own sink logits, shape (heads,): a null key of value 0.
         dropout: Probability of dropping a weight.
+        kv_heads: The key/value head that each query head reads, so that some heads of a layer share its keys and
+            values as they lie; None: equal groups in order. Features per key/value head are then those of the heads
+            it names, in the order in which it first names them.
+        stock: The model's own softmax kernel for these heads, where there is a better one than torch's: of query, key
+            and value as in a call without ``kv_heads``; scaling, visibility, sinks and dropout are those of this call.
     """
 
     swap: Swap
@@ -42,6 +48,8 @@ class Problem:
     softcap: float | None = None
     sinks: Tensor | None = None
     dropout: float = 0.0
+    kv_heads: tuple[int, ...] | None = None
+    stock: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -50,8 +58,23 @@ class Problem:
 
     @property
     def groups(self) -> int:
-        """Query heads per key/value head."""
+        """Query heads per key/value head of a call without ``kv_heads``."""
         return self.query.shape[1] // self.key.shape[1]
+
+    def regular(self) -> "Problem":
+        """Returns the call with its keys and values picked so that equal groups of query heads share one, in order."""
+        if self.kv_heads is None:
+            return self
+        chosen, _ = regular_heads(self.kv_heads)
+        named = list(dict.fromkeys(self.kv_heads))
+        places = [named.index(h) for h in chosen]
+        declared = self.swap.features()
+        features = {
+            name: pick(x, places, 0 if declared[name].per == "head" else 1) if declared[name].heads == "kv" else x
+            for name, x in self.features.items()
+        }
+        key, value = pick(self.key, chosen), pick(self.value, chosen)
+        return replace(self, key=key, value=value, features=features, kv_heads=None)
 
     def per_head(self, x: Any, trailing: int = 1) -> Any:
         """Returns a per-head tensor as (heads, 1, ...) in the computing dtype; numbers pass through."""
@@ -95,7 +118,13 @@ class Problem:
         return {"ramp": self.ramp, **heads}
 
 
-def complete_features(swap: Swap, features: Mapping[str, Tensor], query: Tensor, key: Tensor) -> dict[str, Tensor]:
+def complete_features(
+    swap: Swap,
+    features: Mapping[str, Tensor],
+    query: Tensor,
+    key: Tensor,
+    kv_heads: tuple[int, ...] | None = None,
+) -> dict[str, Tensor]:
     """Checks the features of a call and fills in the ones that may be left out.
 
     Args:
@@ -103,6 +132,7 @@ def complete_features(swap: Swap, features: Mapping[str, Tensor], query: Tensor,
         features: What the caller gave.
         query: Shape (batch, heads, queries, head_dim).
         key: Shape (batch, kv heads, keys, head_dim).
+        kv_heads: The key/value head of each query head; see :class:`Problem`.
 
     Returns:
         Every declared feature.
@@ -118,9 +148,10 @@ def complete_features(swap: Swap, features: Mapping[str, Tensor], query: Tensor,
                 f'swap "{swap.name}" has no feature "{name}".{nearest(name, list(declared))} Features: {known}'
             )
     batch, heads, queries, _ = query.shape
+    shared = key.shape[1] if kv_heads is None else len(set(kv_heads))
     complete = {}
     for name, feature in declared.items():
-        count = heads if feature.heads == "query" else key.shape[1]
+        count = heads if feature.heads == "query" else shared
         shape = {"head": (count,), "query": (batch, count, queries), "key": (batch, count, key.shape[2])}[feature.per]
         value = features.get(name)
         if value is None:

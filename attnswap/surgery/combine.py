@@ -1,20 +1,19 @@
 """One layer's attention when several swaps, and what was there before, share its heads."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnswap.attention import dense
 from attnswap.attention.dispatch import compute
+from attnswap.attention.heads import in_order, kv_heads_of, pick
 from attnswap.attention.problem import Problem, complete_features
 from attnswap.attention.visibility import Visibility
+from attnswap.surgery.previous import Previous
 from attnswap.surgery.spec import Slot
 from attnswap.swaps.base import Swap
-
-Before = Callable[[], tuple[Tensor, Tensor | None]]
-"""Runs the previous implementation on all heads: output (batch, queries, heads, value_dim), weights or None."""
 
 
 @dataclass(frozen=True)
@@ -32,55 +31,62 @@ class LayerInputs:
 
 
 def attend(
-    layer: LayerInputs, slots: dict[str, Slot], features: dict[str, dict[str, Tensor]], before: Before, weights: bool
+    layer: LayerInputs,
+    slots: dict[str, Slot],
+    features: dict[str, dict[str, Tensor]],
+    previous: Previous,
+    weights: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Computes a layer's attention.
+    """Computes a layer's attention: each head once, but for those that blend two outputs along a ramp.
 
     Args:
         layer: The inputs.
         slots: The swaps by slot name; their heads do not overlap.
         features: Each slot's features and ramp.
-        before: The previous implementation, run at most once and only if some head needs it.
-        weights: Whether the weights are wanted; the dense reference then computes everything.
+        previous: The previous implementation, run at most once, for the heads that keep it or blend with it.
+        weights: Whether the weights are wanted; the dense reference then computes every swap.
 
     Returns:
         Output (batch, queries, heads, value_dim), and weights (batch, heads, queries, keys) or None.
     """
     layer = _as_autocast_would(layer)
-    heads = layer.query.shape[1]
     active = {name: slot for name, slot in slots.items() if slot.phase != "before"}
-    blends = any(slot.phase == "ramp" and not slot.swap.native_ramp for slot in active.values())
-    partial = sum(slot.count(heads) for slot in active.values()) < heads
-    # Evaluated at most once, and outside the region below, so that it runs exactly as it did before patching.
-    was = before()[0].transpose(1, 2) if blends or partial else None
+    heads = {name: slot.heads or tuple(range(layer.query.shape[1])) for name, slot in active.items()}
+    kept = set(range(layer.query.shape[1])).difference(*heads.values())
+    blending = {h for name, slot in active.items() if _blends(slot) for h in heads[name]}
+    before = sorted(kept | blending)
+    # Outside the region below, so that it runs exactly as it did before patching.
+    was = previous.some(before) if before else None
+    unchanged = tuple(sorted(kept))
+
+    def of(chosen: tuple[int, ...]) -> Tensor:
+        assert was is not None
+        return pick(was, [before.index(h) for h in chosen])
+
+    parts = [(unchanged, of(unchanged))] if kept else []
+    dtype = parts[0][1].dtype if parts else layer.value.dtype
     with torch.autocast(layer.query.device.type, enabled=False):
-        shares = softmax_weights(layer) if weights else None
-        out = was
+        shares = [(unchanged, softmax_weights(layer, unchanged))] if weights and kept else []
         for name, slot in active.items():
-            problem = slot_problem(layer, slot, features[name])
-            chosen = None if slot.heads is None else torch.tensor(slot.heads, device=layer.query.device)
-            here = was if was is None or chosen is None else was[:, chosen]
-            if shares is None:
-                part = compute(problem, lambda here=here: here)  # type: ignore[misc]
+            problem = slot_problem(layer, slot, features[name], previous)
+            mine = heads[name]
+            if weights:
+                part, share = _dense_part(problem, of(mine) if _blends(slot) else None)
+                shares.append((mine, share.to(layer.value.dtype)))
             else:
-                part, share = _dense_part(problem, here)
-                shares = _place(shares, chosen, share.to(layer.value.dtype))
-            out = part if chosen is None else _place(out, chosen, part.to(layer.value.dtype), heads)
-    assert out is not None
-    return out.transpose(1, 2).contiguous(), shares
+                part = compute(problem, lambda mine=mine: of(mine))  # type: ignore[misc]
+            parts.append((mine, part.to(dtype)))
+        out = in_order([(chosen, part.transpose(1, 2)) for chosen, part in parts], 2).contiguous()
+    return out, in_order(shares, 1) if weights else None
 
 
-def _place(whole: Tensor | None, heads: Tensor | None, part: Tensor, count: int = 0) -> Tensor:
-    """Returns ``whole`` with some heads replaced; None stands for a tensor of ``count`` heads still to be filled."""
-    if heads is None:
-        return part
-    if whole is None:
-        whole = part.new_zeros(part.shape[0], count, *part.shape[2:])
-    return whole.index_copy(1, heads, part.to(whole.dtype))
+def _blends(slot: Slot) -> bool:
+    """Whether a slot's output is a blend of two, so that both are computed."""
+    return slot.phase == "ramp" and not slot.swap.native_ramp
 
 
-def slot_problem(layer: LayerInputs, slot: Slot, features: dict[str, Tensor]) -> Problem:
-    """Returns the attention problem of one slot, cut down to its heads."""
+def slot_problem(layer: LayerInputs, slot: Slot, features: dict[str, Tensor], previous: Previous) -> Problem:
+    """Returns the attention problem of one slot."""
     features = dict(features)
     ramp = features.pop("ramp")
     if slot.phase == "ramp":
@@ -88,46 +94,31 @@ def slot_problem(layer: LayerInputs, slot: Slot, features: dict[str, Tensor]) ->
             slot.swap.fixed_in_ramp
         ):  # a gradient of 0, so that data-parallel training finds one
             features[name] = features[name].detach() + 0 * features[name]
-    query, key, value, sinks = layer.query, layer.key, layer.value, layer.sinks
-    visibility = layer.visibility
-    if slot.heads is not None:
-        heads = torch.tensor(slot.heads, device=query.device)
-        key_heads = kv_heads_of(slot.heads, query.shape[1] // key.shape[1])
-        query, sinks = query[:, heads], None if sinks is None else sinks[heads]
-        key, value = key[:, key_heads], value[:, key_heads]
-        masks = {name: getattr(visibility, name) for name in ("dense", "bias")}
-        cut = {name: mask[:, heads] for name, mask in masks.items() if mask is not None and mask.shape[1] > 1}
-        visibility = replace(visibility, **cut) if cut else visibility
+    part, kv_heads = _cut(layer, slot.heads)
     return Problem(
         swap=slot.swap,
-        query=query,
-        key=key,
-        value=value,
-        visibility=visibility,
-        features=complete_features(slot.swap, features, query, key),
-        scaling=layer.scaling,
+        features=complete_features(slot.swap, features, part.query, part.key, kv_heads),
         ramp=1.0 if slot.phase == "swap" else ramp,
-        softcap=layer.softcap,
-        sinks=sinks,
-        dropout=layer.dropout,
+        kv_heads=kv_heads,
+        stock=previous.kernel(slot.heads),
+        **vars(part),
     )
 
 
-def kv_heads_of(heads: tuple[int, ...], groups: int) -> list[int]:
-    """Returns the key/value heads for a choice of query heads.
-
-    Args:
-        heads: Query heads in the order wanted.
-        groups: Query heads per key/value head in the whole layer.
-
-    Returns:
-        One key/value head per complete group where the choice consists of whole groups in order, else one per head.
-    """
-    owners = [h // groups for h in heads]
-    whole = owners[::groups]
-    if len(heads) % groups == 0 and owners == [g for g in whole for _ in range(groups)]:
-        return whole
-    return owners
+def _cut(layer: LayerInputs, heads: tuple[int, ...] | None) -> tuple[LayerInputs, tuple[int, ...] | None]:
+    """Returns the inputs of some heads, the keys and values as they are, and which of those each head reads."""
+    if heads is None:
+        return layer, None
+    visibility, sinks = layer.visibility, layer.sinks
+    masks = {name: getattr(visibility, name) for name in ("dense", "bias")}
+    own: dict[str, Any] = {k: pick(mask, heads) for k, mask in masks.items() if mask is not None and mask.shape[1] > 1}
+    part = replace(
+        layer,
+        query=pick(layer.query, heads),
+        visibility=replace(visibility, **own) if own else visibility,
+        sinks=None if sinks is None else pick(sinks, heads, 0),
+    )
+    return part, kv_heads_of(heads, layer.query.shape[1] // layer.key.shape[1])
 
 
 def _as_autocast_would(layer: LayerInputs) -> LayerInputs:
@@ -153,9 +144,10 @@ def _dense_part(problem: Problem, was: Tensor | None) -> tuple[Tensor, Tensor]:
     return out, weights
 
 
-def softmax_weights(layer: LayerInputs) -> Tensor:
-    """Returns the weights of heads that keep softmax (with the model's own sinks and soft cap)."""
-    plain = Problem(swap=Swap(), features={}, ramp=1.0, **layer.__dict__)
+def softmax_weights(layer: LayerInputs, heads: tuple[int, ...] | None = None) -> Tensor:
+    """Returns the weights of heads that keep softmax (with the model's own sinks and soft cap); None: of all heads."""
+    part, kv_heads = _cut(layer, heads)
+    plain = Problem(swap=Swap(), features={}, kv_heads=kv_heads, **vars(part))
     weights = dense.attend(plain, need_weights=True)[1]
     assert weights is not None
     return weights.to(layer.value.dtype)

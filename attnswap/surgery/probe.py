@@ -54,9 +54,12 @@ def verify(model: PreTrainedModel, config: PreTrainedConfig, modules: Modules, b
             with _hooks_silenced(modules):
                 reference = _forward(model)
             config._attn_implementation_internal = KEY
-            with _replaced(swapped, Plain()):
+            with _replaced(swapped, Plain()), _hooked(modules, "alone", True):
                 same = _forward(model)
-            with _replaced(swapped, Flat()), _gains(swapped) as gains, torch.enable_grad():
+            # On a CPU flex_attention gives no gradient.
+            learns = "eager" if before == "flex_attention" and reference.device.type == "cpu" else before
+            hooked = _hooked(modules, "before", learns)
+            with _replaced(swapped, Flat()), hooked, _gains(swapped) as gains, torch.enable_grad():
                 output = _forward(model)
                 weights = torch.linspace(1, 2, output.numel(), device=output.device).view_as(output)
                 slopes = torch.autograd.grad((output * weights).sum(), list(gains.values()), allow_unused=True)
@@ -153,6 +156,20 @@ def _replaced(swapped: dict[int, nn.Module], swap: Swap) -> Iterator[None]:
         for child, slots, _ in saved:
             child.slots = slots
             del child.forward
+
+
+@contextlib.contextmanager
+def _hooked(modules: Modules, name: str, value: Any) -> Iterator[None]:
+    """Gives the pre-hooks of all attention modules another value of an attribute."""
+    hooks = [h for _, m in modules.values() for h in m._forward_pre_hooks.values() if isinstance(h, Enter)]
+    saved = [getattr(hook, name) for hook in hooks]
+    try:
+        for hook in hooks:
+            setattr(hook, name, value)
+        yield
+    finally:
+        for hook, old in zip(hooks, saved, strict=True):
+            setattr(hook, name, old)
 
 
 @contextlib.contextmanager

@@ -5,8 +5,6 @@ module hands it to :func:`attention_forward`; after the forward, :class:`Leave` 
 patched module either computes its swaps or raises, whatever happened to the model's configuration in between.
 """
 
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+from transformers.modeling_utils import AttentionInterface
 
 from attnswap.attention.checks import ensure
 from attnswap.attention.visibility import Visibility, split_mask
@@ -22,6 +20,7 @@ from attnswap.errors import CheckpointError, UnsupportedModelError
 from attnswap.surgery import combine
 from attnswap.surgery.masks import ForwardMask, compact_mask
 from attnswap.surgery.module import LayerSwap
+from attnswap.surgery.previous import Previous
 from attnswap.surgery.spec import KEY, Slot
 from attnswap.surgery.state import append, find_cache
 
@@ -56,6 +55,7 @@ class LayerCall:
         features: Each slot's features and ramp, of the new tokens.
         cache: The KV cache of this forward, if any.
         probe: Multiplies each head's output, shape (heads,), while a patch is being verified.
+        alone: No swap runs on the model's own kernel, which would prove nothing of ours.
         served: Set by the attention function.
     """
 
@@ -64,6 +64,7 @@ class LayerCall:
     features: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     cache: Cache | None = None
     probe: Tensor | None = None
+    alone: bool = False
     served: bool = False
 
 
@@ -74,12 +75,13 @@ class Enter:
         self.before = before
         self.unchecked = unchecked
         self.probe: Tensor | None = None
+        self.alone = False
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Computes the layer's features and adds the call to the kwargs."""
-        call = LayerCall(self.before, probe=self.probe)
+        call = LayerCall(self.before, probe=self.probe, alone=self.alone)
         child = module._modules.get(KEY)
         if child is not None:
             if self.unchecked:
@@ -164,16 +166,11 @@ def attention_forward(
         )
     call.served = True
 
-    def before() -> tuple[Tensor, Tensor | None]:
-        mask = attention_mask
-        if isinstance(mask, ForwardMask):
-            mask = mask.for_implementation(call.before)
-        function = previous_function(module, call.before)
-        return function(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
-
+    options = {"scaling": scaling, "dropout": dropout, **kwargs}
+    previous = Previous(module, call.before, query, key, value, attention_mask, options, lends=not call.alone)
     weights_wanted = attentions_wanted(kwargs)
     if not call.slots:
-        kept = before()
+        kept = previous.everything()
         if kept[1] is not None or not weights_wanted:
             return kept
     for name in kwargs:
@@ -197,7 +194,7 @@ def attention_forward(
     features = {name: dict(values) for name, values in call.features.items()}
     if call.cache is not None:
         _extend_with_past(call, features, module, layer.visibility)
-    return _probed(combine.attend(layer, call.slots, features, before, weights_wanted), call.probe)
+    return _probed(combine.attend(layer, call.slots, features, previous, weights_wanted), call.probe)
 
 
 def _probed(result: tuple[Tensor, Tensor | None], probe: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -271,16 +268,6 @@ def as_visibility(
             f"attends with {q_length} queries over {k_length} keys"
         )
     return seen
-
-
-def previous_function(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """Returns the attention function a module used before; ``"eager"`` is the one of its own modeling file."""
-    eager: Any = None
-    for cls in type(module).__mro__:
-        eager = eager or getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
-    if name == "eager" and eager is None:
-        raise UnsupportedModelError(f"{type(module).__name__} has no eager attention function to fall back to")
-    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
 
 
 def attentions_wanted(kwargs: dict[str, Any]) -> bool:

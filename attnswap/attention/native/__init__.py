@@ -25,6 +25,8 @@ def attend(problem: Problem) -> Tensor:
     Returns:
         Output (batch, heads, queries, value_dim) in the dtype of the values, laid out (batch, queries, heads, ...).
     """
+    if problem.swap.traits.per_kv_head:  # the values of the heads it is for are scaled, which makes new ones
+        problem = problem.regular()
     swap = operands.kernel_swap(problem)
     terms, visibility = problem.terms, problem.visibility
     queries, dtype, scale = problem.query.shape[2], problem.dtype, terms.query_scale
@@ -38,6 +40,7 @@ def attend(problem: Problem) -> Tensor:
     return ops.forward(
         build.program(swap, isinstance(problem.ramp, float) and problem.ramp == 1.0),
         *(rows(x) for x in (query, key, value)),
+        list(problem.kv_heads or ()),
         first,
         last,
         visibility.holes,

@@ -10,8 +10,8 @@ template <typename F, typename Products>
 std::vector<Tensor> backward(const Tensor& grad, const Tensor& out, const Tensor& shifts, const Tensor& inverses,
                              at::ArrayRef<int64_t> wanted, ARGUMENTS) {
   using S = typename Products::Held;
-  auto c = make_call<F, S>(path, query, key, value, first, last, keep, mask, bias, row_scale, row_bias, key_bias, sinks,
-                           params, count, scaling, softcap, tolerance, training);
+  auto c = make_call<F, S>(path, query, key, value, kv_heads, first, last, keep, mask, bias, row_scale, row_bias,
+                           key_bias, sinks, params, count, scaling, softcap, tolerance, training);
   TORCH_CHECK(grad.stride(3) == 1 && out.stride(3) == 1, "attnswap: rows of floats expected");
   const ProgramOf<F>& maths = *c.maths;
   const bool want_scale = wanted[0], want_row = wanted[1], want_key = wanted[2], want_sinks = wanted[3],
@@ -25,7 +25,7 @@ std::vector<Tensor> backward(const Tensor& grad, const Tensor& out, const Tensor
   Tensor dsinks = want_sinks ? at::zeros({c.batch, c.heads}, floats_of) : none();
   Tensor dparams = want_params ? at::zeros({c.batch, c.heads, maths.params}, floats_of) : none();
   const int64_t blocks = (c.queries + ROWS - 1) / ROWS, tiles = (c.keys + KEYS - 1) / KEYS;
-  const int64_t wide = c.value_width, kv_heads = c.heads / c.groups;
+  const int64_t wide = c.value_width;
   const std::vector<F> norms = key_norms(c);
 
   run_tasks<F>(c.batch * c.heads, [&](int64_t task, Scratch<F>& x) {
@@ -72,7 +72,7 @@ std::vector<Tensor> backward(const Tensor& grad, const Tensor& out, const Tensor
         if (spans[block].last <= k0 || spans[block].first >= k1) continue;
         const int64_t i0 = block * ROWS, i1 = std::min(i0 + ROWS, c.queries), rows = i1 - i0;
         if (!norms.empty() &&
-            negligible(c, b, h, i0, i1, k1, block_norm[block], norms[(b * kv_heads + h / c.groups) * tiles + tile],
+            negligible(c, b, h, i0, i1, k1, block_norm[block], norms[(b * c.kv_heads + c.owner[h]) * tiles + tile],
                        m + i0))
           continue;
         head.scores(i0, rows, k0, k1);
@@ -130,11 +130,8 @@ std::vector<Tensor> backward(const Tensor& grad, const Tensor& out, const Tensor
     }
     head.end();
   });
-  Tensor dk = products.dk, dv = products.dv;
-  if (c.groups > 1) {
-    dk = dk.view({c.batch, kv_heads, c.groups, c.keys, c.width}).sum(2);
-    dv = dv.view({c.batch, kv_heads, c.groups, c.keys, c.value_width}).sum(2);
-  }
+  const bool own = c.regular && c.heads == c.kv_heads;
+  Tensor dk = own ? products.dk : by_kv_head(c, products.dk), dv = own ? products.dv : by_kv_head(c, products.dv);
   if (want_sinks) dsinks = dsinks.sum(0);
   if (want_params) dparams = dparams.sum(0);
   return {products.dq.transpose(1, 2), dk, dv, dscale, drow, dkey, dsinks, dparams};

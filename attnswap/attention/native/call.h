@@ -82,7 +82,9 @@ template <typename F, typename S = F>
 struct Call {
   const ProgramOf<F>* maths;
   const S *q, *k, *v;
-  int64_t batch, heads, groups, queries, keys, width, value_width;
+  int64_t batch, heads, kv_heads, queries, keys, width, value_width;
+  std::vector<int64_t> owner;  // the key/value head that each head reads
+  bool regular;                // equal groups of heads read one each, in order
   int64_t q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row;
   const int32_t *first, *last;
   int64_t span_batch;
@@ -99,8 +101,8 @@ struct Call {
   F rest = 1;  // what the products have left out of `scaling`
 
   const S* query(int64_t b, int64_t h) const { return q + b * q_batch + h * q_head; }
-  const S* key(int64_t b, int64_t h) const { return k + b * k_batch + h / groups * k_head; }
-  const S* value(int64_t b, int64_t h) const { return v + b * v_batch + h / groups * v_head; }
+  const S* key(int64_t b, int64_t h) const { return k + b * k_batch + owner[h] * k_head; }
+  const S* value(int64_t b, int64_t h) const { return v + b * v_batch + owner[h] * v_head; }
   int64_t row(int64_t b, int64_t h, int64_t i) const { return (b * heads + h) * queries + i; }
 };
 
@@ -113,10 +115,10 @@ const uint8_t* bytes_in(const Optional& x) {
 int64_t step_of(const Tensor& x, int64_t dim) { return x.size(dim) == 1 ? 0 : x.stride(dim); }
 
 #define ARGUMENTS                                                                                                      \
-  std::string path, const Tensor &query, const Tensor &key, const Tensor &value, const Tensor &first,                 \
-      const Tensor &last, const Optional &keep, const Optional &mask, const Optional &bias, const Optional &row_scale, \
-      const Optional &row_bias, const Optional &key_bias, const Optional &sinks, const Tensor &params,                \
-      const Optional &count, double scaling, double softcap, double tolerance, bool training
+  std::string path, const Tensor &query, const Tensor &key, const Tensor &value, at::ArrayRef<int64_t> kv_heads,       \
+      const Tensor &first, const Tensor &last, const Optional &keep, const Optional &mask, const Optional &bias,       \
+      const Optional &row_scale, const Optional &row_bias, const Optional &key_bias, const Optional &sinks,            \
+      const Tensor &params, const Optional &count, double scaling, double softcap, double tolerance, bool training
 
 template <typename F, typename S = F>
 Call<F, S> make_call(ARGUMENTS) {
@@ -126,8 +128,12 @@ Call<F, S> make_call(ARGUMENTS) {
   for (const Tensor* x : {&query, &key, &value})
     TORCH_CHECK(x->scalar_type() == c10::CppTypeToScalarType<S>::value && x->stride(3) == 1, "attnswap: rows of floats expected");
   c.q = query.const_data_ptr<S>(), c.k = key.const_data_ptr<S>(), c.v = value.const_data_ptr<S>();
-  c.batch = query.size(0), c.heads = query.size(1), c.groups = c.heads / key.size(1);
+  c.batch = query.size(0), c.heads = query.size(1), c.kv_heads = key.size(1);
   c.queries = query.size(2), c.keys = key.size(2), c.width = query.size(3), c.value_width = value.size(3);
+  c.regular = kv_heads.empty(), c.owner = kv_heads.vec();
+  for (int64_t h = 0; c.regular && h < c.heads; ++h) c.owner.push_back(h / (c.heads / c.kv_heads));
+  TORCH_CHECK(int64_t(c.owner.size()) == c.heads, "attnswap: one key/value head for each head expected");
+  for (const int64_t kv : c.owner) TORCH_CHECK(kv >= 0 && kv < c.kv_heads, "attnswap: no key/value head ", kv);
   c.q_batch = query.stride(0), c.q_head = query.stride(1), c.q_row = query.stride(2);
   c.k_batch = key.stride(0), c.k_head = key.stride(1), c.k_row = key.stride(2);
   c.v_batch = value.stride(0), c.v_head = value.stride(1), c.v_row = value.stride(2);
@@ -257,7 +263,7 @@ template <typename F, typename S>
 std::vector<F> key_norms(const Call<F, S>& c) {
   std::vector<F> norms;
   if (!c.key_bias || c.tolerance <= 0 || c.queries < ROWS || c.softcap > 0 || c.row_scale || c.bias) return norms;
-  const int64_t tiles = (c.keys + KEYS - 1) / KEYS, kv_heads = c.heads / c.groups;
+  const int64_t tiles = (c.keys + KEYS - 1) / KEYS, kv_heads = c.kv_heads;
   norms.assign(c.batch * kv_heads * tiles, 0);
   at::parallel_for(0, c.batch * kv_heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t)
@@ -303,6 +309,21 @@ void run_tasks(int64_t tasks, Function&& function) {
       for (int64_t task = next++; task < tasks; task = next++) function(task, scratch);
     }
   });
+}
+
+// Sums what the heads add to each key/value head's gradient, (batch, heads, keys, width), always in the order of the
+// heads; 0 for one that none reads.
+template <typename F, typename S>
+Tensor by_kv_head(const Call<F, S>& c, const Tensor& x) {
+  if (c.regular) return x.view({c.batch, c.kv_heads, c.heads / c.kv_heads, c.keys, x.size(3)}).sum(2);
+  Tensor sums = at::zeros({c.batch, c.kv_heads, c.keys, x.size(3)}, x.options());
+  for (int64_t kv = 0; kv < c.kv_heads; ++kv) {
+    std::vector<int64_t> own;
+    for (int64_t h = 0; h < c.heads; ++h)
+      if (c.owner[h] == kv) own.push_back(h);
+    if (!own.empty()) sums.select(1, kv).copy_(x.index_select(1, at::tensor(own)).sum(1));
+  }
+  return sums;
 }
 
 struct Span {

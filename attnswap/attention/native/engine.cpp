@@ -4,8 +4,9 @@
 //   dS_ij = [w'(s_ij) (dO_i . v_j) - d'(s_ij) (dO_i . O_i)] / Z_i
 //
 // w and d come from a program: a small library compiled from the one definition of the swap (see program.py). Each
-// row sees one range of keys [first, last), less what `keep` and `mask` hide. Tiles run from the last key to the
-// first, so that the running shift m soon knows the nearest keys, and what decay has made negligible is never read.
+// row sees one range of keys [first, last), less what `keep` and `mask` hide; head h reads the keys and values of head
+// kv_heads[h], or h / group size where that list is empty. Tiles run from the last key to the first, so that the
+// running shift m soon knows the nearest keys, and what decay has made negligible is never read.
 #include "backward.h"
 #include "direct.h"
 #include "forward.h"
@@ -21,8 +22,8 @@ auto in_float(const Tensor& query, const Tensor& key, const Tensor& value, Funct
 }
 
 #define NAMES                                                                                                      \
-  path, query, key, value, first, last, keep, mask, bias, row_scale, row_bias, key_bias, sinks, params, count,     \
-      scaling, softcap, tolerance, training
+  path, query, key, value, kv_heads, first, last, keep, mask, bias, row_scale, row_bias, key_bias, sinks, params,  \
+      count, scaling, softcap, tolerance, training
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_of(ARGUMENTS) {
   const bool row = program(path).single.threshold;
@@ -58,9 +59,9 @@ std::vector<Tensor> backward_of(const Tensor& grad, const Tensor& out, const Ten
 
 TORCH_LIBRARY(attnswap_native, library) {
   const std::string arguments =
-      "str path, Tensor query, Tensor key, Tensor value, Tensor first, Tensor last, Tensor? keep, Tensor? mask, "
-      "Tensor? bias, Tensor? row_scale, Tensor? row_bias, Tensor? key_bias, Tensor? sinks, Tensor params, "
-      "Tensor? count, float scaling, float softcap, float tolerance, bool training";
+      "str path, Tensor query, Tensor key, Tensor value, int[] kv_heads, Tensor first, Tensor last, Tensor? keep, "
+      "Tensor? mask, Tensor? bias, Tensor? row_scale, Tensor? row_bias, Tensor? key_bias, Tensor? sinks, "
+      "Tensor params, Tensor? count, float scaling, float softcap, float tolerance, bool training";
   library.def(("forward(" + arguments + ") -> (Tensor, Tensor, Tensor, Tensor)").c_str());
   library.def(("backward(Tensor grad, Tensor out, Tensor shifts, Tensor inverses, int[] wanted, " + arguments +
                ") -> Tensor[]").c_str());

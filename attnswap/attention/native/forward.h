@@ -7,8 +7,8 @@ namespace {
 template <typename F, typename Products>
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(ARGUMENTS) {
   using S = typename Products::Held;
-  auto c = make_call<F, S>(path, query, key, value, first, last, keep, mask, bias, row_scale, row_bias, key_bias, sinks,
-                           params, count, scaling, softcap, tolerance, training);
+  auto c = make_call<F, S>(path, query, key, value, kv_heads, first, last, keep, mask, bias, row_scale, row_bias,
+                           key_bias, sinks, params, count, scaling, softcap, tolerance, training);
   const Products products(c);
   const auto exact = query.options().dtype(c10::CppTypeToScalarType<F>::value);
   // Laid out as (batch, queries, heads, width), which is how the next layer reads it.
@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(ARGUMENTS) {
       const int64_t tile = (k1 - 1) / KEYS, k0 = std::max(tile * KEYS, Products::WHOLE_TILES ? 0 : span.first);
       const int64_t width = Products::WHOLE_TILES ? KEYS : k1 - k0;
       if (!norms.empty() && negligible(c, b, h, i0, i1, k1, q_norm,
-                                       norms[(b * (c.heads / c.groups) + h / c.groups) * tiles + tile], shift)) {
+                                       norms[(b * c.kv_heads + c.owner[h]) * tiles + tile], shift)) {
         k1 = k0;  // a later tile may still matter: decay is no more than what the gates say
         continue;
       }

@@ -10,8 +10,8 @@ from attnswap.attention.lazy import constant
 from attnswap.attention.native import build
 
 ORDER = (
-    *("path", "query", "key", "value", "first", "last", "keep", "mask", "bias", "row_scale", "row_bias", "key_bias"),
-    *("sinks", "params", "count", "scaling", "softcap", "tolerance", "training"),
+    *("path", "query", "key", "value", "kv_heads", "first", "last", "keep", "mask", "bias", "row_scale", "row_bias"),
+    *("key_bias", "sinks", "params", "count", "scaling", "softcap", "tolerance", "training"),
 )
 """The operators' arguments, described in ``engine.cpp``."""
 

@@ -84,21 +84,22 @@ struct Packed {
 
   explicit Packed(Call<float, Half>& call)
       : c(call), power(power_of_two(call)), padded(rounded_up(c.width, 32)), tiles(rounded_up(c.keys, KEYS) / KEYS) {
-    const int64_t kv_heads = c.heads / c.groups, count = c.batch * kv_heads * tiles;
+    const int64_t count = c.batch * c.kv_heads * tiles;
     const auto options = at::TensorOptions(at::kBFloat16);
     keys = at::zeros({count, padded, KEYS}, options), values = at::zeros({count, KEYS, c.value_width}, options);
     at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
-        const int64_t k0 = t % tiles * KEYS, rows = std::min(KEYS, c.keys - k0), head = t / tiles * c.groups;
-        const int64_t b = head / c.heads, h = head % c.heads;
-        pack_second_transposed({c.key(b, h) + k0 * c.k_row, rows, c.k_row, c.width}, keys[t].data_ptr<Half>());
-        pack_second({c.value(b, h) + k0 * c.v_row, rows, c.v_row, c.value_width}, values[t].data_ptr<Half>());
+        const int64_t k0 = t % tiles * KEYS, rows = std::min(KEYS, c.keys - k0);
+        const int64_t b = t / tiles / c.kv_heads, kv = t / tiles % c.kv_heads;
+        const Half *key = c.k + b * c.k_batch + kv * c.k_head, *value = c.v + b * c.v_batch + kv * c.v_head;
+        pack_second_transposed({key + k0 * c.k_row, rows, c.k_row, c.width}, keys[t].data_ptr<Half>());
+        pack_second({value + k0 * c.v_row, rows, c.v_row, c.value_width}, values[t].data_ptr<Half>());
       }
     });
   }
 
   int64_t tile(int64_t b, int64_t h, int64_t k0) const {
-    return (b * (c.heads / c.groups) + h / c.groups) * tiles + k0 / KEYS;
+    return (b * c.kv_heads + c.owner[h]) * tiles + k0 / KEYS;
   }
 
   void begin(Scratch<float>& x, int64_t b, int64_t h, int64_t i0, int64_t rows) const {

@@ -34,8 +34,8 @@ F solve(const ProgramOf<F>& maths, const F* s, int64_t size, F low, F high, cons
 
 template <typename F>
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_rows(ARGUMENTS) {
-  const auto c = make_call<F>(path, query, key, value, first, last, keep, mask, bias, row_scale, row_bias, key_bias,
-                                 sinks, params, count, scaling, softcap, tolerance, training);
+  const auto c = make_call<F>(path, query, key, value, kv_heads, first, last, keep, mask, bias, row_scale, row_bias,
+                                 key_bias, sinks, params, count, scaling, softcap, tolerance, training);
   Tensor out = at::empty({c.batch, c.queries, c.heads, c.value_width}, query.options());
   Tensor mean = training ? at::empty_like(out) : at::empty({0, 0, 0, 0}, query.options());
   Tensor shifts = at::empty({c.batch, c.heads, c.queries}, query.options());

@@ -63,6 +63,7 @@ def attend(problem: Problem) -> Tensor:
 
 def operands(problem: Problem) -> tuple[Any, ...]:
     """Returns what the operator takes, in the order of ``ops.ORDER``."""
+    problem = problem.regular()  # the kernels know equal groups alone
     swap = shared.kernel_swap(problem)
     terms, visibility, value = problem.terms, problem.visibility, problem.value
     queries, keys = problem.query.shape[2], problem.key.shape[2]
