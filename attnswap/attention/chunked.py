@@ -1,12 +1,13 @@
 """Any swap in bounded memory: rows are computed in chunks and recomputed in the backward pass."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from attnswap.attention.dense import Block, attend_block
+from attnswap.attention.dense import Block, attend_block, block_root
 from attnswap.attention.problem import Problem
 
 CHUNK_ELEMENTS = 1 << 24
@@ -20,18 +21,26 @@ def row_blocks(problem: Problem, elements: int | None = None) -> list[Block]:
     rows = max(1, (elements or CHUNK_ELEMENTS) // max(1, batch * heads * visibility.k_length))
     rows = rows if rows < 64 else rows - rows % 64
     blocks = []
-    for start in range(0, visibility.q_length, rows):
-        stop = min(start + rows, visibility.q_length)
+    for i in range(-(-visibility.q_length // rows)):  # torch.compile keeps the length open and fixes the count alone
+        start, stop = i * rows, min((i + 1) * rows, visibility.q_length)
         blocks.append(Block(start, stop, *visibility.key_span(start, stop)))
     return blocks
 
 
-def by_blocks(problem: Problem, rows: Callable[[Block], Tensor]) -> Tensor:
-    """Computes the output block by block; where gradients are wanted a block is computed again in the backward pass."""
+def by_blocks(
+    problem: Problem, rows: Callable[..., Tensor], ahead: Callable[[Block], Any] = lambda block: None
+) -> Tensor:
+    """Computes the output block by block; where gradients are wanted a block is computed again in the backward pass.
+
+    Args:
+        problem: The call.
+        rows: Computes the output of a block.
+        ahead: Computes what ``rows`` takes beside the block and what is kept for the backward pass.
+    """
     blocks = row_blocks(problem)
     if torch.is_grad_enabled() and len(blocks) > 1:
-        return torch.cat([checkpoint(rows, block, use_reentrant=False) for block in blocks], 2)
-    return torch.cat([rows(block) for block in blocks], 2)
+        return torch.cat([checkpoint(rows, block, ahead(block), use_reentrant=False) for block in blocks], 2)
+    return torch.cat([rows(block, ahead(block)) for block in blocks], 2)
 
 
 def attend(problem: Problem) -> Tensor:
@@ -42,4 +51,8 @@ def attend(problem: Problem) -> Tensor:
     """
     problem = problem.regular()
     terms, p = problem.terms, problem.maths_parameters()
-    return by_blocks(problem, lambda block: attend_block(problem, terms, block, p)[0].to(problem.value.dtype))
+    return by_blocks(
+        problem,
+        lambda block, root: attend_block(problem, terms, block, p, root)[0].to(problem.value.dtype),
+        lambda block: block_root(problem, terms, block, p),
+    )

@@ -3,10 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from attnswap.swaps.base import Swap
+from attnswap.swaps.base import Numbers, Swap
 from attnswap.swaps.expression import VOCABULARY, Expr, Function, constant, derivative, symbol
 
 MATHS = Path(__file__).parent / "native" / "maths.h"
@@ -37,9 +36,8 @@ def trace(swap: Swap, whole: bool = False) -> dict[str, Expr]:
         each per-head number, such as ``weight_by_ramp``; ``floor``, where the swap has a smallest shift; and of row
         swaps ``weight_by_shift``, ``power``, and ``low`` and ``high``, whose ``s`` is the row's largest score.
     """
-    p = SimpleNamespace(**{k: symbol(k) for k in parameters(swap)})
-    if whole:
-        p.ramp = 1.0
+    named: dict[str, Any] = {k: symbol(k) for k in parameters(swap)}
+    p = Numbers(**named | ({"ramp": 1.0} if whole else {}))
     s, shift, n = symbol("s"), symbol("shift"), symbol("n")
     maths = {"weight": swap.weight(s, shift, p), "norm": swap.norm(s, shift, p), "null": swap.null(shift, n, p)}
     trees = {k: as_tree(v) for k, v in maths.items()}

@@ -4,15 +4,14 @@ Run in fp64 it is the oracle of every other backend. The chunked backend calls t
 """
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnswap.attention.problem import Problem
-from attnswap.attention.threshold import thresholds
-from attnswap.swaps.base import Terms
+from attnswap.attention.threshold import Root, find_root, thresholds, with_sinks
+from attnswap.swaps.base import Numbers, Terms
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,27 @@ def bias(problem: Problem, terms: Terms, block: Block) -> Tensor | float:
     return total
 
 
-def attend_block(problem: Problem, terms: Terms, block: Block, p: SimpleNamespace) -> tuple[Tensor, Tensor]:
+def block_root(problem: Problem, terms: Terms, block: Block, p: Numbers) -> Root | None:
+    """Returns what the thresholds of a block's rows are made of, each (batch, heads, rows, 1), if it has any."""
+    if not problem.swap.threshold:
+        return None
+    with torch.no_grad():
+        visible = problem.visibility.mask(block.start, block.stop, block.k0, block.k1)
+        sinks = None if problem.sinks is None else problem.per_head(problem.sinks, 2)
+        return find_root(problem.swap, *with_sinks(scores(problem, terms, block), visible, sinks), p)
+
+
+def attend_block(
+    problem: Problem, terms: Terms, block: Block, p: Numbers, known: Root | None = None
+) -> tuple[Tensor, Tensor]:
     """Computes the rows of a block over keys that include every visible one.
+
+    Args:
+        problem: The call.
+        terms: Its terms.
+        block: Which rows and keys.
+        p: The per-head values.
+        known: What :func:`block_root` found, if it was asked before.
 
     Returns:
         Output (batch, heads, rows, value_dim) and weights (batch, heads, rows, keys), in the computing dtype.
@@ -83,7 +101,7 @@ def attend_block(problem: Problem, terms: Terms, block: Block, p: SimpleNamespac
     visible = problem.visibility.mask(block.start, block.stop, block.k0, block.k1)
     s = scores(problem, terms, block)
     sinks = None if problem.sinks is None else problem.per_head(problem.sinks, 2)
-    shift = reference_shift(problem, s, visible, sinks, p)
+    shift = reference_shift(problem, s, visible, sinks, p, known)
     s = torch.where(visible, s, shift)  # a finite stand-in, so that no masked score can poison a gradient
     weight = torch.where(visible, swap.weight(s, shift, p), 0.0)
     total = torch.where(visible, swap.norm(s, shift, p), 0.0).sum(-1, keepdim=True)
@@ -100,11 +118,13 @@ def attend_block(problem: Problem, terms: Terms, block: Block, p: SimpleNamespac
     return grouped_matmul(weights, value, problem.groups), weights
 
 
-def reference_shift(problem: Problem, s: Tensor, visible: Tensor, sinks: Tensor | None, p: SimpleNamespace) -> Any:
+def reference_shift(
+    problem: Problem, s: Tensor, visible: Tensor, sinks: Tensor | None, p: Numbers, known: Root | None
+) -> Any:
     """Returns each row's shift: its largest visible score, at least the swap's floor and the sink; or its threshold."""
     swap = problem.swap
     if swap.threshold:
-        return thresholds(swap, s, visible, sinks, p)
+        return thresholds(swap, *with_sinks(s, visible, sinks), p, known)
     if not swap.shifted:
         return s.new_zeros(())
     hidden = s.masked_fill(~visible, -torch.inf)

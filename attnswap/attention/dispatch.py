@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from attnswap.attention import chunked, dense, folded, native, tiled, triton
+from attnswap.attention.checks import ensure
 from attnswap.attention.problem import Problem
 from attnswap.errors import ConfigError, UnsupportedModelError, nearest
 
@@ -69,9 +70,12 @@ def compute(problem: Problem, before: Callable[[], Tensor], backend: str = "auto
     Raises:
         UnsupportedModelError: The swap is for causal attention and a query sees later keys.
     """
-    if problem.swap.causal_only and problem.visibility.sees_future:
-        raise UnsupportedModelError(
-            f'"{problem.swap.name}" works over time, but here queries see later keys; use it in causal attention only'
+    if problem.swap.causal_only:
+        future = problem.visibility.sees_future
+        ensure(
+            ~future if isinstance(future, Tensor) else not future,
+            f'"{problem.swap.name}" works over time, but here queries see later keys; use it in causal attention only',
+            error=UnsupportedModelError,
         )
     ramp = problem.ramp
     if isinstance(ramp, float) and ramp == 0.0:

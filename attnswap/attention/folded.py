@@ -59,10 +59,12 @@ def attend(problem: Problem) -> Tensor:
         enable_gqa=problem.groups > 1,
     )
     unbiased = terms.key_bias is None and visibility.bias is None
-    if unbiased and (visibility.plain_causal or visibility.plain_full):
-        return stock(query, problem.key, value, is_causal=visibility.plain_causal)
+    if unbiased and visibility.plain_causal:
+        return stock(query, problem.key, value, is_causal=True)
+    if unbiased and visibility.plain_full:
+        return stock(query, problem.key, value)
 
-    def rows(block: Block) -> Tensor:
+    def rows(block: Block, *_: None) -> Tensor:
         keys = slice(block.k0, block.k1)
         visible = mask = visibility.mask(block.start, block.stop, block.k0, block.k1)
         if not unbiased:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from attnswap.attention import folded
+from attnswap.attention.checks import ensure
 from attnswap.attention.dispatch import choose, compute
 from attnswap.attention.problem import Problem, complete_features
 from attnswap.attention.visibility import Visibility, split_mask
@@ -108,16 +109,23 @@ def _visibility(query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal:
     return Visibility(q_length, k_length, query.device, is_causal, q_offset=k_length - q_length, dense=dense, bias=bias)
 
 
+def _check_shared(ramp: Tensor, groups: int, swap: Swap) -> None:
+    if not torch.compiler.is_compiling():
+        swap.check_shared(ramp.tolist(), groups)
+    elif swap.traits.per_kv_head:
+        by_group = ramp.reshape(-1, groups)
+        ensure((by_group == by_group[:, :1]).all(), f'"{swap.name}": heads that share a key/value head need one ramp')
+
+
 def _ramp(ramp: float | Tensor, query: Tensor, key: Tensor, swap: Swap) -> float | Tensor:
     if isinstance(ramp, Tensor):
         if ramp.ndim and tuple(ramp.shape) != (query.shape[1],):
             raise ConfigError(
                 f"ramp has shape {tuple(ramp.shape)}; give a number or a tensor of shape ({query.shape[1]},)"
             )
-        if not bool(((ramp >= 0) & (ramp <= 1)).all()):
-            raise ConfigError(f"ramp must be in [0, 1], not {ramp.tolist()}")
+        ensure(((ramp >= 0) & (ramp <= 1)).all(), "ramp must be in [0, 1]", lambda: f", not {ramp.tolist()}")
         if ramp.ndim:
-            swap.check_shared(ramp.tolist(), query.shape[1] // key.shape[1])
+            _check_shared(ramp, query.shape[1] // key.shape[1], swap)
         return ramp.to(device=query.device, dtype=torch.float32)
     if isinstance(ramp, bool) or not isinstance(ramp, int | float) or not 0 <= ramp <= 1:
         raise ConfigError(f"ramp must be in [0, 1], not {ramp!r}")

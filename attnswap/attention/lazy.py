@@ -1,9 +1,12 @@
-"""A property that is computed once."""
+"""What is computed once, in eager mode and under torch.compile."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar, overload
 
 import torch
+
+from attnswap.swaps.base import Swap
 
 T = TypeVar("T")
 
@@ -30,3 +33,29 @@ class lazy(Generic[T]):
         if not torch.compiler.is_compiling():
             instance.__dict__[self.name] = value
         return value
+
+
+def constant(function: Callable[..., T]) -> Callable[..., T]:
+    """``functools.cache`` for what torch.compile shall not look into: the result is a constant of the graph.
+
+    Args:
+        function: Takes swaps and plain values.
+    """
+    kept = functools.cache(function)
+
+    @torch.compiler.assume_constant_result
+    def rebuilt(*args: Any) -> T:
+        return kept(*(_build(*arg) if isinstance(arg, tuple) else arg for arg in args))
+
+    @functools.wraps(function)
+    def known(*args: Any) -> T:
+        if not torch.compiler.is_compiling():
+            return kept(*args)
+        # A swap goes in parts: one that was made in the graph itself would arrive with other options.
+        return rebuilt(*((type(arg), *arg.options().items()) if isinstance(arg, Swap) else arg for arg in args))
+
+    return known
+
+
+def _build(cls: type[Swap], *options: tuple[str, Any]) -> Swap:
+    return cls(**dict(options))

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from attnswap.attention.heads import pick, regular_heads
 from attnswap.attention.lazy import lazy
 from attnswap.attention.visibility import Visibility
 from attnswap.errors import ConfigError, nearest
-from attnswap.swaps.base import Call, Swap, Terms
+from attnswap.swaps.base import Call, Numbers, Swap, Terms
 
 
 @dataclass(frozen=True)
@@ -109,9 +108,9 @@ class Problem:
         closed = bias is not None and not bias.requires_grad and not torch.compiler.is_compiling() and not bias.any()
         return replace(terms, key_bias=None) if closed else terms
 
-    def maths_parameters(self) -> SimpleNamespace:
+    def maths_parameters(self) -> Numbers:
         """The per-head values that the elementwise maths reads, as (heads, 1, 1), with the ramp among them."""
-        return SimpleNamespace(**{name: self.per_head(value, 2) for name, value in self.numbers().items()})
+        return Numbers(**{name: self.per_head(value, 2) for name, value in self.numbers().items()})
 
     def numbers(self) -> dict[str, Any]:
         """The numbers the elementwise maths reads for each head: lambda as ``ramp``, and the per-head features."""

@@ -1,18 +1,50 @@
 """Solve for the thresholds of row swaps in plain torch, and let gradients through."""
 
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops import while_loop
 
-from attnswap.swaps.base import Swap
+from attnswap.swaps.base import Numbers, Swap
 
 STEPS = 60
 """More than any row takes: safeguarded Newton steps, each of which at worst halves the bracket."""
 
 
-def thresholds(swap: Swap, s: Tensor, visible: Tensor, sinks: Tensor | None, p: SimpleNamespace) -> Tensor:
+def with_sinks(s: Tensor, visible: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Adds the null keys, if there are any, to the keys.
+
+    Args:
+        s: Scores, shape (batch, heads, rows, keys).
+        visible: Which keys count, broadcastable to the scores.
+        sinks: Scores of the null keys, (heads, 1, 1), or None.
+
+    Returns:
+        Scores, and which count, of one shape.
+    """
+    if sinks is not None:
+        s = torch.cat([s, sinks.expand(*s.shape[:-1], 1)], -1)
+        visible = torch.cat(
+            [visible.expand(*visible.shape[:-1], s.shape[-1] - 1), torch.ones_like(visible[..., :1])], -1
+        )
+    return s, visible.expand(s.shape)
+
+
+Root = tuple[Tensor, Tensor]
+"""The number of each row at which its weights sum to one, and the derivative of the sum there, as constants."""
+
+
+@torch.no_grad()
+def find_root(swap: Swap, s: Tensor, visible: Tensor, p: Numbers) -> Root:
+    """Solves for the thresholds; the arguments are those of :func:`thresholds`."""
+    s, p = s.detach(), Numbers(**{k: v.detach() if isinstance(v, Tensor) else v for k, v in vars(p).items()})
+    root = torch.where(visible.any(-1, keepdim=True), _solve(swap, s, visible, p), 0.0)
+    return root, _mass(swap, s, visible, root, p)[1]
+
+
+def thresholds(swap: Swap, s: Tensor, visible: Tensor, p: Numbers, known: Root | None = None) -> Tensor:
     """Returns the number of each row at which its weights sum to one.
 
     Differentiable by the scores, sinks and parameters: at the root, one more Newton step is the identity, and its
@@ -20,37 +52,28 @@ def thresholds(swap: Swap, s: Tensor, visible: Tensor, sinks: Tensor | None, p: 
 
     Args:
         swap: A swap with ``threshold``.
-        s: Scores, shape (batch, heads, rows, keys).
-        visible: Which keys count, broadcastable to the scores.
-        sinks: Scores of the null keys, (heads, 1, 1), or None.
+        s: Scores, shape (batch, heads, rows, keys), sinks among them.
+        visible: Which keys count, of the same shape.
         p: The per-head values.
+        known: What :func:`find_root` found, if it was asked before.
 
     Returns:
         Shape (batch, heads, rows, 1); 0 for rows without a key or sink.
     """
-    if sinks is not None:
-        s = torch.cat([s, sinks.expand(*s.shape[:-1], 1)], -1)
-        visible = torch.cat(
-            [visible.expand(*visible.shape[:-1], s.shape[-1] - 1), torch.ones_like(visible[..., :1])], -1
-        )
-    visible = visible.expand(s.shape)
-    some = visible.any(-1, keepdim=True)
-    with torch.no_grad():
-        fixed = SimpleNamespace(**{k: v.detach() if isinstance(v, Tensor) else v for k, v in vars(p).items()})
-        root = torch.where(some, _solve(swap, s.detach(), visible, fixed), 0.0)
-        _, slope = _mass(swap, s.detach(), visible, root, fixed)
+    root, slope = find_root(swap, s, visible, p) if known is None else known
     mass = torch.where(visible, swap.weight(torch.where(visible, s, root), root, p), 0.0).sum(-1, keepdim=True)
+    some = visible.any(-1, keepdim=True)
     return torch.where(some, root - (mass - 1) / torch.where(slope < 0, slope, -1.0), 0.0)
 
 
-def _solve(swap: Swap, s: Tensor, visible: Tensor, p: SimpleNamespace) -> Tensor:
+def _solve(swap: Swap, s: Tensor, visible: Tensor, p: Numbers) -> Tensor:
     top = s.masked_fill(~visible, -torch.inf).amax(-1, keepdim=True) if s.shape[-1] else s.new_zeros(*s.shape[:-1], 1)
     top = torch.where(top > -torch.inf, top, 0.0)
     low, high = swap.bracket(top, visible.sum(-1, keepdim=True).clamp(min=1).to(s.dtype), p)
     low, high = torch.broadcast_tensors(low, high)
     power = torch.as_tensor(swap.mass_power(p), dtype=s.dtype, device=s.device)
-    t, settled = low, torch.zeros_like(low, dtype=torch.bool)
-    for _ in range(STEPS):
+
+    def advance(t: Tensor, low: Tensor, high: Tensor, settled: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         mass, slope = _mass(swap, s, visible, t, p)
         low, high = torch.where(mass >= 1, t, low), torch.where(mass > 1, high, t)
         # Newton on (mass^power - 1) / power, whose limit for a power of 0 is the logarithm.
@@ -59,16 +82,46 @@ def _solve(swap: Swap, s: Tensor, visible: Tensor, p: SimpleNamespace) -> Tensor
         inside = (step >= low) & (step <= high)
         new = torch.where(mass == 1, t, torch.where(inside, step, (low + high) / 2))
         near = (new - t).abs() <= 2 * torch.finfo(s.dtype).eps * t.abs().clamp(min=1)
-        t, settled = torch.where(settled, t, new), settled | near  # a row takes no step more because of others
-        if bool(settled.all()):
+        # A row takes no step more because of others.
+        return torch.where(settled, t, new), low, high, settled | near
+
+    state = (low, low, high, torch.zeros_like(low, dtype=torch.bool))
+    if torch.compiler.is_compiling():
+        return _loop_in_graph(advance, state)
+    for _ in range(STEPS):
+        state = advance(*state)
+        if bool(state[-1].all()):
             break
-    return t
+    return state[0]
 
 
-def _mass(swap: Swap, s: Tensor, visible: Tensor, t: Tensor, p: SimpleNamespace) -> tuple[Tensor, Tensor]:
+def _loop_in_graph(advance: Callable[..., tuple[Tensor, ...]], state: tuple[Tensor, ...]) -> Tensor:
+    """The loop of :func:`_solve` as one operation of a compiled graph, with the same steps."""
+
+    def unsettled(count: Tensor, *state: Tensor) -> Tensor:
+        return (count < STEPS) & ~state[-1].all()
+
+    def one_more(count: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        return count + 1, *advance(*state)
+
+    count = torch.zeros((), dtype=torch.int64, device=state[0].device)
+    return while_loop(unsettled, one_more, (count, *(x.clone() for x in state)))[1]
+
+
+def _mass(swap: Swap, s: Tensor, visible: Tensor, t: Tensor, p: Numbers) -> tuple[Tensor, Tensor]:
     """Returns the sum of the weights at a threshold, and its derivative."""
-    with torch.enable_grad():
-        at: Any = t.detach().requires_grad_()
+
+    def mass_at(at: Any) -> tuple[Tensor, Tensor]:
         mass = torch.where(visible, swap.weight(torch.where(visible, s, at), at, p), 0.0).sum(-1, keepdim=True)
-        (slope,) = torch.autograd.grad(mass.sum(), at)
+        return mass.sum(), mass
+
+    if (
+        torch.compiler.is_compiling()
+    ):  # torch.compile traces this form of a derivative alone, which is slower in eager mode
+        slope, mass = torch.func.grad(mass_at, has_aux=True)(t)
+        return mass, slope
+    with torch.enable_grad():
+        at = t.detach().requires_grad_()
+        total, mass = mass_at(at)
+        (slope,) = torch.autograd.grad(total, at)
     return mass.detach(), slope

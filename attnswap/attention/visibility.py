@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attnswap.attention.checks import ensure
 from attnswap.attention.lazy import lazy
 from attnswap.errors import ConfigError
 
@@ -67,14 +68,14 @@ class Visibility:
         return isinstance(self.q_offset, int) and self.q_offset + self.q_length == self.k_length
 
     @lazy
-    def sees_future(self) -> bool:
-        """Whether some query sees a key after its own index."""
+    def sees_future(self) -> bool | Tensor:
+        """Whether some query sees a key after its own index; a tensor of one boolean where a mask decides it."""
         if self.causal:
             return False
         if self.dense is None:
             return self.q_length > 1 or not self._last_query_at_end
         later = torch.arange(self.k_length, device=self.device)[None] > self.positions()[:, None]
-        return bool((self.dense & later).any())
+        return (self.dense & later).any()
 
     def positions(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Returns the key index of queries ``start`` to ``stop``, shape (stop - start,)."""
@@ -85,8 +86,8 @@ class Visibility:
     def n(self) -> Tensor:
         """Number of visible keys, int64, shape (batch or 1, heads or 1, queries)."""
         if self.dense is not None:
-            rows = [self.mask(i, min(i + 512, self.q_length)).sum(-1) for i in range(0, self.q_length, 512)]
-            return torch.cat(rows, -1)
+            starts = [512 * i for i in range(-(-self.q_length // 512))]
+            return torch.cat([self.mask(i, min(i + 512, self.q_length)).sum(-1) for i in starts], -1)
         start, end = (bound.long() for bound in self.spans)
         start = torch.minimum(start, end)
         if self.key_valid is None:
@@ -166,11 +167,8 @@ class Visibility:
         """
         if self.dense is None:
             return self.key_valid
-        position = self.positions()
-        position = position[(position >= 0) & (position < self.k_length)]
-        seen = self._seen_somewhere
-        valid = torch.ones_like(seen)
-        valid[:, position] = seen[:, position]
+        index = torch.arange(self.k_length, device=self.device) - self.q_offset
+        valid = self._seen_somewhere | (index < 0) | (index >= self.q_length)
         return valid if self.key_valid is None else valid & self.key_valid
 
     @lazy
@@ -178,9 +176,9 @@ class Visibility:
         """Keys that some query of some head sees, shape (batch or 1, keys)."""
         return self.mask().any(2).any(1)
 
-    def shows(self, hidden: Tensor) -> bool:
+    def shows(self, hidden: Tensor) -> bool | Tensor:
         """Whether some query sees a key of ``hidden``, shape (batch, keys), under a user's dense mask."""
-        return self.dense is not None and bool((self._seen_somewhere & hidden).any())
+        return self.dense is not None and (self._seen_somewhere & hidden).any()
 
 
 DOUBTFUL = -1e3
@@ -220,13 +218,17 @@ def split_mask(mask: Tensor, full: tuple[int, int, int, int]) -> tuple[Tensor, T
     if not mask.is_floating_point():
         raise ConfigError(f"attn_mask has dtype {mask.dtype}; give a boolean mask (True: visible) or an additive one")
     visible = mask > torch.finfo(mask.dtype).min / 2
-    if not bool((mask < torch.inf).all()):
-        raise ConfigError("attn_mask holds NaN or +inf (0 * -inf is NaN): write it with torch.where or masked_fill")
+    ensure(
+        (mask < torch.inf).all(),
+        "attn_mask holds NaN or +inf (0 * -inf is NaN): write it with torch.where or masked_fill",
+    )
     doubtful = visible & (mask <= DOUBTFUL)
-    if bool(doubtful.any()):
-        raise ConfigError(
-            f"attn_mask holds {float(mask[doubtful].max()):g} in {mask.dtype}, which hides a key only nearly: write "
-            "torch.finfo(mask.dtype).min or -inf, or give a boolean mask (True: visible); clamp a real bias at -999"
-        )
+    ensure(
+        ~doubtful.any(),
+        f"attn_mask holds numbers in {mask.dtype} that hide a key only nearly: write torch.finfo(mask.dtype).min or "
+        "-inf, or give a boolean mask (True: visible); clamp a real bias at -999",
+        lambda: f". The largest is {float(mask[doubtful].max()):g}",
+    )
     bias = mask.masked_fill(~visible, 0.0)
-    return visible, (bias if mask.requires_grad or bool(bias.any()) else None)
+    needed = mask.requires_grad or torch.compiler.is_compiling() or bool(bias.any())
+    return visible, (bias if needed else None)

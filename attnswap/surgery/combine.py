@@ -90,7 +90,9 @@ def slot_problem(layer: LayerInputs, slot: Slot, features: dict[str, Tensor], pr
     features = dict(features)
     ramp = features.pop("ramp")
     if slot.phase == "ramp":
-        for name in slot.swap.fixed_in_ramp:  # a gradient of 0, so that data-parallel training finds one
+        for name in features.keys() & set(
+            slot.swap.fixed_in_ramp
+        ):  # a gradient of 0, so that data-parallel training finds one
             features[name] = features[name].detach() + 0 * features[name]
     part, kv_heads = _cut(layer, slot.heads)
     return Problem(

@@ -142,6 +142,8 @@ def recognise(mask_function: Callable, into: Pattern) -> bool:
     if mask_function is causal_mask_function:
         into.causal = True
         return True
+    if torch.compiler.is_compiling():  # which cannot read a closure: composed rules are evaluated, as stock models do
+        return False
     name = getattr(mask_function, "__qualname__", "").split(".<locals>")[0]
     names = getattr(getattr(mask_function, "__code__", None), "co_freevars", ())
     cells = dict(zip(names, (c.cell_contents for c in getattr(mask_function, "__closure__", None) or ()), strict=True))

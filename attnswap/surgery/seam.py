@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from attnswap.attention.checks import ensure
 from attnswap.attention.visibility import Visibility, split_mask
 from attnswap.errors import CheckpointError, UnsupportedModelError
 from attnswap.surgery import combine
@@ -85,7 +86,7 @@ class Enter:
         if child is not None:
             if self.unchecked:
                 check_ramps(child)
-                self.unchecked = False
+                self.unchecked = torch.compiler.is_compiling()  # a graph checks whenever it runs
             hidden = kwargs.get("hidden_states")
             hidden = args[0] if hidden is None else hidden
             call.slots = _slots(child)
@@ -112,10 +113,13 @@ def check_ramps(child: nn.Module) -> None:
     for part in child.modules():
         for name, slot in part.slots.items() if isinstance(part, LayerSwap) else ():
             saved = part.get_submodule(name).get_buffer("ramp")
-            if not saved.is_meta and saved.tolist() != torch.tensor(slot.ramp).tolist():
-                raise CheckpointError(
-                    f'config.json says lambda {slot.ramp} for the swap "{name}", but the weights say {saved.tolist()}: '
-                    "one of them was edited. Move lambda with attnswap.set_ramp and save again"
+            if not saved.is_meta:
+                ensure(
+                    (saved == torch.tensor(slot.ramp, device=saved.device)).all(),
+                    f'config.json says lambda {slot.ramp} for the swap "{name}", but the weights say another: one of '
+                    "them was edited. Move lambda with attnswap.set_ramp and save again",
+                    lambda saved=saved: f" (the weights say {saved.tolist()})",  # type: ignore[misc]
+                    CheckpointError,
                 )
 
 
@@ -223,11 +227,13 @@ def _extend_with_past(
         new = {key: new[key].masked_fill(blank, padding) for key, (_, _, padding) in zip(new, places, strict=True)}
     new["padding"] = blank.to(first.dtype)
     *full, was_blank = append(call.cache, module.layer_idx, new, visibility.k_length)  # type: ignore[arg-type]
-    if visibility.shows(was_blank[:, 0] > 0):
-        raise UnsupportedModelError(
-            "the attention mask shows a token that no query saw when it entered the KV cache, so that it was taken for "
-            "padding. Let every token see itself, or run without a cache"
-        )
+    shown = visibility.shows(was_blank[:, 0] > 0)
+    ensure(
+        ~shown if isinstance(shown, Tensor) else not shown,
+        "the attention mask shows a token that no query saw when it entered the KV cache, so that it was taken for "
+        "padding. Let every token see itself, or run without a cache",
+        error=UnsupportedModelError,
+    )
     for (slot, name, _), part in zip(places, full, strict=True):
         features[slot][name] = part
 
@@ -247,7 +253,11 @@ def as_visibility(
     elif mask is not None:
         dense, bias = split_mask(mask, (query.shape[0], query.shape[1], q_length, k_length))
         # Static caches hand out keys that are not written yet; sliding ones have dropped the oldest.
-        written = k_length if cache is None else min(int(cache.get_seq_length(module.layer_idx)), k_length)  # type: ignore[arg-type]
+        written: Any = k_length if cache is None else cache.get_seq_length(module.layer_idx)  # type: ignore[arg-type]
+        if isinstance(written, Tensor) and torch.compiler.is_compiling():
+            written = written.clamp(max=k_length)
+        else:
+            written = min(int(written), k_length)
         return Visibility(q_length, k_length, query.device, False, written - q_length, dense=dense, bias=bias)
     else:
         causal = q_length > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)

@@ -21,17 +21,19 @@ class Slot:
         swap: The config, bound to the layer.
         heads: The query heads it serves, in order; None: all of them.
         ramp: lambda: one number, or one per head.
+        phase: ``"before"`` (lambda 0), ``"swap"`` (lambda 1) or ``"ramp"``. Kept, so that a compiled model depends on
+            it alone and not on the number.
     """
 
     swap: Swap
     heads: tuple[int, ...] | None = None
     ramp: float | tuple[float, ...] = 1.0
+    phase: str = field(init=False, compare=False)
 
-    @property
-    def phase(self) -> str:
-        """``"before"`` (lambda 0), ``"swap"`` (lambda 1) or ``"ramp"``."""
-        values = set(self.ramp) if isinstance(self.ramp, tuple) else {self.ramp}
-        return {frozenset({0.0}): "before", frozenset({1.0}): "swap"}.get(frozenset(values), "ramp")
+    def __post_init__(self) -> None:
+        values = frozenset(self.ramp) if isinstance(self.ramp, tuple) else frozenset({self.ramp})
+        phase = {frozenset({0.0}): "before", frozenset({1.0}): "swap"}.get(values, "ramp")
+        object.__setattr__(self, "phase", phase)
 
     def count(self, heads: int) -> int:
         """How many of a layer's ``heads`` it serves."""

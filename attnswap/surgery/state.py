@@ -21,6 +21,7 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
+from attnswap.attention.checks import ensure
 from attnswap.errors import UnsupportedModelError
 
 FORWARDED = (
@@ -65,13 +66,18 @@ def append(cache: Cache, layer: int, new: dict[str, Tensor], keys: int) -> list[
     side = getattr(main, "attnswap_side", None)
     past = 0 if side is None else side.get_seq_length()
     column = torch.cat(list(new.values()), 1)[..., None]
-    filled = not torch.compiler.is_compiling() and int(past) + column.shape[2] != int(main.get_seq_length())
-    if filled or getattr(main, "attnswap_kinds", kinds) != kinds:
-        raise UnsupportedModelError(
-            f"the KV cache of layer {layer} holds tokens that went through other swaps or none, so their gates are "
-            "unknown; start from an empty cache"
-        )
+    ensure(
+        getattr(main, "attnswap_kinds", kinds) == kinds and past + column.shape[2] == main.get_seq_length(),
+        f"the KV cache of layer {layer} holds tokens that went through other swaps or none, so their gates are "
+        "unknown; start from an empty cache",
+        error=UnsupportedModelError,
+    )
     if side is None:
+        if torch.compiler.is_compiling():  # without fullgraph this forward then runs in eager mode
+            raise UnsupportedModelError(
+                "torch.compile cannot add gates to a new KV cache: run the first forward with a cache (the prompt) "
+                "without torch.compile, and compile those that follow"
+            )
         side = _make_side(main)
         main.attnswap_side, main.attnswap_kinds = side, kinds
         main.__class__ = _with_side(main.__class__)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from attnswap.errors import ConfigError, nearest
-from attnswap.swaps.base import REGISTRY, Call, Feature, ModelInfo, Parameter, Swap, Terms, Traits
+from attnswap.swaps.base import REGISTRY, Call, Feature, ModelInfo, Numbers, Parameter, Swap, Terms, Traits
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -61,6 +61,7 @@ __all__ = [
     "Call",
     "Feature",
     "ModelInfo",
+    "Numbers",
     "Parameter",
     "Swap",
     "SwapLike",

@@ -18,9 +18,9 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
+import torch
 from torch import Tensor
 
 from attnswap.errors import ConfigError, nearest
@@ -146,6 +146,21 @@ class Traits:
     paper: str
 
 
+class Numbers:
+    """What the maths reads for each head, as attributes: lambda as ``ramp``, and the per-head features.
+
+    A plain class, since torch.compile does not trace ``types.SimpleNamespace``.
+    """
+
+    def __init__(self, **values: Any) -> None:
+        for name, value in values.items():
+            setattr(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        """Names what is missing (and tells type checkers that any name may be there)."""
+        raise AttributeError(f'the maths of a swap reads "ramp" and its per-head features, not "{name}"')
+
+
 REGISTRY: dict[str, type["Swap"]] = {}
 """Every swap class by name; a class enters when its file is imported."""
 
@@ -184,11 +199,10 @@ class Swap:
 
     def __post_init__(self) -> None:
         """Checks every option against its type hint; an override starts with ``super().__post_init__()``."""
-        hints = get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            value, hint = getattr(self, field.name), hints[field.name]
-            if not _fits(value, hint):
-                raise ConfigError(f"{self.name}: {field.name} must be {_spell(hint)}, not {value!r}")
+        for name in _options(type(self)):
+            wanted = _wanted(type(self), name, getattr(self, name))
+            if wanted is not None:
+                raise ConfigError(f"{self.name}: {name} must be {wanted}, not {getattr(self, name)!r}")
 
     # --- what it needs ------------------------------------------------------------------------------------------
 
@@ -232,23 +246,23 @@ class Swap:
         """Returns what changes in the scores and values."""
         return Terms()
 
-    def shift_floor(self, p: SimpleNamespace) -> Any:
+    def shift_floor(self, p: Numbers) -> Any:
         """Returns the smallest reference shift a row may have (a number or per-head value), None for no floor."""
         return None
 
-    def weight(self, s: Any, shift: Any, p: SimpleNamespace) -> Any:
+    def weight(self, s: Any, shift: Any, p: Numbers) -> Any:
         """The unnormalised weight of a visible key with score ``s``."""
         return fn.exp(s - shift)
 
-    def norm(self, s: Any, shift: Any, p: SimpleNamespace) -> Any:
+    def norm(self, s: Any, shift: Any, p: Numbers) -> Any:
         """What a visible key adds to the denominator; default: its weight."""
         return self.weight(s, shift, p)
 
-    def null(self, shift: Any, n: Any, p: SimpleNamespace) -> Any:
+    def null(self, shift: Any, n: Any, p: Numbers) -> Any:
         """What the denominator holds before any key."""
         return 0.0
 
-    def bracket(self, top: Any, n: Any, p: SimpleNamespace) -> tuple[Any, Any]:
+    def bracket(self, top: Any, n: Any, p: Numbers) -> tuple[Any, Any]:
         """Bounds of a row's threshold: at the lower one the weights sum to one or more, at the upper to at most one.
 
         Weights must fall as the threshold grows.
@@ -260,7 +274,7 @@ class Swap:
         """
         raise NotImplementedError
 
-    def mass_power(self, p: SimpleNamespace) -> Any:
+    def mass_power(self, p: Numbers) -> Any:
         """The power of the weights' sum that is closest to linear in the threshold, for the solver's steps."""
         return 1.0
 
@@ -306,7 +320,11 @@ class Swap:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the config as JSON-able values, with its name."""
-        return {"name": self.name, **dataclasses.asdict(self)}
+        return {"name": self.name, **self.options()}
+
+    def options(self) -> dict[str, Any]:
+        """Returns the values of the config's fields, by name."""
+        return {name: getattr(self, name) for name in _options(type(self))}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -315,7 +333,7 @@ class Swap:
         Raises:
             ConfigError: A key is unknown (the nearest valid one is named) or a value is not allowed.
         """
-        known = [f.name for f in dataclasses.fields(cls)]
+        known = _options(cls)
         for key in values:
             if key not in known:
                 raise ConfigError(
@@ -323,6 +341,18 @@ class Swap:
                     f"Options: {', '.join(known) or 'none'}"
                 )
         return cls(**values)
+
+
+@torch.compiler.assume_constant_result
+def _options(cls: type[Swap]) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+@torch.compiler.assume_constant_result
+def _wanted(cls: type[Swap], name: str, value: Any) -> str | None:
+    """Says what an option must be if ``value`` is none, else None."""
+    hint = get_type_hints(cls)[name]
+    return None if _fits(value, hint) else _spell(hint)
 
 
 def _fits(value: Any, hint: Any) -> bool:

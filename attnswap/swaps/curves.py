@@ -1,10 +1,8 @@
 """Draw a swap's weight curve against softmax's, in the terminal."""
 
-from types import SimpleNamespace
-
 import torch
 
-from attnswap.swaps.base import Call, Swap
+from attnswap.swaps.base import Call, Numbers, Swap
 
 
 def draw(swap: Swap, keys: int = 64, width: int = 50) -> None:
@@ -20,7 +18,7 @@ def draw(swap: Swap, keys: int = 64, width: int = 50) -> None:
     features = {}
     for name, feature in swap.features().items():
         features[name] = torch.full((1, 1 if feature.per == "head" else keys), feature.initial or 0.0).double()
-    p = SimpleNamespace(ramp=1.0, **{k: v.squeeze() for k, v in features.items() if v.numel() == 1})
+    p = Numbers(ramp=1.0, **{k: v.squeeze() for k, v in features.items() if v.numel() == 1})
     n = torch.tensor([[float(keys)]], dtype=torch.float64)
     terms = swap.terms(Call(n=n, features=features, ramp=1.0, position=torch.tensor([keys - 1])))
     print(f"{swap.name}: weight of one key among {keys} (#), softmax's (|)")
@@ -37,7 +35,7 @@ def draw(swap: Swap, keys: int = 64, width: int = 50) -> None:
         print(f"{float(score):5.1f} {weight:7.4f} {''.join(bar)}")
 
 
-def _shift(swap: Swap, row: torch.Tensor, p: SimpleNamespace) -> torch.Tensor:
+def _shift(swap: Swap, row: torch.Tensor, p: Numbers) -> torch.Tensor:
     """Returns a row's shift, or by bisection its threshold."""
     if not swap.threshold:
         floor = swap.shift_floor(p)

@@ -13,11 +13,10 @@ A model's own sinks take part in the sum.
 
 import math
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
 from attnswap.swaps import expression as fn
-from attnswap.swaps.base import Feature, Swap, require
+from attnswap.swaps.base import Feature, Numbers, Swap, require
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Entmax(Swap):
         initial = math.log((self.start - 1) / (2 - self.start))
         return {"alpha_logit": Feature("head", initial=initial, what="a; alpha is 1 + sigmoid(a)")}
 
-    def weight(self, s: Any, shift: Any, p: SimpleNamespace) -> Any:
+    def weight(self, s: Any, shift: Any, p: Numbers) -> Any:
         order = self.mass_power(p)
         above = order * (s - shift)
         if isinstance(order, float) and isinstance(p.ramp, float) and p.ramp == 1.0 and order in (0.5, 1.0):
@@ -60,10 +59,10 @@ class Entmax(Swap):
         # Written so that NaN passes both the comparison and the maximum.
         return fn.where(above < -1.0, 0.0, fn.exp(fn.log1p(fn.maximum(-0.9999999, order * (s - shift))) / order))
 
-    def bracket(self, top: Any, n: Any, p: SimpleNamespace) -> tuple[Any, Any]:
+    def bracket(self, top: Any, n: Any, p: Numbers) -> tuple[Any, Any]:
         return top, top + fn.log(n)
 
-    def mass_power(self, p: SimpleNamespace) -> Any:
+    def mass_power(self, p: Numbers) -> Any:
         """Alpha less 1, which is also the power under which the mass is nearly linear."""
         own = fn.sigmoid(p.alpha_logit) if self.alpha == "learned" else self.alpha - 1
         return p.ramp * own

@@ -9,12 +9,11 @@ Rows are free to sum to anything; a model's own sinks mean nothing here, since t
 
 import math
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any, ClassVar, Literal, Self
 
 from attnswap.errors import ConfigError
 from attnswap.swaps import expression as fn
-from attnswap.swaps.base import Call, Feature, ModelInfo, Swap, Terms, require
+from attnswap.swaps.base import Call, Feature, ModelInfo, Numbers, Swap, Terms, require
 
 
 @dataclass(frozen=True)
@@ -72,13 +71,13 @@ class Sigmoid(Swap):
             )
         return Terms(query_bias=bias + self.bias_log_n * call.n.clamp(min=1).log())
 
-    def weight(self, s: Any, shift: Any, p: SimpleNamespace) -> Any:
+    def weight(self, s: Any, shift: Any, p: Numbers) -> Any:
         return fn.sigmoid(s)
 
-    def norm(self, s: Any, shift: Any, p: SimpleNamespace) -> Any:
+    def norm(self, s: Any, shift: Any, p: Numbers) -> Any:
         return 0.0 * s
 
-    def null(self, shift: Any, n: Any, p: SimpleNamespace) -> Any:
+    def null(self, shift: Any, n: Any, p: Numbers) -> Any:
         return n if self.divide_by_n else 1.0
 
 

@@ -13,11 +13,10 @@ which is softmax at lambda = 0 and softpick at lambda = 1.
 """
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from attnswap.swaps import expression as fn
-from attnswap.swaps.base import Swap, require
+from attnswap.swaps.base import Numbers, Swap, require
 
 
 @dataclass(frozen=True)
@@ -49,16 +48,16 @@ class Softpick(Swap):
     def shift_gradient(self) -> bool:
         return self.eps_after_max_shift
 
-    def shift_floor(self, p: SimpleNamespace) -> Any:
+    def shift_floor(self, p: Numbers) -> Any:
         return fn.log(p.ramp)
 
-    def weight(self, s: Any, shift: Any, p: SimpleNamespace) -> Any:
+    def weight(self, s: Any, shift: Any, p: Numbers) -> Any:
         return fn.relu(fn.exp(s - shift) - p.ramp * _unit(shift))
 
-    def norm(self, s: Any, shift: Any, p: SimpleNamespace) -> Any:
+    def norm(self, s: Any, shift: Any, p: Numbers) -> Any:
         return fn.abs(fn.exp(s - shift) - p.ramp * _unit(shift))
 
-    def null(self, shift: Any, n: Any, p: SimpleNamespace) -> Any:
+    def null(self, shift: Any, n: Any, p: Numbers) -> Any:
         return p.ramp * self.eps * (1.0 if self.eps_after_max_shift else _unit(shift))
 
 

@@ -18,11 +18,12 @@ std::vector<Tensor> backward(const Tensor& grad, const Tensor& out, const Tensor
              want_params = wanted[4];
   const Products products(c, grad);
   const auto floats_of = shifts.options();
-  const Tensor none = at::empty({0}, floats_of);
-  Tensor dscale = want_scale ? at::zeros_like(shifts) : none, drow = want_row ? at::zeros_like(shifts) : none;
-  Tensor dkey = want_key ? at::zeros({c.batch, c.heads, c.keys}, floats_of) : none;
-  Tensor dsinks = want_sinks ? at::zeros({c.batch, c.heads}, floats_of) : none;
-  Tensor dparams = want_params ? at::zeros({c.batch, c.heads, maths.params}, floats_of) : none;
+  // One tensor each: torch expects that what an operator returns shares no memory.
+  const auto none = [&] { return at::empty({0}, floats_of); };
+  Tensor dscale = want_scale ? at::zeros_like(shifts) : none(), drow = want_row ? at::zeros_like(shifts) : none();
+  Tensor dkey = want_key ? at::zeros({c.batch, c.heads, c.keys}, floats_of) : none();
+  Tensor dsinks = want_sinks ? at::zeros({c.batch, c.heads}, floats_of) : none();
+  Tensor dparams = want_params ? at::zeros({c.batch, c.heads, maths.params}, floats_of) : none();
   const int64_t blocks = (c.queries + ROWS - 1) / ROWS, tiles = (c.keys + KEYS - 1) / KEYS;
   const int64_t wide = c.value_width;
   const std::vector<F> norms = key_norms(c);

@@ -1,6 +1,5 @@
 """Compile the engine, once per machine, and the maths of each swap, in about a second; both are kept on disk."""
 
-import functools
 import os
 import platform
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from attnswap.attention.lazy import constant
 from attnswap.attention.native.program import HERE, digest, headers, source
 from attnswap.swaps.base import Swap
 
@@ -53,7 +53,7 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "c++"))
 
 
-@functools.cache
+@constant
 def unavailable() -> str | None:
     """Says why the engine cannot be used here, or None; builds it the first time.
 
@@ -96,7 +96,7 @@ def _load_engine() -> None:
     )
 
 
-@functools.cache
+@constant
 def program(swap: Swap, whole: bool) -> str:
     """Returns the path of a swap's compiled maths, compiling it if that has not been done on this machine.
 

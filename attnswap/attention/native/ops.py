@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from attnswap.attention.autograd import empty_gradients, gradients, save_inputs
+from attnswap.attention.lazy import constant
 from attnswap.attention.native import build
 
 ORDER = (
@@ -29,19 +30,13 @@ def forward(*arguments: Any) -> Tensor:
     return torch.ops.attnswap_native.forward(*arguments, training)[0]
 
 
-_registered = False
-
-
+@constant
 def _register() -> None:
     """Adds shapes and gradients to the operators, once the engine is loaded."""
-    global _registered
-    if _registered:
-        return
     torch.library.register_fake("attnswap_native::forward", _fake_forward)
     torch.library.register_fake("attnswap_native::backward", _fake_backward)
     backward = gradients(torch.ops.attnswap_native.backward, ORDER)
     torch.library.register_autograd("attnswap_native::forward", backward, setup_context=save_inputs)
-    _registered = True
 
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:

@@ -1,7 +1,6 @@
 """Attention over tiles in plain torch, forward and backward, in memory linear in the length."""
 
 import functools
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from attnswap.attention.autograd import DIFFERENTIABLE
 from attnswap.attention.codegen import parameters, trace
 from attnswap.attention.tiled.scores import SMALLEST, Inputs, Setup, Tiles
 from attnswap.attention.tiled.tape import Tape
-from attnswap.swaps.base import Swap
+from attnswap.swaps.base import Numbers, Swap
 
 SLOPES = ("weight", "weight_slope", "norm_slope")
 
@@ -72,7 +71,7 @@ def _first_shift(call: Tiles, numbers: dict[str, Tensor], rows: int) -> Tensor:
     if not swap.shifted:
         return call.per_row(0.0, rows)
     shift = call.per_row(-torch.inf, rows)
-    floor = swap.shift_floor(SimpleNamespace(**numbers))
+    floor = swap.shift_floor(Numbers(**numbers))
     for least in (floor, None if sinks is None else sinks[:, None, None]):
         if least is not None:
             shift = torch.maximum(shift, least if isinstance(least, Tensor) else shift.new_tensor(least))
@@ -85,7 +84,7 @@ def _finite(shift: Tensor) -> Tensor:
 
 def _rest(setup: Setup, sinks: Tensor | None, params: Tensor, shift: Tensor, rows: tuple[int, int]) -> Any:
     """Returns what the denominator of some rows holds beside their keys."""
-    numbers = SimpleNamespace(**symbols(setup.swap, params))
+    numbers = Numbers(**symbols(setup.swap, params))
     n = setup.visibility.n[..., slice(*rows), None].to(shift.dtype)
     rest = setup.swap.null(shift, n, numbers)
     return rest if sinks is None else rest + setup.swap.norm(sinks[:, None, None], shift, numbers)

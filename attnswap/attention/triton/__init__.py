@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from attnswap.attention import operands as shared
+from attnswap.attention.lazy import constant
 from attnswap.attention.operands import rows, whole
 from attnswap.attention.problem import Problem
 from attnswap.attention.triton import ops, program
@@ -27,7 +28,7 @@ def refusal(problem: Problem) -> str | None:
     """Says why these kernels cannot compute a call, or None where they can."""
     if problem.query.device.type != "cuda" and not (problem.query.device.type == "cpu" and interpreted()):
         return "it runs on CUDA and ROCm devices (on a CPU only where TRITON_INTERPRET=1 is set, for checking)"
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return "triton is not installed (pip install triton)"
     if _version() < OLDEST:
         return f"triton {'.'.join(map(str, _version()))} is too old (pip install 'triton>=3.5')"
@@ -39,7 +40,7 @@ def refusal(problem: Problem) -> str | None:
     return shared.refusal(problem)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _version() -> tuple[int, ...]:
     import triton  # its distributions for ROCm and nightly builds go by other names
 
@@ -49,6 +50,11 @@ def _version() -> tuple[int, ...]:
 def is_fast(problem: Problem) -> bool:
     """Whether the call is on a GPU: in the interpreter the kernels are for checking alone."""
     return problem.query.device.type == "cuda"
+
+
+@constant
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def interpreted() -> bool:
@@ -98,11 +104,11 @@ def operands(problem: Problem) -> tuple[Any, ...]:
     return *arguments, torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _source(swap: Swap, whole_ramp: bool) -> str:
     return program.source(swap, whole_ramp)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _reads(swap: Swap, whole_ramp: bool, name: str) -> bool:
     return program.reads(swap, name, whole_ramp)

@@ -1,0 +1,28 @@
+"""Checks of what tensors hold, in eager mode and inside a compiled graph."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from attnswap.errors import ConfigError
+
+
+def ensure(
+    holds: Tensor | bool, message: str, found: Callable[[], str] = lambda: "", error: type[Exception] = ConfigError
+) -> None:
+    """Raises unless a condition holds.
+
+    A compiled graph cannot look at a value while it is traced: there the check becomes part of the graph, and raises
+    RuntimeError with the same message when it runs.
+
+    Args:
+        holds: The condition; a tensor of one boolean where it depends on values.
+        message: The cause and the way out.
+        found: Returns what was found, put after the message; only called in eager mode.
+        error: What to raise.
+    """
+    if isinstance(holds, Tensor) and torch.compiler.is_compiling():
+        torch._assert_async(holds, message)
+    elif not bool(holds):
+        raise error(f"{message}{found()}")
