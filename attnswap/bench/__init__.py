@@ -1,6 +1,7 @@
 """How fast is a swap, and how much memory does it take, beside torch's own attention in the same run?"""
 
 from attnswap.bench.cases import SHAPES, Case, Setting, Shape, swap_cases
+from attnswap.bench.model import ModelPlan, measure_model, model_table, write_model_report
 from attnswap.bench.report import tables, write_report
 from attnswap.bench.result import Bench, Cell
 from attnswap.bench.run import Plan, run_bench
@@ -10,11 +11,15 @@ __all__ = [
     "Bench",
     "Case",
     "Cell",
+    "ModelPlan",
     "Plan",
     "Setting",
     "Shape",
+    "measure_model",
+    "model_table",
     "run_bench",
     "swap_cases",
     "tables",
+    "write_model_report",
     "write_report",
 ]

@@ -3,14 +3,26 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 
-from attnswap.bench import SHAPES, Plan, Shape, run_bench, tables, write_report
+from attnswap.bench import (
+    SHAPES,
+    ModelPlan,
+    Plan,
+    Shape,
+    measure_model,
+    model_table,
+    run_bench,
+    tables,
+    write_model_report,
+    write_report,
+)
 from attnswap.cli.options import check_folder, parse_dtype, parse_size
 from attnswap.errors import ConfigError, nearest
+from attnswap.swaps import names as known_swaps
 
 
 def bench_command(
@@ -28,6 +40,10 @@ def bench_command(
     peer_seconds: Annotated[float, typer.Option(help="Leave out their cells that would take longer.")] = 120.0,
     memory: Annotated[bool, typer.Option(help="Extra peak memory, each in a process of its own.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of tensors and intervals.")] = 0,
+    model: Annotated[
+        str | None, typer.Option(help='Time a whole model instead, patched against unpatched, such as "embedded".')
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="With --model: step, generate.")] = "step,generate",
     out: Annotated[Path | None, typer.Option(help="Directory for JSON and plots.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")] = False,
 ) -> None:
@@ -37,8 +53,23 @@ def bench_command(
     and is held against the bounds the project promises.
     """
     check_folder(out)
+    names = None if swaps is None else [name.strip() for name in swaps.split(",")]
+    if model is not None:
+        whole = ModelPlan(
+            reference=model,
+            swaps=known_swaps() if names is None else names,
+            dtype=str(parse_dtype(dtype.partition(",")[0])).removeprefix("torch."),
+            tasks=[name.strip() for name in tasks.split(",")],
+            rounds=rounds,
+            seed=seed,
+        )
+        report = measure_model(whole, lambda line: print(line, file=sys.stderr, flush=True))
+        if out:
+            write_model_report(report, out)
+        _show(report, model_table(report), as_json)
+        return
     plan = Plan(
-        swaps=None if swaps is None else [name.strip() for name in swaps.split(",")],
+        swaps=names,
         shapes=[_shape(name.strip()) for name in shapes.split(",")],
         lengths=[parse_size(part) for part in lengths.split(",")],
         dtypes=[str(parse_dtype(name.strip())).removeprefix("torch.") for name in dtype.split(",")],
@@ -54,10 +85,14 @@ def bench_command(
     bench = run_bench(plan, lambda line: print(line, file=sys.stderr, flush=True), sys.stderr.isatty())
     if out:
         write_report(bench, out)
+    _show(bench.to_dict(), tables(bench), as_json)
+
+
+def _show(report: dict[str, Any], table: RenderableType, as_json: bool) -> None:
     if as_json:
-        sys.stdout.write(json.dumps(bench.to_dict(), indent=2, allow_nan=False) + "\n")
+        sys.stdout.write(json.dumps(report, indent=2, allow_nan=False) + "\n")
     else:
-        Console().print(tables(bench), markup=False)
+        Console().print(table, markup=False)
 
 
 def _shape(name: str) -> Shape:
