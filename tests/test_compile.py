@@ -226,7 +226,7 @@ def test_heads_that_share_a_value_still_need_one_ramp():
 def test_the_tiled_backend_says_that_it_is_not_traced():
     x = torch.randn(1, 2, 6, 8)
     compiled, _ = whole(lambda x: attnswap.attention(x, x, x, "softpick", backend="tiled"))
-    with pytest.raises(torch._dynamo.exc.Unsupported, match='it is not traced.*use backend="auto"'):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r'it is not traced.*use backend="auto"'):
         compiled(x)
 
 
