@@ -1,6 +1,11 @@
 """Tiny models of every tested architecture, and a way to move a swap's parameters away from identity."""
 
 import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -119,3 +124,13 @@ def patched():
         return model
 
     return build
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> Iterator[Callable[..., Any]]:
+    """Calls a function in a process whose Triton interprets kernels on the CPU."""
+    with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}):
+        pool = ProcessPoolExecutor(1, get_context("spawn"))
+        pool.submit(torch.set_num_threads, 1).result()
+    with pool:
+        yield lambda function, *args: pool.submit(function, *args).result()

@@ -76,12 +76,17 @@ def test_where_bounds_hold(monkeypatch):
     (ssmax,), (softpick,) = bench.swap_cases(["ssmax"]), bench.swap_cases(["softpick"])
     assert bounds.bound(ssmax, setting(2048)) == 1.10
     assert bounds.bound(softpick, setting(8192, "forward+backward")) == 1.15
+    assert bounds.bound(ssmax, setting(2048, dtype="bfloat16")) == 1.10
     for elsewhere in (setting(1024), setting(16384), setting(2048, dtype="bfloat16")):
-        assert bounds.bound(ssmax, elsewhere) is None
+        assert bounds.bound(softpick, elsewhere) is None
+    gates = bench.swap_cases(["forgetting-gate"])
+    assert [bounds.bound(gate, setting(16384)) for gate in gates] == [1.15, 1.15, 0.5]
+    assert [bounds.bound(gate, setting(8192)) for gate in gates] == [1.15] * 3
+    assert [bounds.bound(softpick, setting(4096, mode), "tiled") for mode in cases.MODES] == [1.8, None]
     assert bounds.bound(Case("eager softmax", "peer"), setting(2048)) is None
     monkeypatch.delitem(bounds.BOUNDS, "softpick")
     assert bounds.bound(softpick, setting(2048)) is None
-    monkeypatch.setitem(bounds.ROUTES, softpick.traits.route, (1.8, 2.2))
+    monkeypatch.setitem(bounds.ROUTES, softpick.traits.route, bounds.Bound(1.8, 2.2))
     assert [bounds.bound(softpick, setting(2048, mode)) for mode in cases.MODES] == [1.8, 2.2]
 
 

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -22,6 +23,7 @@ from attnswap.attention.tiled import scores as tiled_scores
 from attnswap.attention.visibility import Visibility
 from attnswap.swaps import Swap
 from attnswap.swaps import expression as fn
+from attnswap.swaps.base import Feature, Terms
 
 SWAPS = [
     attnswap.Softpick(),
@@ -76,12 +78,20 @@ def oracle(problem: Problem) -> Tensor:
 
 
 def conditioning(problem: Problem, rounding: float) -> list[float]:
-    """How far the exact results move when the queries alone are rounded, relatively by ``rounding``."""
+    """How far the exact results move when queries, relatively, and scores, absolutely, are off by ``rounding``.
+
+    The weights of scores near 0 are near 1, where rounding is absolute.
+    """
     generator, exact = torch.Generator().manual_seed(0), results(problem, oracle, torch.float64)
-    moved = [0.0] * len(exact)
+    moved, seen = [0.0] * len(exact), problem.visibility
+
+    def noise(*shape: int) -> Tensor:
+        return rounding * (2 * torch.rand(shape, generator=generator) - 1).double()
+
     for _ in range(4):
-        nudge = rounding * (2 * torch.rand(problem.query.shape, generator=generator) - 1).double()
-        near = results(Problem(**{**vars(problem), "query": problem.query * (1 + nudge)}), oracle, torch.float64)
+        bias = noise(1, problem.query.shape[1], seen.q_length, seen.k_length) + (0 if seen.bias is None else seen.bias)
+        nudged = {"query": problem.query * (1 + noise(*problem.query.shape)), "visibility": replace(seen, bias=bias)}
+        near = results(Problem(**{**vars(problem), **nudged}), oracle, torch.float64)
         moved = [max(m, float((a - b).abs().max())) for m, a, b in zip(moved, near, exact, strict=True)]
     return moved
 
@@ -177,8 +187,8 @@ def test_fp32_is_as_exact_as_stock_softmax(
 ):
     """Within max(2e-6, 4 times the error of stock fp32 softmax) of fp64, ten times that for gradients.
 
-    Where a swap is itself ill conditioned (softpick near scores of 0), what rounding of the queries alone does to the
-    exact result is allowed four times over.
+    Where a swap is itself ill conditioned (softpick near scores of 0, sums in the gradients of numbers), four times
+    what rounding of queries and scores does to the exact result is allowed, or what its formula does in plain fp32.
     """
     valid = torch.rand(1, keys, generator=torch.Generator().manual_seed(keys)) < 0.7 if holes else None
     visibility = Visibility(queries, keys, torch.device("cpu"), q_offset=keys - queries, key_valid=valid)
@@ -199,12 +209,13 @@ def test_fp32_is_as_exact_as_stock_softmax(
 
     pairs = zip(*(results(softmax, stock, d) for d in (torch.float32, torch.float64)), strict=True)
     stock_error = max(float((a - b).abs().max()) for a, b in pairs)
-    exact, doubts = results(problem, oracle, torch.float64), conditioning(problem, 2**-23)
+    exact, plain = (results(problem, oracle, dtype) for dtype in (torch.float64, torch.float32))
+    doubts = conditioning(problem, 2**-23)
     for place, found in enumerate(results(problem, native.attend, torch.float32)):
         assert found.isfinite().all()
         wanted = exact[place]
         allowed = max(2e-6, 4 * stock_error) * (1 if place == 0 else 10) * max(1.0, float(wanted.abs().max()))
-        allowed = max(allowed, 4 * doubts[place])
+        allowed = max(allowed, 4 * doubts[place], 4 * float((plain[place] - wanted).abs().max()))
         if not (swap.threshold and level == 30.0):  # a key may cross the threshold by rounding
             assert (found - wanted).abs().max() <= allowed, place
 
@@ -252,6 +263,29 @@ def test_skipped_tiles_change_nothing(decay: float):
     for dtype, allowed in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
         for found, exact in zip(results(problem, native.attend, dtype), wanted, strict=True):
             assert (found - exact).abs().max() <= allowed * max(1.0, float(exact.abs().max()))
+
+
+class Hill(Swap):
+    """Softmax over keys of which some in the middle are favoured."""
+
+    def features(self) -> dict[str, Any]:
+        return {"log_forget": Feature("key", what="an additive score")}
+
+    def terms(self, call: Any) -> Terms:
+        return Terms(key_bias=call.features["log_forget"].double())
+
+
+@needs_compiler
+def test_a_bias_that_falls_again_hides_no_tile():
+    """A tile is as near as its best key, not as its last."""
+    problem = problem_of(Hill(), Visibility(1024, 1024, torch.device("cpu")), (1, 1, 1, 8))
+    hill = torch.full((1, 1, 1024), -500.0, dtype=torch.float64)
+    hill[..., 300:310] = 0.0
+    problem = Problem(**{**vars(problem), "features": {"log_forget": hill}})
+    for found, wanted in zip(
+        results(problem, native.attend, torch.float64), results(problem, oracle, torch.float64), strict=True
+    ):
+        assert (found - wanted).abs().max() <= 1e-10
 
 
 @needs_compiler

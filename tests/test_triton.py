@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -21,14 +20,14 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import Case, Inputs, allowed_error, bound, compare, draw, run, variant_id
+from cases import Case, allowed_error, bound, compare, draw, run, variant_id
 from torch import Tensor
+from triton_calls import KINDS, Worker, check, negated, solve
 
 import attnswap
 from attnswap.attention import triton as triton_backend
-from attnswap.attention.dispatch import BACKENDS
-from attnswap.attention.problem import Problem, complete_features
-from attnswap.attention.triton.tiles import KERNELS, tiles_of
+from attnswap.attention.problem import Problem
+from attnswap.attention.triton.tiles import tiles_of
 from attnswap.attention.visibility import Visibility
 from attnswap.errors import ConfigError
 from attnswap.swaps import Swap
@@ -45,17 +44,6 @@ SWAPS = [
     attnswap.SelectiveTemperature(init="paper"),
     attnswap.ForgettingGate(init="paper"),
 ]
-Worker = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> Iterator[Worker]:
-    """Calls a function in a process whose Triton interprets kernels on the CPU."""
-    with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}):
-        pool = ProcessPoolExecutor(1, get_context("spawn"))
-        pool.submit(torch.set_num_threads, 1).result()
-    with pool:
-        yield lambda function, *args: pool.submit(function, *args).result()
 
 
 class Broken(Swap):
@@ -85,25 +73,6 @@ class EveryWord(Swap):
 
     def null(self, shift: Any, n: Any, p: SimpleNamespace) -> Any:
         return (n * p.ramp + fn.where(p.beta < n, 1.0 + p.alpha * p.alpha, 2.0)) * fn.exp(-shift)
-
-
-ROUNDING = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
-"""What an output may be off by, relative to the largest; gradients may be off by twice that."""
-
-
-def check(interpreted: Worker, swap: Swap, case: Case, dtype: torch.dtype = torch.float32, ramp: Any = 1.0) -> None:
-    """Compares all results of one call."""
-    swap = bound(swap, case)
-    inputs = draw(swap, case).rounded(dtype)
-    wanted = run(swap, inputs, "dense", torch.float64, ramp)
-    found = interpreted(run, swap, inputs, "triton", dtype, ramp)
-    assert found.keys() == wanted.keys()
-    what = variant_id(swap) if "name" in type(swap).__dict__ else type(swap).__name__
-    for name, want in wanted.items():
-        # Summed over a row, what dO . O was rounded by in half precision weighs more than in one entry.
-        half_sum = dtype != torch.float32 and name.removeprefix("gradient of ") in inputs.features
-        allowed = ROUNDING[dtype] * (8 if half_sum else 3 if dtype != torch.float32 else 2)
-        compare({name: found[name]}, {name: want}, ROUNDING[dtype], allowed, what)
 
 
 @pytest.mark.parametrize("width", [64, 96, 128])
@@ -184,7 +153,7 @@ def test_a_wrong_sign_in_a_slope_is_caught(interpreted: Worker):
     case = Case(batch=1, queries=9, keys=20, width=16, value_width=16)
     inputs = draw(Swap(), case).rounded(torch.float32)
     wanted = run(attnswap.Softpick(), inputs)
-    found = interpreted(with_negated_slope, attnswap.Softpick(), inputs)
+    found = interpreted(negated, attnswap.Softpick(), inputs, "weight_slope")
     compare({"output": found["output"]}, {"output": wanted["output"]}, 4e-6, 4e-6, "output")
     for name in ("query", "key"):
         name = f"gradient of {name}"
@@ -192,74 +161,7 @@ def test_a_wrong_sign_in_a_slope_is_caught(interpreted: Worker):
             compare({name: found[name]}, {name: wanted[name]}, 4e-6, 8e-6, name)
 
 
-def with_negated_slope(swap: Swap, inputs: Inputs) -> dict[str, Tensor]:
-    """Runs a swap whose printed slope of the weight has the wrong sign."""
-    from attnswap.attention.triton import program
-
-    printed = program.source(swap)
-    start = printed.index("def weight_slope")
-    slope = printed[start:].split("\n\n")[0]
-    result = slope.rsplit("return ", 1)[1]
-    broken = printed.replace(slope, slope.replace(f"return {result}", f"return -({result})"))
-    assert broken != printed
-    with mock.patch.object(program, "source", return_value=broken):
-        return run(swap, inputs, "triton", torch.float32)
-
-
 # --- calls as they come from a model ----------------------------------------------------------------------------------
-
-
-def solve(swap: Swap, backend: str, dtype: torch.dtype, kind: str, groups: int = 2) -> dict[str, Tensor]:
-    """Computes a call with a window, holes, documents, a soft cap, sinks or a cache, and all its gradients."""
-    generator = torch.Generator().manual_seed(len(kind))
-    batch, heads, queries, keys, width = 2, groups, 75, 90, 32
-    if kind == "square":
-        queries = keys
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype).requires_grad_()
-
-    query, key, value = normal(batch, heads, queries, width), normal(batch, 1, keys, width), normal(batch, 1, keys, 24)
-    sizes = {"head": (heads,), "query": (batch, heads, queries), "key": (batch, heads, keys)}
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    drawn = {
-        name: -(torch.rand(sizes[f.per], generator=generator) + 0.1) / (20 if f.per == "key" else 1)
-        for name, f in swap.features().items()
-    }
-    features = {name: x.to(wide).requires_grad_() for name, x in drawn.items()}
-    options: dict[str, Any] = {"q_offset": keys - queries}
-    valid = torch.rand(batch, keys, generator=generator) < 0.8
-    start = torch.arange(keys - queries, keys).div(30, rounding_mode="floor") * 30
-    options |= {
-        "window": {"window": 17},
-        "padding": {"key_valid": torch.arange(keys) >= torch.tensor([[0], [70]])},
-        "holes": {"key_valid": valid, "window": 40},
-        "documents": {"row_start": start[None]},
-        "static cache": {"q_offset": torch.tensor(3)},
-        "bidirectional": {"causal": False},
-    }.get(kind, {})
-    visibility = Visibility(queries, keys, torch.device("cpu"), **options)
-    sinks = torch.randn(heads, generator=generator).to(wide).requires_grad_() if kind == "sinks" else None
-    problem = Problem(
-        swap,
-        query,
-        key,
-        value,
-        visibility,
-        complete_features(swap, features, query, key),
-        width**-0.5,
-        softcap=1.5 if kind == "soft cap" else None,
-        sinks=sinks,
-    )
-    upstream = torch.randn(batch, heads, queries, 24, generator=generator).to(dtype)
-    out = BACKENDS[backend].attend(problem)
-    out.backward(upstream)
-    leaves = {"query": query, "key": key, "value": value, **features} | ({} if sinks is None else {"sinks": sinks})
-    found = {f"gradient of {k}": torch.zeros_like(x) if x.grad is None else x.grad for k, x in leaves.items()}
-    return {"output": out.detach(), **found}
-
-
-KINDS = ("window", "padding", "holes", "documents", "soft cap", "sinks", "static cache", "square", "bidirectional")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -369,11 +271,19 @@ def test_the_committed_table_is_of_the_sizes_that_are_launched():
     """Every target, dtype and width is there, fits, uses tensor cores in bf16, and has the launcher's tiles."""
     rows = committed()["rows"]
     found = {(r["target"], r["swap"], r["dtype"], r["width"], r["kernel"]) for r in rows}
-    targets, swaps = ("sm_80", "sm_90", "sm_100", "gfx942"), ("softpick", "sigmoid", "forgetting-gate")
-    assert found == set(itertools.product(targets, swaps, ("bf16", "fp32"), (64, 128), KERNELS))
+    targets = ("sm_80", "sm_90", "sm_100", "gfx942")
+    swaps = dict.fromkeys(("softpick", "sigmoid", "forgetting-gate"), "forward")
+    swaps |= dict.fromkeys(("entmax", "entmax (learned alpha)"), "forward_rows")
+    assert found == {
+        (target, swap, dtype, width, kernel)
+        for target, dtype, width in itertools.product(targets, ("bf16", "fp32"), (64, 128))
+        for swap, forward in swaps.items()
+        for kernel in (forward, "backward_queries", "backward_keys")
+    }
     for r in rows:
         tiles = tiles_of(r["kernel"], r["target"], r["width"], {"bf16": 2, "fp32": 4}[r["dtype"]])
         assert r["tile"] == str(tiles)
+        assert r["dtype"] == "fp32" or r["kernel"] == "backward_keys" or min(tiles.rows, tiles.keys) >= 64
         assert r["shared"] <= r["shared_limit"]
         assert r["matrix"] or r["dtype"] == "fp32"
 
@@ -385,7 +295,9 @@ def test_compiling_a_target_gives_the_committed_row():
     code = (
         "import dataclasses, json\n"
         "from attnswap.attention.triton import aot\n"
-        "rows = [aot.compile_one('sm_90', 'softpick', 'bf16', 64, k) for k in aot.KERNELS]\n"
+        "made = [('softpick', 'forward'), ('softpick', 'backward_queries'), ('softpick', 'backward_keys')]\n"
+        "made += [('entmax', 'forward_rows')]\n"
+        "rows = [aot.compile_one('sm_90', swap, 'bf16', 64, kernel) for swap, kernel in made]\n"
         "print(json.dumps([aot.triton.__version__, [dataclasses.asdict(r) for r in rows]]))\n"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
@@ -411,8 +323,15 @@ def compile_every_part() -> list[int]:
     ramp, sinks = (torch.rand(4, generator=generator).requires_grad_() for _ in range(2))
     problem = replace(problem, visibility=visibility, ramp=ramp, sinks=sinks, softcap=30.0)
     biased = replace(problem, swap=attnswap.ForgettingGate(), features={"log_forget": -torch.rand(2, 4, 256)})
-    calls = itertools.product(aot.TARGETS, (problem, biased), aot.KERNELS)
-    return [aot.compile_kernel(target, call, kernel).registers for target, call, kernel in calls]
+    numbers = {"alpha_logit": torch.rand(4, generator=generator).requires_grad_()}
+    row = replace(problem, swap=attnswap.Entmax(alpha="learned"), features=numbers)
+    calls = itertools.product(aot.TARGETS, (problem, biased, row), aot.KERNELS)
+    kernels = {True: "forward_rows", False: "forward"}
+    return [
+        aot.compile_kernel(target, call, kernel).registers
+        for target, call, kernel in calls
+        if kernel.startswith("backward") or kernel == kernels[call.swap.threshold]
+    ]
 
 
 @pytest.mark.slow
@@ -470,3 +389,12 @@ def test_a_machine_without_triton_is_refused():
     ):
         said = refusal({})
     assert said is not None and "pip install triton" in said
+
+
+def test_an_old_triton_is_refused():
+    with (
+        mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}),
+        mock.patch.object(triton_backend, "_version", return_value=(3, 4)),
+    ):
+        said = refusal({})
+    assert said is not None and "triton>=3.5" in said

@@ -11,8 +11,15 @@ DIFFERENTIABLE = ("row_scale", "row_bias", "key_bias", "sinks", "params")
 
 
 def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Keeps what :func:`gradients` needs; ``output`` is what the backward operator reads of the forward one's."""
-    ctx.save_for_backward(*output, *(x for x in inputs if isinstance(x, Tensor)))
+    """Keeps what :func:`gradients` needs.
+
+    The forward operators give output, shifts, inverse denominators and, where it is not empty, a tensor that the
+    backward operator reads in place of the output.
+    """
+    out, shifts, inverses, mean = output
+    ctx.save_for_backward(
+        mean if mean.numel() else out, shifts, inverses, *(x for x in inputs if isinstance(x, Tensor))
+    )
     ctx.places = [isinstance(x, Tensor) for x in inputs]
     ctx.plain = [None if isinstance(x, Tensor) else x for x in inputs]
     ctx.set_materialize_grads(False)

@@ -18,6 +18,9 @@ def refusal(problem: Problem) -> str | None:
         return "it has no dropout"
     if problem.swap.shift_gradient:
         return f'the result of "{problem.swap.name}" depends on the shift, which it takes as a constant'
+    kind = type(problem.swap)
+    if problem.swap.threshold and (kind.norm is not Swap.norm or kind.null is not Swap.null):
+        return f'"{problem.swap.name}" divides by more than the weights, which it takes to sum to one at the threshold'
     if problem.visibility.bias is not None and problem.visibility.bias.requires_grad:
         return "it gives no gradient to an additive mask"
     return None

@@ -192,7 +192,7 @@ class _Run:
         sdpa, ours = (build(c, setting, tensors, self.plan.backend) for c in (SDPA, case))
         rounds = interleave(sdpa, ours, self.plan.rounds)
         ratio = median_interval([r.ours / r.sdpa for r in rounds], seed=self.plan.seed)
-        limit = bound(case, setting)
+        limit = bound(case, setting, ours.backend)
         found = Cell(case, setting, ours.backend, rounds, ratio, limit, verdict(limit, ratio))
         if case.kind != "swap" or not self.plan.memory:
             return found

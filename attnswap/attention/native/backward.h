@@ -72,7 +72,7 @@ std::vector<Tensor> backward(const Tensor& grad, const Tensor& out, const Tensor
         if (spans[block].last <= k0 || spans[block].first >= k1) continue;
         const int64_t i0 = block * ROWS, i1 = std::min(i0 + ROWS, c.queries), rows = i1 - i0;
         if (!norms.empty() &&
-            negligible(c, b, h, i0, i1, k1, block_norm[block], norms[(b * c.kv_heads + c.owner[h]) * tiles + tile],
+            negligible(c, b, h, i0, i1, k0, k1, block_norm[block], norms[(b * c.kv_heads + c.owner[h]) * tiles + tile],
                        m + i0))
           continue;
         head.scores(i0, rows, k0, k1);

@@ -1,5 +1,6 @@
 """Compile the engine, once per machine, and the maths of each swap, in about a second; both are kept on disk."""
 
+import contextlib
 import os
 import platform
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -64,7 +66,7 @@ def unavailable() -> str | None:
     reason = None
     if compiler() is None:
         reason = "there is no C++ compiler (install g++ or clang, or set CXX)"
-    elif shutil.which("ninja") is None:
+    elif shutil.which("ninja", path=_path()) is None:
         reason = "there is no ninja (pip install ninja)"
     else:
         try:
@@ -77,6 +79,24 @@ def unavailable() -> str | None:
     return reason
 
 
+def _path() -> str:
+    """Returns where programs are looked for: also beside the interpreter, whose environment may not be active."""
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
+
+
+@contextlib.contextmanager
+def _own_programs() -> Iterator[None]:
+    """Lets torch's builder find what is installed beside the interpreter."""
+    before = os.environ.get("PATH")
+    os.environ["PATH"] = _path()
+    try:
+        yield
+    finally:
+        del os.environ["PATH"]
+        if before is not None:
+            os.environ["PATH"] = before
+
+
 def _load_engine() -> None:
     from torch.utils import cpp_extension  # brings setuptools, which importing attnswap should not need
 
@@ -86,14 +106,15 @@ def _load_engine() -> None:
     target.mkdir(parents=True, exist_ok=True)
     if not (target / f"{name}.so").exists() and os.environ.get("RANK", "0") == "0":
         print("attnswap: compiling the CPU kernels, once for this machine (about half a minute)", file=sys.stderr)
-    cpp_extension.load(
-        name,
-        [str(HERE / "engine.cpp")],
-        extra_cflags=FLAGS,
-        extra_ldflags=["-fopenmp", "-ldl"],
-        build_directory=str(target),
-        is_python_module=False,
-    )
+    with _own_programs():
+        cpp_extension.load(
+            name,
+            [str(HERE / "engine.cpp")],
+            extra_cflags=FLAGS,
+            extra_ldflags=["-fopenmp", "-ldl"],
+            build_directory=str(target),
+            is_python_module=False,
+        )
 
 
 @constant

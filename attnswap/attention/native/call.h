@@ -286,9 +286,10 @@ F largest_norm(const S* rows, int64_t count, int64_t stride, int64_t width) {
 // Whether no score of a tile can come within `tolerance` of the smallest shift among its rows: what all keys together
 // could add to any row is then below the tolerance relative to that row's largest term.
 template <typename F, typename S>
-bool negligible(const Call<F, S>& c, int64_t b, int64_t h, int64_t i0, int64_t i1, int64_t k1, F q_norm, F k_norm,
+bool negligible(const Call<F, S>& c, int64_t b, int64_t h, int64_t i0, int64_t i1, int64_t k0, int64_t k1, F q_norm, F k_norm,
                 const F* shift) {
-  const double nearest = c.key_bias[(b * c.heads + h) * c.keys + k1 - 1];
+  const double* keys = c.key_bias + (b * c.heads + h) * c.keys;
+  const double nearest = *std::max_element(keys + k0, keys + k1);
   double slack = -std::numeric_limits<double>::infinity();
   for (int64_t i = i0; i < i1; ++i) {
     if (shift[i - i0] == -INF<F>) return false;

@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(ARGUMENTS) {
     for (int64_t k1 = span.last; k1 > span.first;) {
       const int64_t tile = (k1 - 1) / KEYS, k0 = std::max(tile * KEYS, Products::WHOLE_TILES ? 0 : span.first);
       const int64_t width = Products::WHOLE_TILES ? KEYS : k1 - k0;
-      if (!norms.empty() && negligible(c, b, h, i0, i1, k1, q_norm,
+      if (!norms.empty() && negligible(c, b, h, i0, i1, k0, k1, q_norm,
                                        norms[(b * c.kv_heads + c.owner[h]) * tiles + tile], shift)) {
         k1 = k0;  // a later tile may still matter: decay is no more than what the gates say
         continue;

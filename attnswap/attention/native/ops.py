@@ -36,7 +36,7 @@ def _register() -> None:
     torch.library.register_fake("attnswap_native::forward", _fake_forward)
     torch.library.register_fake("attnswap_native::backward", _fake_backward)
     backward = gradients(torch.ops.attnswap_native.backward, ORDER)
-    torch.library.register_autograd("attnswap_native::forward", backward, setup_context=_setup)
+    torch.library.register_autograd("attnswap_native::forward", backward, setup_context=save_inputs)
 
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -54,8 +54,3 @@ def _fake_backward(
     grad: Tensor, out: Tensor, shifts: Tensor, inverses: Tensor, wanted: list[int], path: str, *rest: Any
 ) -> list[Tensor]:
     return empty_gradients(dict(zip(ORDER[1:], rest, strict=True)), wanted)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    out, shifts, inverses, mean = output
-    save_inputs(ctx, inputs, (mean if mean.numel() else out, shifts, inverses))

@@ -56,7 +56,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_rows(ARGUMENTS) {
     x.scores.resize(rows * width), x.weights.resize(training ? rows * width : 0), x.dots.resize(width + LANES<F>);
     x.kept.resize(width), x.out.resize(2 * rows * dv);
     F *values = x.out.data(), *means = values + rows * dv, totals[64] = {}, slopes[64] = {};
-    gemm<F>(false, true, rows, width, c.width, c.scaling, c.query(b, h) + i0 * c.q_row, c.q_row,
+    if (width > 0)
+      gemm<F>(false, true, rows, width, c.width, c.scaling, c.query(b, h) + i0 * c.q_row, c.q_row,
             c.key(b, h) + k0 * c.k_row, c.k_row, 0, x.scores.data(), width);
     for (int64_t r = 0; r < rows; ++r) {
       F *s = x.scores.data() + r * width, *w = training ? x.weights.data() + r * width : nullptr;
@@ -91,8 +92,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_rows(ARGUMENTS) {
       m[c.row(b, h, i0 + r)] = t, z[c.row(b, h, i0 + r)] = totals[r] > 0 ? 1 / totals[r] : totals[r] * 0;
     }
     const F* v = c.value(b, h) + k0 * c.v_row;
-    gemm<F>(false, false, rows, dv, width, 1, x.scores.data(), width, v, c.v_row, 0, values, dv);
-    if (training) gemm<F>(false, false, rows, dv, width, 1, x.weights.data(), width, v, c.v_row, 0, means, dv);
+    if (width > 0) gemm<F>(false, false, rows, dv, width, 1, x.scores.data(), width, v, c.v_row, 0, values, dv);
+    if (width > 0 && training)
+      gemm<F>(false, false, rows, dv, width, 1, x.weights.data(), width, v, c.v_row, 0, means, dv);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t place = ((b * c.queries + i0 + r) * c.heads + h) * dv;
       const F inverse = z[c.row(b, h, i0 + r)], slope = slopes[r] < 0 ? 1 / slopes[r] : F(0);

@@ -1,4 +1,4 @@
-"""The Triton backend: any elementwise swap in tiles on NVIDIA and AMD GPUs, forward and backward.
+"""The Triton backend: any elementwise or row swap in tiles on NVIDIA and AMD GPUs, forward and backward.
 
 The kernels are checked against the fp64 reference in Triton's interpreter and compiled ahead of time for sm_80, sm_90,
 sm_100 and gfx942 (``recipes/results/triton/``). They have not run on a GPU: their speed has not been measured.
@@ -20,6 +20,9 @@ from attnswap.attention.triton import ops, program
 from attnswap.attention.triton.tiles import WIDEST
 from attnswap.swaps.base import Swap
 
+OLDEST = (3, 5)
+"""The first version of triton whose compiler can be told not to hoist loads, as the backward kernel needs."""
+
 
 def refusal(problem: Problem) -> str | None:
     """Says why these kernels cannot compute a call, or None where they can."""
@@ -27,14 +30,21 @@ def refusal(problem: Problem) -> str | None:
         return "it runs on CUDA and ROCm devices (on a CPU only where TRITON_INTERPRET=1 is set, for checking)"
     if not _installed():
         return "triton is not installed (pip install triton)"
+    if _version() < OLDEST:
+        return f"triton {'.'.join(map(str, _version()))} is too old (pip install 'triton>=3.5')"
     if problem.query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it computes in fp32, bf16 and fp16, not {problem.query.dtype}"
     width = max(problem.query.shape[3], problem.value.shape[3])
     if width > WIDEST:
         return f"it takes heads of at most {WIDEST} dimensions, not {width}"
-    if problem.swap.threshold:
-        return f'"{problem.swap.name}" needs the threshold of a whole row, which these kernels do not solve for'
     return shared.refusal(problem)
+
+
+@constant
+def _version() -> tuple[int, ...]:
+    import triton  # its distributions for ROCm and nightly builds go by other names
+
+    return tuple(int(x) for x in triton.__version__.split(".")[:2])
 
 
 def is_fast(problem: Problem) -> bool:
@@ -70,9 +80,11 @@ def operands(problem: Problem) -> tuple[Any, ...]:
     if terms.value_scale is not None:
         value = (value * terms.value_scale[..., None]).to(value.dtype)
     scale, key_bias = terms.query_scale, terms.key_bias
-    return (
-        _source(swap),
+    whole_ramp = isinstance(problem.ramp, float) and problem.ramp == 1.0
+    arguments = (
+        _source(swap, whole_ramp),
         swap.shifted,
+        swap.threshold,
         *(rows(x) for x in (problem.query, problem.key, value)),
         *visibility.spans,
         visibility.holes,
@@ -82,18 +94,21 @@ def operands(problem: Problem) -> tuple[Any, ...]:
         shared.row_bias(problem),
         None if key_bias is None else whole(key_bias.double(), keys, problem),
         None if problem.sinks is None else problem.sinks.float().contiguous(),
-        shared.numbers(problem, functools.partial(_reads, swap)),
+        shared.numbers(problem, functools.partial(_reads, swap, whole_ramp)),
         visibility.n.float().contiguous(),
         problem.scaling,
         problem.softcap or 0.0,
+        # Tiles of decayed keys are left out while what they could add stays below rounding.
+        torch.finfo(torch.float32).eps if swap is shared.PLAIN else 0.0,
     )
+    return *arguments, torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
 
 
 @constant
-def _source(swap: Swap) -> str:
-    return program.source(swap)
+def _source(swap: Swap, whole_ramp: bool) -> str:
+    return program.source(swap, whole_ramp)
 
 
 @constant
-def _reads(swap: Swap, name: str) -> bool:
-    return program.reads(swap, name)
+def _reads(swap: Swap, whole_ramp: bool, name: str) -> bool:
+    return program.reads(swap, name, whole_ramp)

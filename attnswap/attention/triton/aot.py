@@ -12,7 +12,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +27,7 @@ from attnswap.attention.triton.ops import ORDER
 from attnswap.attention.triton.tiles import KERNELS, Tiles
 from attnswap.attention.visibility import Visibility
 from attnswap.swaps.base import Swap
+from attnswap.swaps.entmax import Entmax
 from attnswap.swaps.forgetting_gate import ForgettingGate
 from attnswap.swaps.sigmoid import Sigmoid
 from attnswap.swaps.softpick import Softpick
@@ -47,8 +48,11 @@ SWAPS: dict[str, Swap] = {
     "softpick": Softpick(),
     "sigmoid": Sigmoid(bias="learned", max_positions=1024),
     "forgetting-gate": ForgettingGate(),
+    "entmax": Entmax(),
+    "entmax (learned alpha)": Entmax(alpha="learned"),
 }
-"""A shift with a floor; a row bias with its gradient and no shift; a key bias in fp64 with its gradient."""
+"""A shift with a floor; a row bias with its gradient and no shift; a key bias in fp64 with its gradient, whose decayed
+tiles are left out; a threshold of the row, by a power and, with the gradient of its number, by exponentials."""
 COMMAND = "python -m attnswap.attention.triton.aot"
 
 
@@ -118,15 +122,16 @@ def causal_call(swap: Swap, dtype: torch.dtype, width: int) -> Problem:
 def launches(problem: Problem) -> dict[str, launch.Launch]:
     """Prepares the launches of a call by the names of the kernels, forward and backward."""
     call = dict(zip(ORDER, operands(problem), strict=True))
-    forward, saved = launch.forward(call)
+    forward, (out, shifts, inverses, mean) = launch.forward(call)
     wanted = {name: call[name] is not None and call[name].requires_grad for name in DIFFERENTIABLE}
-    by_queries, by_keys, _ = launch.backward(call, torch.empty_like(saved[0]), saved, wanted)
-    return dict(zip(KERNELS, (forward, by_queries, by_keys), strict=True))
+    saved = (mean if mean.numel() else out, shifts, inverses)
+    by_queries, by_keys, _ = launch.backward(call, torch.empty_like(out), saved, wanted)
+    return {forward.kernel.__name__: forward, "backward_queries": by_queries, "backward_keys": by_keys}
 
 
 def compile_one(target: str, swap: str, dtype: str, width: int, kernel: str) -> Row:
     """Compiles one kernel of the table."""
-    return compile_kernel(target, causal_call(SWAPS[swap], DTYPES[dtype], width), kernel)
+    return replace(compile_kernel(target, causal_call(SWAPS[swap], DTYPES[dtype], width), kernel), swap=swap)
 
 
 def compile_kernel(target: str, problem: Problem, kernel: str) -> Row:
@@ -167,7 +172,9 @@ def _number(pattern: str, text: str) -> int:
 
 def everything() -> Iterator[tuple[str, str, str, int, str]]:
     """Yields what the table holds, as arguments of :func:`compile_one`."""
-    return itertools.product(TARGETS, SWAPS, DTYPES, WIDTHS, KERNELS)
+    for name, swap in SWAPS.items():
+        kernels = [k for k in KERNELS if k != ("forward" if swap.threshold else "forward_rows")]
+        yield from itertools.product(TARGETS, [name], DTYPES, WIDTHS, kernels)
 
 
 def table(rows: list[Row]) -> str:
@@ -208,10 +215,16 @@ TEXT = """# The Triton kernels, compiled ahead of time
 ```
 
 Triton {version}, without a GPU: what the compilers say of the kernels at the tile sizes the launcher uses, for
-softpick, sigmoid (learned bias) and the forgetting gate; shared memory and registers are the highest of the three.
-{clean} of {count} kernels spill nothing. Shared memory is in bytes, registers are per thread, spills are bytes
-stored and loaded (gfx942: vector registers). fp32 products are exact, which NVIDIA's matrix instructions are not, so
-they use none there. **Nothing here ran on a GPU, and no speed follows from it.** `aot.json` has every row.
+softpick, sigmoid (learned bias), the forgetting gate, and entmax of a fixed and of a learned alpha; shared memory and
+registers are the highest of the five. `forward_rows` is the forward pass of row swaps such as entmax, `forward` that of
+the others. {clean} of {count} kernels spill nothing. Shared memory is in bytes, registers are per thread, spills are
+bytes stored and loaded (gfx942: vector registers). fp32 products are exact, which NVIDIA's matrix instructions are not,
+so they use none there. **Nothing here ran on a GPU, and no speed follows from it.** `aot.json` has every row.
+
+Tiles are at least 64 x 64 in bf16, but for `backward_keys` at width 64 on sm_80 and 128 on sm_90. That kernel holds
+four tiles of a block at once (keys, values and their two gradients) beside those of the scores: at 64 x 64 some swap
+spills 72 bytes or more there at every number of warps (4, 8, 16) and stages (1, 2) that was tried, and so it does with
+transposed tiles.
 
 {table}
 """

@@ -2,7 +2,8 @@
 
     dS_ij = [w'(s_ij) (dO_i . v_j) - d'(s_ij) (dO_i . O_i)] / Z_i
 
-Every sum has one program that adds it up in a fixed order, so the result is the same in every run.
+Every sum has one program that adds it up in a fixed order, so the result is the same in every run. ``out`` is O in
+fp32, or for row swaps the mean U that stands in for it.
 """
 
 import triton
@@ -10,29 +11,27 @@ import triton.language as tl
 
 from attnswap.attention.triton.tile import (
     add_product,
-    capped,
-    column_of,
-    key_parts,
+    first_needed,
     load_rows,
     product,
-    row_of,
-    row_parts,
-    score,
+    rows_norm,
+    rows_slack,
     store_rows,
-    visible,
+    tile_scores,
 )
 
 
 @triton.jit(do_not_specialize=["queries", "keys"])
 def backward_queries(
     q, k, v, out, grad, deltas, dq, drow_scale, drow_bias, dsinks, dnumbers, shifts, inverses, first, last, keep, mask,
-    bias, row_scale, row_bias, centre, near, sinks, numbers, count, q_batch, q_head, q_row, k_batch, k_head, k_row,
-    v_batch, v_head, v_row, out_batch, out_head, out_row, grad_batch, grad_head, grad_row, dq_batch, dq_head, dq_row,
-    span_batch, keep_batch, mask_batch, mask_head, mask_row, mask_key, bias_batch, bias_head, bias_row, bias_key,
-    count_batch, count_head, far_apart, heads, groups, queries, keys, scaling, softcap,
+    bias, row_scale, row_bias, centre, near, norms, crests, sinks, numbers, count, q_batch, q_head, q_row, k_batch,
+    k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row, grad_batch, grad_head, grad_row, dq_batch,
+    dq_head, dq_row, span_batch, keep_batch, mask_batch, mask_head, mask_row, mask_key, bias_batch, bias_head, bias_row,
+    bias_key, count_batch, count_head, far_apart, heads, groups, queries, keys, scaling, softcap, limit,
     LOAD_NUMBERS: tl.constexpr, TILE_SLOPES: tl.constexpr, TILE_SLOPES_BY: tl.constexpr, ROW_NULL_BY: tl.constexpr,
-    NUMBERS: tl.constexpr, CAPPED: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    VALUE_PADDED: tl.constexpr, NUMBERS_PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    READ: tl.constexpr, NUMBERS: tl.constexpr, CAPPED: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr, NUMBERS_PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS:
+    tl.constexpr,
 ):  # fmt: skip
     """Stores dO . O of a block of rows, their gradients, and the block's part of what sinks and numbers get."""
     blocks = tl.cdiv(queries, ROWS)
@@ -63,29 +62,31 @@ def backward_queries(
     bias_sum = tl.zeros([ROWS], tl.float32)
     which = tl.arange(0, NUMBERS_PADDED)[None, :]
     number_sums = tl.zeros([ROWS, NUMBERS_PADDED], tl.float32)
-    for tile in range(lowest // KEYS, tl.cdiv(highest, KEYS)):
+    begin, end = lowest // KEYS, tl.cdiv(highest, KEYS)
+    if norms is not None:
+        begin = first_needed(
+            begin, end, norms, (b * (heads // groups) + h // groups) * tl.cdiv(keys, KEYS), crests,
+            task * tl.cdiv(keys, KEYS), rows_norm(q_tile) * tl.abs(scaling),
+            rows_slack(row_bias, at, inside & (inverse != 0.0), reference), limit,
+        )  # fmt: skip
+    for tile in range(begin, end):
         j = tile * KEYS + tl.arange(0, KEYS)
         k_tile = load_rows(k_base, j, k_row, keys, WIDTH, PADDED)
         v_tile = load_rows(v_base, j, v_row, keys, VALUE_WIDTH, VALUE_PADDED)
-        content = capped(product(q_tile, tl.trans(k_tile)) * scaling, softcap, CAPPED)
-        seen = visible(
-            i[:, None], j[None, :], from_key[:, None], to_key[:, None], keys, keep, b * keep_batch,
-            mask, b * mask_batch + h * mask_head, mask_row, mask_key,
-        )  # fmt: skip
-        row_high, row_low = row_parts(row_bias, at, inside, centre, task * tl.cdiv(keys, KEYS) + tile)
-        key_high, key_low = key_parts(near, task * keys + j, far_apart, j < keys)
-        s = score(
-            content, i[:, None], j[None, :], seen, scale, column_of(row_high), column_of(row_low),
-            row_of(key_high), row_of(key_low), bias, b * bias_batch + h * bias_head, bias_row, bias_key,
+        content, s, seen = tile_scores(
+            q_tile, k_tile, i, j, tile, task, at, inside, from_key, to_key, b, h, keep, keep_batch, mask, mask_batch,
+            mask_head, mask_row, mask_key, bias, bias_batch, bias_head, bias_row, bias_key, scale, row_bias, centre,
+            near, far_apart, keys, scaling, softcap, CAPPED, KEYS,
         )  # fmt: skip
         seen = seen & (inverse != 0.0)[:, None]
         s = tl.where(seen, s, reference[:, None])
         dots = product(grad_tile, tl.trans(v_tile))
         if dnumbers is not None:
             for number in tl.static_range(NUMBERS):
-                w_by, d_by = TILE_SLOPES_BY(s, reference[:, None], p, number)
-                part = tl.sum(tl.where(seen, w_by * dots - d_by * delta[:, None], 0.0), 1) * inverse
-                number_sums += tl.where(which == number, part[:, None], 0.0)
+                if READ >> number & 1:
+                    w_by, d_by = TILE_SLOPES_BY(s, reference[:, None], p, number)
+                    part = tl.sum(tl.where(seen, w_by * dots - d_by * delta[:, None], 0.0), 1) * inverse
+                    number_sums += tl.where(which == number, part[:, None], 0.0)
         _, w_slope, d_slope = TILE_SLOPES(s, reference[:, None], p)
         ds = tl.where(seen, (w_slope * dots - d_slope * delta[:, None]) * inverse[:, None], 0.0)
         if drow_bias is not None:
@@ -119,21 +120,43 @@ def backward_queries(
         tl.store(place, tl.sum(number_sums, 0))
 
 
+@triton.jit
+def query_blocks(
+    tile, tiles, b, kv_task, task, block_first, block_last, block_batch, blocks, norms, crests, reaches, slacks, limit,
+    keys, KEYS: tl.constexpr,
+):  # fmt: skip
+    """The first and one past the last block of queries that sees a tile of keys, where it has not decayed."""
+    begin, end = blocks, 0
+    for some in range(0, blocks, 128):
+        which = some + tl.arange(0, 128)
+        lowest = tl.load(block_first + b * block_batch + which, mask=which < blocks, other=keys)
+        highest = tl.load(block_last + b * block_batch + which, mask=which < blocks, other=0)
+        meets = (lowest < (tile + 1) * KEYS) & (highest > tile * KEYS)
+        if norms is not None:  # see first_needed: the same bound, from the other side
+            reach = tl.load(reaches + task * blocks + which, mask=which < blocks, other=0.0)
+            slack = tl.load(slacks + task * blocks + which, mask=which < blocks, other=0.0)
+            crest = tl.load(crests + task * tiles + tile)
+            bound = (tl.load(norms + kv_task * tiles + tile) * reach).to(tl.float64) + (crest + slack)
+            meets = meets & ((bound < limit) == 0)
+        begin = tl.minimum(begin, tl.min(tl.where(meets, which, blocks), 0))
+        end = tl.maximum(end, tl.max(tl.where(meets, which + 1, 0), 0))
+    return begin, end
+
+
 @triton.jit(do_not_specialize=["queries", "keys"])
 def backward_keys(
     q, k, v, grad, deltas, dk, dv, dkey_bias, shifts, inverses, first, last, block_first, block_last, keep, mask, bias,
-    row_scale, row_bias, centre, near, numbers, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-    grad_batch, grad_head, grad_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row, span_batch, block_batch,
-    keep_batch, mask_batch, mask_head, mask_row, mask_key, bias_batch, bias_head, bias_row, bias_key,
-    far_apart, heads, groups, queries, keys, scaling, softcap,
-    LOAD_NUMBERS: tl.constexpr, TILE_SLOPES: tl.constexpr, NUMBERS: tl.constexpr, CAPPED: tl.constexpr,
-    WIDTH: tl.constexpr, PADDED: tl.constexpr, VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
+    row_scale, row_bias, centre, near, norms, crests, reaches, slacks, numbers, q_batch, q_head, q_row, k_batch, k_head,
+    k_row, v_batch, v_head, v_row, grad_batch, grad_head, grad_row, dk_batch, dk_head, dk_row, dv_batch, dv_head,
+    dv_row, span_batch, block_batch, keep_batch, mask_batch, mask_head, mask_row, mask_key, bias_batch, bias_head,
+    bias_row, bias_key, far_apart, heads, groups, queries, keys, scaling, softcap, limit,
+    LOAD_NUMBERS: tl.constexpr, TILE_SLOPES: tl.constexpr, NUMBERS: tl.constexpr, CAPPED: tl.constexpr, WIDTH:
+    tl.constexpr, PADDED: tl.constexpr, VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS:
+    tl.constexpr,
 ):  # fmt: skip
     """Stores the gradients of a block of keys and values of one key/value head, and of the keys' bias.
 
-    Tiles are transposed, (keys, queries), as the products with weights and slopes want them. The query heads that
-    share the keys come one after the other.
+    The query heads that share the keys come one after the other.
     """
     tiles = tl.cdiv(keys, KEYS)
     tile = tl.program_id(0) % tiles  # the first keys of a causal call are seen most: begin with them
@@ -143,16 +166,6 @@ def backward_keys(
     j = tile * KEYS + tl.arange(0, KEYS)
     k_tile = load_rows(k + b * k_batch + kv * k_head, j, k_row, keys, WIDTH, PADDED)
     v_tile = load_rows(v + b * v_batch + kv * v_head, j, v_row, keys, VALUE_WIDTH, VALUE_PADDED)
-    blocks = tl.cdiv(queries, ROWS)
-    begin, end = blocks, 0
-    for some in range(0, blocks, 128):
-        which = some + tl.arange(0, 128)
-        lowest = tl.load(block_first + b * block_batch + which, mask=which < blocks, other=keys)
-        highest = tl.load(block_last + b * block_batch + which, mask=which < blocks, other=0)
-        meets = (lowest < (tile + 1) * KEYS) & (highest > tile * KEYS)
-        begin = tl.minimum(begin, tl.min(tl.where(meets, which, blocks), 0))
-        end = tl.maximum(end, tl.max(tl.where(meets, which + 1, 0), 0))
-
     dk_sum = tl.zeros([KEYS, PADDED], tl.float32)
     dv_sum = tl.zeros([KEYS, VALUE_PADDED], tl.float32)
     for g in range(groups):
@@ -160,9 +173,13 @@ def backward_keys(
         task = b * heads + h
         p = LOAD_NUMBERS(numbers + h * NUMBERS)
         q_base, grad_base = q + b * q_batch + h * q_head, grad + b * grad_batch + h * grad_head
-        key_high, key_low = key_parts(near, task * keys + j, far_apart, j < keys)
+        begin, end = query_blocks(
+            tile, tiles, b, kv_task, task, block_first, block_last, block_batch, tl.cdiv(queries, ROWS), norms, crests,
+            reaches, slacks, limit, keys, KEYS,
+        )  # fmt: skip
         bias_sum = tl.zeros([KEYS], tl.float32)
-        for block in range(begin, end):
+        # Hoisted out of the loop, keys and values would stand in registers as both sides of products.
+        for block in tl.range(begin, end, disable_licm=True):
             i = block * ROWS + tl.arange(0, ROWS)
             inside = i < queries
             at = task * queries + i
@@ -174,15 +191,10 @@ def backward_keys(
             scale = None if row_scale is None else tl.load(row_scale + at, mask=inside, other=0.0)[:, None]
             q_tile = load_rows(q_base, i, q_row, queries, WIDTH, PADDED)
             grad_tile = load_rows(grad_base, i, grad_row, queries, VALUE_WIDTH, VALUE_PADDED)
-            content = capped(product(q_tile, tl.trans(k_tile)) * scaling, softcap, CAPPED)
-            seen = visible(
-                i[:, None], j[None, :], from_key[:, None], to_key[:, None], keys, keep, b * keep_batch,
-                mask, b * mask_batch + h * mask_head, mask_row, mask_key,
-            )  # fmt: skip
-            row_high, row_low = row_parts(row_bias, at, inside, centre, task * tiles + tile)
-            s = score(
-                content, i[:, None], j[None, :], seen, scale, column_of(row_high), column_of(row_low),
-                row_of(key_high), row_of(key_low), bias, b * bias_batch + h * bias_head, bias_row, bias_key,
+            content, s, seen = tile_scores(
+                q_tile, k_tile, i, j, tile, task, at, inside, from_key, to_key, b, h, keep, keep_batch, mask,
+                mask_batch, mask_head, mask_row, mask_key, bias, bias_batch, bias_head, bias_row, bias_key, scale,
+                row_bias, centre, near, far_apart, keys, scaling, softcap, CAPPED, KEYS,
             )  # fmt: skip
             seen = seen & (inverse != 0.0)
             # Both products come before the maths, so that few whole tiles are held at once.

@@ -5,31 +5,29 @@ import triton.language as tl
 
 from attnswap.attention.triton.tile import (
     add_product,
-    capped,
-    column_of,
-    key_parts,
+    first_needed,
     load_rows,
-    product,
-    row_of,
-    row_parts,
-    score,
+    rows_norm,
+    rows_slack,
     store_rows,
-    visible,
+    tile_scores,
 )
 
 
 @triton.jit(do_not_specialize=["queries", "keys"])
 def forward(
-    q, k, v, out, shifts, inverses, first, last, keep, mask, bias, row_scale, row_bias, centre, near, sinks, numbers,
-    count, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
-    span_batch, keep_batch, mask_batch, mask_head, mask_row, mask_key, bias_batch, bias_head, bias_row, bias_key,
-    count_batch, count_head, far_apart, heads, groups, queries, keys, scaling, softcap,
-    LOAD_NUMBERS: tl.constexpr, ROW_FLOOR: tl.constexpr, ROW_NULL: tl.constexpr, TILE_NORM: tl.constexpr,
-    TILE_WEIGH: tl.constexpr, NUMBERS: tl.constexpr, SHIFTED: tl.constexpr, CAPPED: tl.constexpr,
-    WIDTH: tl.constexpr, PADDED: tl.constexpr, VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
+    q, k, v, out, mean, shifts, inverses, first, last, keep, mask, bias, row_scale, row_bias, centre, near, norms,
+    crests, sinks, numbers, count, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch,
+    out_head, out_row, span_batch, keep_batch, mask_batch, mask_head, mask_row, mask_key, bias_batch, bias_head,
+    bias_row, bias_key, count_batch, count_head, far_apart, heads, groups, queries, keys, scaling, softcap, limit,
+    LOAD_NUMBERS: tl.constexpr, ROW_FLOOR: tl.constexpr, ROW_NULL: tl.constexpr, TILE_NORM: tl.constexpr, TILE_WEIGH:
+    tl.constexpr, NUMBERS: tl.constexpr, SHIFTED: tl.constexpr, CAPPED: tl.constexpr, WIDTH: tl.constexpr, PADDED:
+    tl.constexpr, VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Stores the output of a block of rows, their shifts and 1 / Z."""
+    """Stores the output of a block of rows, their shifts and 1 / Z; in ``mean`` the output once more, in fp32.
+
+    With ``norms``, tiles of keys that have decayed below rounding are left out.
+    """
     blocks = tl.cdiv(queries, ROWS)
     block = blocks - 1 - tl.program_id(0) % blocks  # the last rows of a causal call see most keys: begin with them
     task = (tl.program_id(0) // blocks).to(tl.int64)
@@ -54,41 +52,51 @@ def forward(
             shift = tl.maximum(shift, tl.load(sinks + h))
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
-    for tile in range(lowest // KEYS, tl.cdiv(highest, KEYS)):
-        j = tile * KEYS + tl.arange(0, KEYS)
-        k_tile = load_rows(k_base, j, k_row, keys, WIDTH, PADDED)
-        dots = product(q_tile, tl.trans(k_tile)) * scaling
-        seen = visible(
-            i[:, None], j[None, :], from_key[:, None], to_key[:, None], keys, keep, b * keep_batch,
-            mask, b * mask_batch + h * mask_head, mask_row, mask_key,
-        )  # fmt: skip
-        row_high, row_low = row_parts(row_bias, at, inside, centre, task * tl.cdiv(keys, KEYS) + tile)
-        key_high, key_low = key_parts(near, task * keys + j, far_apart, j < keys)
-        s = score(
-            capped(dots, softcap, CAPPED), i[:, None], j[None, :], seen, scale, column_of(row_high), column_of(row_low),
-            row_of(key_high), row_of(key_low), bias, b * bias_batch + h * bias_head, bias_row, bias_key,
-        )  # fmt: skip
-        if SHIFTED:
-            higher = tl.maximum(shift, tl.max(tl.where(seen, s, float("-inf")), 1))
-            # A row that has seen nothing has no shift yet; any finite one serves, as all of it is dropped.
-            reference = tl.where(higher == float("-inf"), 0.0, higher)
-            factor = tl.exp(shift - reference)  # 0 for the first keys of a row
-            total, acc = total * factor, acc * factor[:, None]
-            shift = higher
-        else:
-            reference = shift
-        w, d = TILE_WEIGH(tl.where(seen, s, reference[:, None]), reference[:, None], p)
-        total += tl.sum(tl.where(seen, d, 0.0), 1)
-        v_tile = load_rows(v_base, j, v_row, keys, VALUE_WIDTH, VALUE_PADDED)
-        acc = add_product(tl.where(seen, w, 0.0).to(v_tile.dtype), v_tile, acc)
+    begin, end = lowest // KEYS, tl.cdiv(highest, KEYS)
+    start = begin
+    if norms is not None:  # at first the tiles of the rows' last keys, which decayed least: then the shift is known
+        start = tl.maximum(begin, tl.min(tl.where(some, to_key - 1, keys), 0) // KEYS)
+    for _part in range(1 if norms is None else 2):
+        for back in range(0, end - start):
+            tile = end - 1 - back
+            j = tile * KEYS + tl.arange(0, KEYS)
+            k_tile = load_rows(k_base, j, k_row, keys, WIDTH, PADDED)
+            _, s, seen = tile_scores(
+                q_tile, k_tile, i, j, tile, task, at, inside, from_key, to_key, b, h, keep, keep_batch, mask,
+                mask_batch, mask_head, mask_row, mask_key, bias, bias_batch, bias_head, bias_row, bias_key, scale,
+                row_bias, centre, near, far_apart, keys, scaling, softcap, CAPPED, KEYS,
+            )  # fmt: skip
+            if SHIFTED:
+                higher = tl.maximum(shift, tl.max(tl.where(seen, s, float("-inf")), 1))
+                # A row that has seen nothing has no shift yet; any finite one serves, as all of it is dropped.
+                reference = tl.where(higher == float("-inf"), 0.0, higher)
+                factor = tl.exp(shift - reference)  # 0 for the first keys of a row
+                total, acc = total * factor, acc * factor[:, None]
+                shift = higher
+            else:
+                reference = shift
+            w, d = TILE_WEIGH(tl.where(seen, s, reference[:, None]), reference[:, None], p)
+            total += tl.sum(tl.where(seen, d, 0.0), 1)
+            v_tile = load_rows(v_base, j, v_row, keys, VALUE_WIDTH, VALUE_PADDED)
+            acc = add_product(tl.where(seen, w, 0.0).to(v_tile.dtype), v_tile, acc)
+        if norms is not None:
+            end = start
+            start = first_needed(
+                begin, end, norms, (b * (heads // groups) + h // groups) * tl.cdiv(keys, KEYS), crests,
+                task * tl.cdiv(keys, KEYS), rows_norm(q_tile) * tl.abs(scaling),
+                rows_slack(row_bias, at, inside & some, shift), limit,
+            )  # fmt: skip
 
     reference = tl.where(shift == float("-inf"), 0.0, shift)
     n = tl.load(count + b * count_batch + h * count_head + i, mask=inside, other=1.0)
     total += ROW_NULL(reference, n, p)
     if sinks is not None:
         total += TILE_NORM(tl.load(sinks + h), reference, p)
-    inverse = tl.where(total > 0.0, 1.0 / tl.where(total > 0.0, total, 1.0), 0.0)
+    inverse = tl.where(total > 0.0, 1.0 / tl.where(total > 0.0, total, 1.0), total * 0.0)  # NaN stays NaN
     tl.store(shifts + at, reference, mask=inside)
     tl.store(inverses + at, inverse, mask=inside)
-    base = out + b * out_batch + h * out_head
-    store_rows(base, i, out_row, queries, acc * inverse[:, None], VALUE_WIDTH, VALUE_PADDED)
+    acc = acc * inverse[:, None]
+    place = b * out_batch + h * out_head
+    store_rows(out + place, i, out_row, queries, acc, VALUE_WIDTH, VALUE_PADDED)
+    if mean is not None:
+        store_rows(mean + place, i, out_row, queries, acc, VALUE_WIDTH, VALUE_PADDED)

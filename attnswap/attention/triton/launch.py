@@ -14,7 +14,10 @@ from torch import Tensor
 
 from attnswap.attention.triton import backward as backward_kernels
 from attnswap.attention.triton import program
+from attnswap.attention.triton.decay import centred, key_bounds, query_bounds
 from attnswap.attention.triton.forward import forward as forward_kernel
+from attnswap.attention.triton.forward_rows import forward_rows as rows_kernel
+from attnswap.attention.triton.ops import has_mean
 from attnswap.attention.triton.tiles import Tiles, padded, tiles_of
 
 
@@ -41,38 +44,47 @@ def arch() -> str:
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
-def forward(call: Mapping[str, Any]) -> tuple[Launch, tuple[Tensor, Tensor, Tensor]]:
-    """Prepares the forward kernel.
+def forward(call: Mapping[str, Any]) -> tuple[Launch, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Prepares the forward kernel, that of row swaps where the call is one.
 
     Args:
         call: The operator's arguments by name (``ops.ORDER``).
 
     Returns:
         The launch, and what it fills: output (batch, heads, queries, value_dim), laid out (batch, queries, heads, ...);
-        shift and 1 / Z of each row, fp32 (batch, heads, queries).
+        shift and 1 / Z of each row, fp32 (batch, heads, queries); and what the backward reads for the output, see
+        :func:`ops.has_mean`.
     """
     query, value = call["query"], call["value"]
     batch, heads, queries, _ = query.shape
-    tiles, maths = _tiles("forward", call), program.load(call["program"])
+    kernel = "forward_rows" if call["threshold"] else "forward"
+    tiles, maths = _tiles(kernel, call), program.load(call["program"])
     # Laid out as the next layer reads it.
     out = query.new_empty(batch, queries, heads, value.shape[3]).transpose(1, 2)
+    mean = torch.empty_like(out, dtype=torch.float32) if has_mean(call) else None
     shifts = query.new_empty((batch, heads, queries), dtype=torch.float32)
     inverses = torch.empty_like(shifts)
     arguments = {
         **_shared(call, tiles),
         **_strides(out=out),
         **_count(call),
+        "mean": mean,
         "sinks": call["sinks"],
         "shifts": shifts,
         "inverses": inverses,
-        "ROW_FLOOR": maths.row_floor,
-        "ROW_NULL": maths.row_null,
-        "TILE_NORM": maths.tile_norm,
-        "TILE_WEIGH": maths.tile_weigh,
-        "SHIFTED": call["shifted"],
     }
+    if call["threshold"]:
+        arguments |= {name.upper(): getattr(maths, name) for name in ("row_bracket", "row_power", "tile_mass")}
+    else:
+        arguments |= {
+            **key_bounds(call, tiles.keys),
+            **{name.upper(): getattr(maths, name) for name in ("row_floor", "row_null", "tile_norm", "tile_weigh")},
+            "SHIFTED": call["shifted"],
+        }
     grid = triton.cdiv(queries, tiles.rows) * batch * heads
-    return Launch(forward_kernel, (grid,), arguments), (out, shifts, inverses)
+    none = query.new_empty((0, 0, 0, 0), dtype=torch.float32)
+    filled = (out, shifts, inverses, none if mean is None else mean)
+    return Launch(rows_kernel if call["threshold"] else forward_kernel, (grid,), arguments), filled
 
 
 def backward(
@@ -83,7 +95,7 @@ def backward(
     Args:
         call: The operator's arguments by name.
         grad: Gradient of the output, rows in one piece.
-        saved: What the forward filled.
+        saved: What the forward filled: output or, where there is one, its mean; shifts; 1 / Z.
         wanted: Which of ``row_scale``, ``row_bias``, ``key_bias``, ``sinks`` and ``params`` want a gradient.
 
     Returns:
@@ -119,6 +131,7 @@ def backward(
     }
     by_queries = {
         **_shared(call, rows),
+        **key_bounds(call, rows.keys),
         **_strides(out=out, grad=grad, dq=found["query"]),
         **_count(call),
         **both,
@@ -129,11 +142,16 @@ def backward(
         "sinks": call["sinks"],
         "TILE_SLOPES_BY": maths.tile_slopes_by,
         "ROW_NULL_BY": maths.row_null_by,
+        "READ": maths.READ,
         "NUMBERS_PADDED": numbers_padded,
     }
     block_first, block_last = _block_spans(call, columns.rows)
+    bounds = key_bounds(call, columns.keys)
+    decays = bounds["norms"] is not None
     by_keys = {
         **_shared(call, columns),
+        **bounds,
+        **(query_bounds(call, columns.rows, shifts, inverses) if decays else {"reaches": None, "slacks": None}),
         **_strides(grad=grad, dk=found["key"], dv=found["value"]),
         **both,
         "dkey_bias": found["key_bias"],
@@ -218,25 +236,6 @@ def _count(call: Mapping[str, Any]) -> dict[str, Any]:
 def _step(x: Tensor, dim: int) -> int:
     """Returns a stride, 0 where one entry serves all."""
     return 0 if x.shape[dim] == 1 else x.stride(dim)
-
-
-def centred(key_bias: Tensor, keys: int) -> tuple[Tensor, Tensor]:
-    """Splits a key bias into each tile's last value and what is left, which fp32 can hold.
-
-    Args:
-        key_bias: fp64 (batch, heads, keys).
-        keys: Keys in a tile.
-
-    Returns:
-        The last values, fp64 (batch, heads, tiles); and the rest as two fp32 numbers that add up to it,
-        (2, batch, heads, keys).
-    """
-    length = key_bias.shape[2]
-    index = torch.arange(length, device=key_bias.device)
-    centre = key_bias[..., (index[::keys] + keys - 1).clamp(max=length - 1)]
-    rest = key_bias - centre[..., index // keys]
-    high = rest.float()
-    return centre.contiguous(), torch.stack([high, (rest - high).float()])
 
 
 def _block_spans(call: Mapping[str, Any], rows: int) -> tuple[Tensor, Tensor]:

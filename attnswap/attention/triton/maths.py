@@ -1,6 +1,7 @@
 """The vocabulary of swaps where Triton's own words do not serve: fp32 tiles, finite and exact at every magnitude.
 
-The polynomials are those of the CPU kernels: least-squares fits within 3e-8 of the function.
+The polynomials are those of the CPU kernels: least-squares fits within 3e-8 of the function. NaN stays NaN: Triton's
+own maximum drops it, and a broken model would look sound.
 """
 
 import triton
@@ -11,6 +12,24 @@ import triton.language as tl
 def number(x: tl.constexpr):
     """A constant as an fp32 scalar, so that every word takes it."""
     return tl.full((), x, tl.float32)
+
+
+@triton.jit
+def vmax(a, b):
+    """The larger of two; NaN where the second is."""
+    return tl.where(a > b, a, b)
+
+
+@triton.jit
+def vmin(a, b):
+    """The smaller of two; NaN where the second is."""
+    return tl.where(a < b, a, b)
+
+
+@triton.jit
+def vrelu(x):
+    """``max(x, 0)``."""
+    return tl.where(x < 0.0, 0.0, x)
 
 
 @triton.jit
@@ -55,11 +74,11 @@ def vlog1p(u):
 @triton.jit
 def vsoftplus(x):
     """``log(1 + e^x)``."""
-    return tl.maximum(x, 0.0) + vlog1p(tl.exp(-tl.abs(x)))
+    return vrelu(x) + vlog1p(tl.exp(-tl.abs(x)))
 
 
 @triton.jit
 def vpow(x, p):
     """``x ** p`` for ``x`` at or above 0; 0 to the power 0 is 1."""
     positive = tl.exp(p * tl.log(tl.where(x > 0.0, x, 1.0)))
-    return tl.where(x > 0.0, positive, tl.where(p != 0.0, 0.0, 1.0))
+    return tl.where(x > 0.0, positive, tl.where(p != 0.0, x * 0.0, 1.0))

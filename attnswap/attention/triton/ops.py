@@ -1,5 +1,6 @@
 """The operators as torch sees them: what they compute, their shapes, and the gradient of one by the other."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,19 +9,32 @@ from torch import Tensor
 from attnswap.attention.autograd import DIFFERENTIABLE, empty_gradients, gradients, save_inputs
 
 ORDER = (
-    *("program", "shifted", "query", "key", "value", "first", "last", "keep", "mask", "bias", "row_scale"),
-    *("row_bias", "key_bias", "sinks", "params", "count", "scaling", "softcap"),
+    *("program", "shifted", "threshold", "query", "key", "value", "first", "last", "keep", "mask", "bias", "row_scale"),
+    *("row_bias", "key_bias", "sinks", "params", "count", "scaling", "softcap", "tolerance", "training"),
 )
-"""The operators' arguments: printed maths and whether it takes a shift; the tensors; (batch or 1, queries) spans of
-keys, int32; what hides keys between, (batch, keys) and (batch or 1, heads or 1, queries, keys); an additive mask; a_i
-in fp32 and b_i in fp64, (batch, heads, queries); c_j in fp64, (batch, heads, keys); sinks (heads,); the numbers of each
-head, (heads, numbers); n as (batch or 1, heads or 1, queries); two numbers, the soft cap 0 where there is none."""
+"""The operators' arguments: printed maths, whether it takes a shift, and whether that is a threshold; the tensors;
+(batch or 1, queries) spans of keys, int32; what hides keys between, (batch, keys) and (batch or 1, heads or 1, queries,
+keys); an additive mask; a_i in fp32 and b_i in fp64, (batch, heads, queries); c_j in fp64, (batch, heads, keys); sinks
+(heads,); the numbers of each head, (heads, numbers); n as (batch or 1, heads or 1, queries); the scaling; the soft cap,
+0 where there is none; the part of a row that decayed tiles may be left out for, 0 for none; whether a gradient will be
+asked for."""
+
+
+def has_mean(call: Mapping[str, Any]) -> bool:
+    """Whether the forward stores an fp32 tensor of the output's shape for the backward.
+
+    Row swaps need the mean under the slopes there. Others need the output as it was before it was rounded to half
+    precision: dO . O is the sum of many weights' shares, and the rounding of O would weigh on each of them. To keep O
+    in fp32 while training costs four bytes a number; to sum O again from the weights would cost a pass over all keys.
+    """
+    return bool(call["training"] and (call["threshold"] or call["query"].dtype != torch.float32))
 
 
 @torch.library.custom_op("attnswap_triton::forward", mutates_args=())
 def forward(
     program: str,
     shifted: bool,
+    threshold: bool,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -37,11 +51,14 @@ def forward(
     count: Tensor,
     scaling: float,
     softcap: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes output, shifts and inverse denominators; differentiable.
+    tolerance: float,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Computes output, shifts, inverse denominators and what the backward reads for the output; differentiable.
 
     Returns:
-        Output (batch, heads, queries, value_dim); shift and 1 / Z of each row, fp32 (batch, heads, queries).
+        Output (batch, heads, queries, value_dim); shift and 1 / Z of each row, fp32 (batch, heads, queries); an fp32
+        tensor of the output's shape, empty where the backward reads the output itself.
     """
     from attnswap.attention.triton import launch
 
@@ -60,6 +77,7 @@ def backward(
     wanted: list[int],
     program: str,
     shifted: bool,
+    threshold: bool,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -76,6 +94,8 @@ def backward(
     count: Tensor,
     scaling: float,
     softcap: float,
+    tolerance: float,
+    training: bool,
 ) -> list[Tensor]:
     """Computes the gradients of query, key, value and everything :data:`DIFFERENTIABLE` that is wanted."""
     from attnswap.attention.triton import launch
@@ -95,13 +115,15 @@ def backward(
 
 
 @forward.register_fake
-def _fake_forward(
-    program: str, shifted: bool, query: Tensor, key: Tensor, value: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call = dict(zip(ORDER, arguments, strict=True))
+    query = call["query"]
     batch, heads, queries, _ = query.shape
-    out = query.new_empty(batch, queries, heads, value.shape[3]).transpose(1, 2)
+    out = query.new_empty(batch, queries, heads, call["value"].shape[3]).transpose(1, 2)
     rows = query.new_empty((batch, heads, queries), dtype=torch.float32)
-    return out, rows, torch.empty_like(rows)
+    none = query.new_empty((0, 0, 0, 0), dtype=torch.float32)
+    mean = torch.empty_like(out, dtype=torch.float32) if has_mean(call) else none
+    return out, rows, torch.empty_like(rows), mean
 
 
 @backward.register_fake

@@ -14,7 +14,9 @@ HEAD = """
 import triton
 import triton.language as tl
 
-from attnswap.attention.triton.maths import number, vpow, vsigmoid, vsign, vsoftplus, vtanh
+from attnswap.attention.triton.maths import (
+    number, vlog1p, vmax, vmin, vpow, vrelu, vsigmoid, vsign, vsoftplus, vtanh
+)
 
 
 """
@@ -62,18 +64,41 @@ def row_null_by(shift, n, p, which: tl.constexpr):
     return null_by
 """
 
+THRESHOLD = """
+
+@triton.jit
+def row_bracket(top, n, p):
+    return low(top, top, n{p}), high(top, top, n{p})
+
+
+@triton.jit
+def row_power(p):
+    return power(p[0], p[0], p[0]{p})
+
+
+@triton.jit
+def tile_mass(s, shift, p):
+    return weight(s, shift, shift{p}), weight_by_shift(s, shift, shift{p})
+"""
+
 NAMES = (
     *("load_numbers", "row_floor", "row_null", "row_null_by"),
     *("tile_norm", "tile_weigh", "tile_slopes", "tile_slopes_by"),
+    *("row_bracket", "row_power", "tile_mass", "READ"),
 )
-"""The functions that the kernels take as arguments, under the same names in capitals."""
+"""What the kernels take as arguments, under the same names in capitals: functions, the last three of row swaps alone;
+and ``READ``, with a bit for each number that the maths reads."""
 
 
 @functools.cache
-def source(swap: Swap) -> str:
+def source(swap: Swap, whole: bool) -> str:
     """Returns the printed source of a swap: its maths over tiles, and what hands the per-head numbers over.
 
     Weights and norms do not read ``n`` (the dense reference gives it to ``null`` alone), so the shift stands there.
+
+    Args:
+        swap: The swap.
+        whole: Print it for lambda 1 alone.
     """
     names = parameters(swap)
     p = "".join(f", p[{i}]" for i in range(len(names)))
@@ -89,18 +114,20 @@ def source(swap: Swap) -> str:
 
     glue = GLUE.format(
         loads=", ".join(f"tl.load(pointer + {i})" for i in range(len(names))),
-        floor=f"floor(p[0], p[0], p[0]{p})" if "floor" in trace(swap) else "number(-1e999)",
+        floor=f"floor(p[0], p[0], p[0]{p})" if "floor" in trace(swap, whole) else "number(-1e999)",
         p=p,
         by=cases("weight_by = weight_by_{name}(s, shift, shift{p})\nnorm_by = norm_by_{name}(s, shift, shift{p})"),
         null_by=cases("null_by = null_by_{name}(shift, shift, n{p})"),
     )
-    return HEAD + functions(swap, TRITON) + glue
+    glue += THRESHOLD.format(p=p) if swap.threshold else ""
+    read = sum(reads(swap, name, whole) << i for i, name in enumerate(names))
+    return f"{HEAD}{functions(swap, TRITON, whole)}{glue}\n\nREAD = {read}\n"
 
 
 @functools.cache
-def reads(swap: Swap, name: str) -> bool:
+def reads(swap: Swap, name: str, whole: bool) -> bool:
     """Whether the maths depends on a number of :func:`codegen.parameters`, rather than the score's terms alone."""
-    trees = trace(swap)
+    trees = trace(swap, whole)
     return any(trees[f"{part}_by_{name}"] != constant(0) for part in ("weight", "norm", "null"))
 
 
@@ -111,4 +138,4 @@ def load(text: str) -> SimpleNamespace:
     linecache.cache[f"<{name}>"] = (len(text), None, text.splitlines(keepends=True), f"<{name}>")
     namespace: dict[str, Any] = {"__name__": name}
     exec(compile(text, f"<{name}>", "exec"), namespace)
-    return SimpleNamespace(**{k: namespace[k] for k in NAMES})
+    return SimpleNamespace(**{k: namespace.get(k) for k in NAMES})

@@ -1,7 +1,6 @@
-"""What the three kernels share: loading rows, what a tile of queries and keys sees, and its scores.
+"""What the kernels share: loading rows, what a tile of queries and keys sees, and its scores.
 
-Rows and columns come as index vectors already shaped to broadcast, since the kernel over key blocks works on transposed
-tiles. A part of the call that is absent is None, which Triton drops when it compiles.
+A part of the call that is absent is None, which Triton drops when it compiles.
 """
 
 import triton
@@ -78,61 +77,70 @@ def split(x):
 
 
 @triton.jit
-def score(content, i, j, seen, row_scale, row_high, row_low, key_high, key_low, bias, bias_at, bias_row, bias_key):
-    """The score ``a_i cap(z) + b_i + c_j + B_ij`` of a tile.
+def tile_scores(
+    q_tile, k_tile, i, j, tile, task, at, inside, from_key, to_key, b, h, keep, keep_batch, mask, mask_batch, mask_head,
+    mask_row, mask_key, bias, bias_batch, bias_head, bias_row, bias_key, scale, row_bias, centre, near, far_apart, keys,
+    scaling, softcap, CAPPED: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """The capped content, the scores ``a_i cap(z) + b_i + c_j + B_ij`` and what is seen of queries ``i``, keys ``j``.
 
-    Sums of log gates grow without bound, and only differences matter. ``row_high + row_low`` is the fp64 value of
-    b_i + c at the tile's last key, ``key_high + key_low`` that of c_j less it: where the two large parts cancel their
+    Sums of log gates grow without bound, and only differences matter. The fp64 value of b_i and of c at the tile's last
+    key is split into two fp32 numbers, as is that of c_j less it (``near``): where the two large parts cancel their
     fp32 sum is exact, and the low parts put back what each was rounded by.
     """
+    content = capped(product(q_tile, tl.trans(k_tile)) * scaling, softcap, CAPPED)
+    seen = visible(
+        i[:, None], j[None, :], from_key[:, None], to_key[:, None], keys, keep, b * keep_batch,
+        mask, b * mask_batch + h * mask_head, mask_row, mask_key,
+    )  # fmt: skip
     s = content
-    if row_scale is not None:
-        s = s * row_scale
-    if key_high is not None:
-        s = s + ((row_high + key_high) + (row_low + key_low))
-    elif row_high is not None:
-        s = s + row_high
-    if bias is not None:
-        at = bias + bias_at + i.to(tl.int64) * bias_row + j.to(tl.int64) * bias_key
-        s = s + tl.load(at, mask=seen, other=0.0).to(tl.float32)
-    return s
-
-
-@triton.jit
-def row_parts(row_bias, at, inside, centre, centre_at):
-    """Loads b_i, moved to a tile's centre, as two fp32 numbers; None where the call has neither."""
-    if centre is not None:
-        own = tl.load(centre + centre_at)
+    if scale is not None:
+        s = s * scale
+    if near is not None:
+        own = tl.load(centre + task * tl.cdiv(keys, KEYS) + tile) + tl.zeros_like(i).to(tl.float64)
         if row_bias is not None:
             own = own + tl.load(row_bias + at, mask=inside, other=0.0)
-        else:
-            own = own + tl.zeros_like(at).to(tl.float64)
-        high, low = split(own)
+        row_high, row_low = split(own)
+        key_high = tl.load(near + task * keys + j, mask=j < keys, other=0.0)
+        key_low = tl.load(near + far_apart + task * keys + j, mask=j < keys, other=0.0)
+        s = s + ((row_high[:, None] + key_high[None, :]) + (row_low[:, None] + key_low[None, :]))
     elif row_bias is not None:
-        high, low = split(tl.load(row_bias + at, mask=inside, other=0.0))
-    else:
-        high, low = None, None
-    return high, low
+        s = s + tl.load(row_bias + at, mask=inside, other=0.0).to(tl.float32)[:, None]
+    if bias is not None:
+        place = bias + b * bias_batch + h * bias_head
+        place = place + i.to(tl.int64)[:, None] * bias_row + j.to(tl.int64)[None, :] * bias_key
+        s = s + tl.load(place, mask=seen, other=0.0).to(tl.float32)
+    return content, s, seen
 
 
 @triton.jit
-def key_parts(near, at, far_apart, inside):
-    """Loads c_j less the tile's centre as two fp32 numbers; None where the call has no key bias."""
-    if near is not None:
-        high = tl.load(near + at, mask=inside, other=0.0)
-        low = tl.load(near + far_apart + at, mask=inside, other=0.0)
-    else:
-        high, low = None, None
-    return high, low
+def rows_norm(tile):
+    """The largest norm among the rows of a tile."""
+    wide = tile.to(tl.float32)
+    return tl.sqrt(tl.max(tl.sum(wide * wide, 1), 0))
 
 
 @triton.jit
-def column_of(x):
-    """A vector as a column; None stays None."""
-    return None if x is None else x[:, None]
+def rows_slack(row_bias, at, counted, shift):
+    """How far the rows' own bias stands above their shift, at most; fp64, and without a bound for a row without one."""
+    own = 0.0 - shift.to(tl.float64)
+    if row_bias is not None:
+        own = own + tl.load(row_bias + at, mask=counted, other=0.0)
+    return tl.max(tl.where(counted, own, float("-inf")), 0)
 
 
 @triton.jit
-def row_of(x):
-    """A vector as a row; None stays None."""
-    return None if x is None else x[None, :]
+def first_needed(begin, end, norms, norms_at, crests, crests_at, reach, slack, limit):
+    """The first of some key tiles in which a score may come within ``limit`` of its row's shift; ``end`` if none.
+
+    A score is at most ``reach`` times the norm of its key, plus the tile's largest key bias, plus the row's own part.
+    What is left out then adds less than rounding. NaN is below no limit, so it is never left out.
+    """
+    found = end
+    for some in range(begin, end, 128):
+        which = some + tl.arange(0, 128)
+        norm = tl.load(norms + norms_at + which, mask=which < end, other=0.0)
+        crest = tl.load(crests + crests_at + which, mask=which < end, other=0.0)
+        bound = (norm * reach).to(tl.float64) + (crest + slack)
+        found = tl.minimum(found, tl.min(tl.where((which >= end) | (bound < limit), end, which), 0))
+    return found

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-KERNELS = ("forward", "backward_queries", "backward_keys")
+KERNELS = ("forward", "forward_rows", "backward_queries", "backward_keys")
 WIDEST = 256
 """The largest head width the kernels take."""
 
@@ -33,30 +33,30 @@ def padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-TABLE: dict[tuple[str, int, int], tuple[Tiles, Tiles, Tiles]] = {
-    ("sm_80", 2, 64): (Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 32, 8, 1)),
-    ("sm_80", 2, 128): (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 1)),
-    ("sm_90", 2, 64): (Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 32, 8, 1)),
-    ("sm_90", 2, 128): (Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 32, 4, 1)),
-    ("sm_100", 2, 64): (Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 1)),
-    ("sm_100", 2, 128): (Tiles(64, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 1)),
-    ("gfx942", 2, 64): (Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1)),
-    ("gfx942", 2, 128): (Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 32, 4, 1)),
-    ("gfx942", 4, 64): (Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 32, 4, 1)),
-    ("gfx942", 4, 128): (Tiles(64, 64, 4, 1), Tiles(64, 32, 4, 1), Tiles(64, 32, 4, 1)),
-    ("sm_80", 4, 64): (Tiles(64, 64, 16, 2), Tiles(32, 64, 16, 2), Tiles(32, 32, 16, 2)),
-    ("sm_80", 4, 128): (Tiles(32, 32, 8, 2), Tiles(32, 32, 8, 2), Tiles(32, 32, 16, 2)),
-    ("sm_90", 4, 64): (Tiles(64, 64, 16, 2), Tiles(32, 64, 16, 2), Tiles(32, 64, 16, 2)),
-    ("sm_90", 4, 128): (Tiles(32, 64, 16, 2), Tiles(32, 32, 16, 2), Tiles(32, 32, 16, 2)),
-    ("sm_100", 4, 64): (Tiles(64, 64, 16, 2), Tiles(64, 64, 16, 2), Tiles(32, 64, 16, 2)),
-    ("sm_100", 4, 128): (Tiles(32, 64, 16, 2), Tiles(32, 32, 16, 2), Tiles(32, 32, 16, 2)),
+TABLE: dict[tuple[str, int, int], tuple[Tiles, Tiles, Tiles, Tiles]] = {
+    ("sm_80", 2, 64): (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 32, 8, 1)),
+    ("sm_80", 2, 128): (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 3), Tiles(64, 64, 8, 1)),
+    ("sm_90", 2, 64): (Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 1)),
+    ("sm_90", 2, 128): (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 1), Tiles(128, 64, 8, 2), Tiles(64, 32, 4, 1)),
+    ("sm_100", 2, 64): (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 1)),
+    ("sm_100", 2, 128): (Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 1)),
+    ("gfx942", 2, 64): (Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1)),
+    ("gfx942", 2, 128): (Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1)),
+    ("gfx942", 4, 64): (Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 32, 4, 1)),
+    ("gfx942", 4, 128): (Tiles(64, 64, 4, 1), Tiles(64, 32, 4, 1), Tiles(64, 32, 4, 1), Tiles(64, 32, 4, 1)),
+    ("sm_80", 4, 64): (Tiles(32, 64, 16, 2), Tiles(64, 32, 16, 2), Tiles(64, 32, 16, 2), Tiles(32, 32, 8, 1)),
+    ("sm_80", 4, 128): (Tiles(32, 16, 8, 2), Tiles(32, 32, 16, 2), Tiles(32, 32, 8, 2), Tiles(16, 32, 8, 2)),
+    ("sm_90", 4, 64): (Tiles(64, 64, 16, 2), Tiles(32, 64, 16, 2), Tiles(32, 64, 16, 2), Tiles(32, 64, 16, 2)),
+    ("sm_90", 4, 128): (Tiles(32, 32, 8, 2), Tiles(32, 32, 16, 2), Tiles(32, 32, 8, 2), Tiles(16, 32, 8, 2)),
+    ("sm_100", 4, 64): (Tiles(32, 64, 8, 2), Tiles(32, 64, 16, 2), Tiles(64, 64, 16, 2), Tiles(32, 64, 16, 2)),
+    ("sm_100", 4, 128): (Tiles(64, 32, 16, 2), Tiles(32, 32, 16, 2), Tiles(32, 32, 8, 2), Tiles(16, 32, 8, 2)),
 }
 """By target, bytes of a number and head width: the sizes for each of :data:`KERNELS`.
 
-They were found by compiling: the first of a list of sizes, large ones first, at which no swap spilled registers (fp32
-key blocks of width 128 spill a few bytes) and shared memory fitted. They were not timed, since no GPU was at hand
-(``recipes/results/triton/``). Exact fp32 products use no tensor cores on NVIDIA and hold their operands in registers,
-which asks for smaller tiles and more warps.
+They were found by compiling: the first of a list of sizes, large ones first, at which the swaps spilled no registers
+and shared memory fitted; ``recipes/results/triton/`` names those that spill a little nonetheless. They were not timed,
+since no GPU was at hand. Exact fp32 products use no tensor cores on NVIDIA and hold their operands in registers, which
+asks for smaller tiles and more warps.
 """
 
 
