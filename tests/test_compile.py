@@ -4,6 +4,10 @@
 rounding; a few calls go through inductor's own C++ as well.
 """
 
+import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -115,7 +119,7 @@ def test_masks_are_part_of_the_graph(mask: str):
 
 @pytest.mark.parametrize(
     ("swap", "backend"),
-    [(attnswap.Softpick(), "dense"), (attnswap.Entmax(), "dense"), (attnswap.Entmax(alpha="learned"), "native")],
+    [(attnswap.Entmax(), "dense"), (attnswap.Entmax(alpha="learned"), "native")],
     ids=str,
 )
 def test_inductor_computes_the_same(swap: Swap, backend: str):
@@ -136,14 +140,11 @@ def test_a_swap_can_be_named_or_made_inside_the_function():
     case = Case(width=8)
     tensors = {k: x.float() for k, x in draw(attnswap.Softpick(), case).tensors.items()}
     for make in (lambda: {"name": "sigmoid", "bias": -2.0}, lambda: attnswap.Softpick(eps=0.5)):
-        for backend in ("auto", "dense"):
 
-            def call(make: Any = make, backend: str = backend, **tensors: Tensor) -> Tensor:
-                return attnswap.attention(
-                    swap=make(), is_causal=True, enable_gqa=True, backend=backend, **tensors, ramp=1.0
-                )
+        def call(make: Any = make, **tensors: Tensor) -> Tensor:
+            return attnswap.attention(swap=make(), is_causal=True, enable_gqa=True, **tensors)
 
-            assert_equal(results(whole(call)[0], tensors), results(call, tensors))
+        assert_equal(results(whole(call)[0], tensors), results(call, tensors))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,7 @@ def test_a_swap_can_be_named_or_made_inside_the_function():
     [
         ("softpick", "auto"),
         ("ssmax", "auto"),
-        ("softpick", "dense"),
+        pytest.param("softpick", "dense", marks=pytest.mark.slow),
         pytest.param("entmax", "dense", marks=pytest.mark.slow),
         pytest.param("entmax", "auto", marks=pytest.mark.slow),
         pytest.param("ssmax", "dense", marks=pytest.mark.slow),
@@ -220,6 +221,33 @@ def test_heads_that_share_a_value_still_need_one_ramp():
     torch.testing.assert_close(compiled(fitting), call(fitting))
     with pytest.raises(RuntimeError, match="share"):
         compiled(torch.tensor([0.2, 0.3, 0.7, 0.7]))
+
+
+def test_the_tiled_backend_says_that_it_is_not_traced():
+    x = torch.randn(1, 2, 6, 8)
+    compiled, _ = whole(lambda x: attnswap.attention(x, x, x, "softpick", backend="tiled"))
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r'it is not traced.*use backend="auto"'):
+        compiled(x)
+
+
+TRITON = """
+import torch, attnswap
+def call(q, k, v):
+    return attnswap.attention(q, k, v, swap, is_causal=True, backend="triton")
+for swap in (attnswap.Softpick(), attnswap.Sigmoid(bias="learned", max_positions=9), attnswap.SSMax(init="paper")):
+    torch._dynamo.reset()
+    leaves = [torch.randn(1, 2, 9, 16).requires_grad_() for _ in range(3)]
+    found = torch.compile(call, fullgraph=True, backend="aot_eager")(*leaves)
+    wanted = call(*leaves)
+    slopes = zip(*(torch.autograd.grad(out.sum(), leaves) for out in (found, wanted)))
+    assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-6) for a, b in [(found, wanted), *slopes])
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_a_call_of_the_triton_kernels_is_one_graph():
+    """In Triton's interpreter, which is chosen when a process starts."""
+    subprocess.run([sys.executable, "-c", TRITON], check=True, env={**os.environ, "TRITON_INTERPRET": "1"})
 
 
 # --- the operator -----------------------------------------------------------------------------------------------------
@@ -313,7 +341,6 @@ def check_model(model: PreTrainedModel, mask: Tensor | None = None, compiler: st
         ("llama", "softpick", 1.0, False),
         ("llama", "forgetting-gate", 1.0, True),
         ("qwen3", "entmax", 1.0, False),
-        ("gemma2", "ssmax", 1.0, True),
         ("gpt_oss", "sigmoid", 0.4, True),
     ],
 )
@@ -389,7 +416,13 @@ def decode(model: PreTrainedModel, forward: Any, cache: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("swap", "kind"), [("forgetting-gate", "static"), ("softpick", "static"), ("forgetting-gate", "dynamic")]
+    ("swap", "kind"),
+    [
+        ("forgetting-gate", "static"),
+        pytest.param("softpick", "static", marks=pytest.mark.slow),
+        pytest.param("entmax", "static", marks=pytest.mark.slow),
+        pytest.param("forgetting-gate", "dynamic", marks=pytest.mark.slow),
+    ],
 )
 def test_decoding_is_one_graph(swap: str, kind: str):
     model = patched_model(swap)
@@ -447,14 +480,27 @@ def test_a_graph_checks_the_lambda_that_was_loaded(tmp_path: Path):
 # --- everything, slowly -----------------------------------------------------------------------------------------------
 
 
+def traced_backends(swap: Swap) -> list[str]:
+    return [name for name in backends_of(swap) if name != "tiled"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("swap", SWAPS, ids=variant_id)
+def test_every_mask_is_part_of_the_graph(swap: Swap, mask: str):
+    for backend in traced_backends(swap):
+        torch._dynamo.reset()
+        check_call(swap, backend, Case(mask=mask))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("swap", variants(), ids=variant_id)
-def test_every_call_is_one_graph(swap: Swap, mask: str):
-    for backend in backends_of(swap):
-        for queries in (1, 6):
+def test_every_config_is_one_graph(swap: Swap):
+    """Also of fewer queries than keys, as in decoding, and in every phase of the ramp."""
+    for backend in traced_backends(swap):
+        for queries, ramp in ((1, 1.0), (6, 0.5)):
             torch._dynamo.reset()
-            check_call(swap, backend, Case(queries=queries, mask=mask))
+            check_call(swap, backend, Case(queries=queries), ramp=ramp)
 
 
 @pytest.mark.slow

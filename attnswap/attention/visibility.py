@@ -225,7 +225,7 @@ def split_mask(mask: Tensor, full: tuple[int, int, int, int]) -> tuple[Tensor, T
     doubtful = visible & (mask <= DOUBTFUL)
     ensure(
         ~doubtful.any(),
-        f"attn_mask holds numbers in {mask.dtype} that hide a key only nearly: write torch.finfo(mask.dtype).min or "
+        f"attn_mask holds a number in {mask.dtype} that hides a key only nearly: write torch.finfo(mask.dtype).min or "
         "-inf, or give a boolean mask (True: visible); clamp a real bias at -999",
         lambda: f". The largest is {float(mask[doubtful].max()):g}",
     )
