@@ -227,7 +227,7 @@ def _extend_with_past(
         new = {key: new[key].masked_fill(blank, padding) for key, (_, _, padding) in zip(new, places, strict=True)}
     new["padding"] = blank.to(first.dtype)
     *full, was_blank = append(call.cache, module.layer_idx, new, visibility.k_length)  # type: ignore[arg-type]
-    shown = visibility.shows(was_blank[:, 0] > 0)
+    shown = visibility.dense is not None and visibility.shows(was_blank[:, 0] > 0)
     ensure(
         ~shown if isinstance(shown, Tensor) else not shown,
         "the attention mask shows a token that no query saw when it entered the KV cache, so that it was taken for "

@@ -81,7 +81,7 @@ def append(cache: Cache, layer: int, new: dict[str, Tensor], keys: int) -> list[
         side = _make_side(main)
         main.attnswap_side, main.attnswap_kinds = side, kinds
         main.__class__ = _with_side(main.__class__)
-    full = side.update(column, torch.empty_like(column))[0][..., 0]
+    full = side.update(column, column[..., :0])[0][..., 0]
     if full.shape[2] != keys:
         raise UnsupportedModelError(f"layer {layer} attends to {keys} keys, but its KV cache has {full.shape[2]}")
     return list(full.split(list(kinds.values()), 1))

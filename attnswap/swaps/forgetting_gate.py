@@ -67,7 +67,7 @@ class ForgettingGate(Swap):
         return {"log_forget": log_forget.transpose(1, 2)}
 
     def terms(self, call: Call) -> Terms:
-        total = (call.ramp * call.features["log_forget"]).double().cumsum(-1)
+        total = (call.ramp * call.features["log_forget"]).cumsum(-1, dtype=torch.float64)
         return Terms(query_bias=total[..., call.position], key_bias=-total)
 
 

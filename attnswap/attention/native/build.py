@@ -22,7 +22,7 @@ FLAGS = ["-O3", "-march=native", "-std=c++20", "-fopenmp", "-fno-math-errno", "-
 if platform.machine() in ("x86_64", "AMD64"):
     FLAGS.append("-mprefer-vector-width=512")  # whole vector registers, where the compiler knows the word
 
-ENGINE = ("engine.cpp", "call.h", "direct.h", "packed.h", "forward.h", "rows.h", "backward.h")
+ENGINE = ("engine.cpp", "call.h", "direct.h", "packed.h", "forward.h", "few.h", "rows.h", "backward.h")
 """The files the engine is made of, beside the headers that it shares with compiled swaps."""
 
 

@@ -32,63 +32,6 @@ struct Direct {
   const Call<F>& c;
 };
 
-// Of the forward pass with few queries, as in decoding: a key is read once and not copied, in half precision either.
-template <typename F, typename S>
-struct Few {
-  static constexpr bool WHOLE_TILES = false;
-  static constexpr int64_t MOST = 8;
-  using Held = S;
-
-  explicit Few(Call<F, S>& c) : c(c) {}
-
-  void begin(Scratch<F>& x, int64_t b, int64_t h, int64_t i0, int64_t rows) const {
-    x.wide.resize(rows * c.width);
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t d = 0; d < c.width; ++d)
-        x.wide[r * c.width + d] = F(c.query(b, h)[(i0 + r) * c.q_row + d]) * c.scaling;
-  }
-  void end() const {}
-
-  void scores(Scratch<F>& x, int64_t b, int64_t h, int64_t, int64_t rows, int64_t k0, int64_t k1) const {
-    const S* k = c.key(b, h);
-    for (int64_t r = 0; r < rows; ++r) {
-      const F* q = x.wide.data() + r * c.width;
-      F* out = x.scores.data() + r * KEYS - k0;
-      int64_t j = k0;
-      for (; j + 4 <= k1; j += 4) {
-        const S *a = k + j * c.k_row, *e = a + c.k_row, *f = e + c.k_row, *g = f + c.k_row;
-        F s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-        for (int64_t d = 0; d < c.width; ++d)
-          s0 += q[d] * F(a[d]), s1 += q[d] * F(e[d]), s2 += q[d] * F(f[d]), s3 += q[d] * F(g[d]);
-        out[j] = s0, out[j + 1] = s1, out[j + 2] = s2, out[j + 3] = s3;
-      }
-      for (; j < k1; ++j) out[j] = dot<F>(q, k + j * c.k_row, c.width);
-    }
-  }
-
-  void weighed(Scratch<F>&, int64_t) const {}
-
-  void add_values(Scratch<F>& x, int64_t b, int64_t h, int64_t rows, int64_t k0, int64_t k1) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      const F* w = x.scores.data() + r * KEYS - k0;
-      F* out = x.out.data() + r * c.value_width;
-      int64_t j = k0;
-      for (; j + 4 <= k1; j += 4) {
-        const S *a = c.value(b, h) + j * c.v_row, *e = a + c.v_row, *f = e + c.v_row, *g = f + c.v_row;
-        const F w0 = w[j], w1 = w[j + 1], w2 = w[j + 2], w3 = w[j + 3];
-#pragma omp simd
-        for (int64_t d = 0; d < c.value_width; ++d)
-          out[d] += (w0 * F(a[d]) + w1 * F(e[d])) + (w2 * F(f[d]) + w3 * F(g[d]));
-      }
-      for (; j < k1; ++j)
-        for (int64_t d = 0; d < c.value_width; ++d) out[d] += w[j] * F(c.value(b, h)[j * c.v_row + d]);
-    }
-  }
-
-  const Call<F, S>& c;
-};
-
 // Of the backward pass over one head: the tile is a range of keys, and the block one of queries.
 template <typename F>
 struct DirectBackward {

@@ -9,6 +9,7 @@
 // running shift m soon knows the nearest keys, and what decay has made negligible is never read.
 #include "backward.h"
 #include "direct.h"
+#include "few.h"
 #include "forward.h"
 #include "packed.h"
 #include "rows.h"
@@ -28,10 +29,10 @@ auto in_float(const Tensor& query, const Tensor& key, const Tensor& value, Funct
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_of(ARGUMENTS) {
   const bool row = program(path).single.threshold;
   if (query.scalar_type() == at::kDouble) return row ? forward_rows<double>(NAMES) : forward<double, Direct<double>>(NAMES);
-  const bool few = query.size(2) <= Few<float, float>::MOST;
+  const bool few = query.size(2) <= FEW;
   if (query.scalar_type() == at::kFloat)
-    return row ? forward_rows<float>(NAMES) : few ? forward<float, Few<float, float>>(NAMES) : forward<float, Direct<float>>(NAMES);
-  if (!row && few) return forward<float, Few<float, Half>>(NAMES);
+    return row ? forward_rows<float>(NAMES) : few ? forward_few<float, float>(NAMES) : forward<float, Direct<float>>(NAMES);
+  if (!row && few) return forward_few<float, Half>(NAMES);
   if (!row && matrix_units()) return forward<float, Packed>(NAMES);
   return in_float(query, key, value, [&](const Tensor& query, const Tensor& key, const Tensor& value) {
     auto [out, shifts, inverses, mean] = row ? forward_rows<float>(NAMES) : forward<float, Direct<float>>(NAMES);
