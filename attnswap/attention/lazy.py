@@ -36,21 +36,20 @@ class lazy(Generic[T]):
 
 
 def constant(function: Callable[..., T]) -> Callable[..., T]:
-    """``functools.cache`` for what torch.compile shall not look into: the result is a constant of the graph.
+    """Marks what torch.compile shall not look into: the result is a constant of the graph.
 
     Args:
         function: Takes swaps and plain values.
     """
-    kept = functools.cache(function)
 
     @torch.compiler.assume_constant_result
     def rebuilt(*args: Any) -> T:
-        return kept(*(_build(*arg) if isinstance(arg, tuple) else arg for arg in args))
+        return function(*(_build(*arg) if isinstance(arg, tuple) else arg for arg in args))
 
     @functools.wraps(function)
     def known(*args: Any) -> T:
         if not torch.compiler.is_compiling():
-            return kept(*args)
+            return function(*args)
         # A swap goes in parts: one that was made in the graph itself would arrive with other options.
         return rebuilt(*((type(arg), *arg.options().items()) if isinstance(arg, Swap) else arg for arg in args))
 

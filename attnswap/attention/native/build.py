@@ -1,6 +1,7 @@
 """Compile the engine, once per machine, and the maths of each swap, in about a second; both are kept on disk."""
 
 import contextlib
+import functools
 import os
 import platform
 import shutil
@@ -56,6 +57,7 @@ def compiler() -> str | None:
 
 
 @constant
+@functools.cache
 def unavailable() -> str | None:
     """Says why the engine cannot be used here, or None; builds it the first time.
 
@@ -118,6 +120,7 @@ def _load_engine() -> None:
 
 
 @constant
+@functools.cache
 def program(swap: Swap, whole: bool) -> str:
     """Returns the path of a swap's compiled maths, compiling it if that has not been done on this machine.
 

@@ -1,5 +1,6 @@
 """The engine's two operators as torch sees them: their shapes, and the gradient of one by the other."""
 
+import functools
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ def forward(*arguments: Any) -> Tensor:
 
 
 @constant
+@functools.cache
 def _register() -> None:
     """Adds shapes and gradients to the operators, once the engine is loaded."""
     torch.library.register_fake("attnswap_native::forward", _fake_forward)
