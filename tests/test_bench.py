@@ -8,6 +8,7 @@ import jsonschema
 import pytest
 import torch
 from rich.console import Console
+from conftest import tiny
 from test_cli import run  # noqa: F401
 
 import attnswap
@@ -315,3 +316,46 @@ def test_bad_input(run, tmp_path, options, message):  # noqa: F811
     code, out, err = run("bench", *[str(tmp_path / o) if o == "FILE" else o for o in options])
     assert (code, out, err.count("\n")) == (2, "", 1), err
     assert message in err
+
+
+# --- whole models -----------------------------------------------------------------------------------------------------
+
+
+def test_a_whole_model_is_timed_against_itself_unpatched(tmp_path, short_samples, run):  # noqa: F811
+    """Both tasks with every round on record, as a table, as JSON and in a file."""
+    tiny().save_pretrained(tmp_path / "model")
+    plan = bench.ModelPlan(
+        str(tmp_path / "model"), ["softpick", "forgetting-gate"], step_tokens=16, prompt=8, new=3, rounds=3
+    )
+    report = bench.measure_model(plan)
+    assert [(r["swap"], r["task"]) for r in report["results"]] == [
+        (swap, task) for swap in ("softpick", "forgetting-gate") for task in ("step", "generate")
+    ]
+    for row in report["results"]:
+        assert len(row["rounds"]) == 3
+        ratios = sorted(r["patched"] / r["unpatched"] for r in row["rounds"])
+        assert row["ratio"]["median"] == pytest.approx(ratios[1])
+    path = bench.write_model_report(report, tmp_path)
+    assert json.loads(path.read_text())["results"] == report["results"]
+    console = Console(width=200, record=True)
+    console.print(bench.model_table(report))
+    assert "forgetting-gate" in console.export_text() and "<1.15" in console.export_text()
+
+
+def test_a_whole_model_with_a_slow_swap_is_told_apart(tmp_path, short_samples, monkeypatch):
+    """Negative control: a swap that sleeps shows in the ratio."""
+    quick = attnswap.SSMax.terms
+    monkeypatch.setattr(attnswap.SSMax, "terms", lambda self, call: (time.sleep(0.05), quick(self, call))[1])
+    tiny().save_pretrained(tmp_path / "model")
+    plan = bench.ModelPlan(str(tmp_path / "model"), ["ssmax"], tasks=["step"], step_tokens=16, rounds=3)
+    (row,) = bench.measure_model(plan)["results"]
+    assert row["ratio"]["lo"] > 1.5
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [(["--tasks", "stepp"], 'Did you mean "step"'), (["--rounds", "2"], "at least 3")],
+)
+def test_wrong_options_of_a_whole_model(options, told, run):  # noqa: F811
+    code, _, error = run("bench", "--model", "embedded", *options)
+    assert code == 2 and told in error
