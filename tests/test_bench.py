@@ -7,8 +7,8 @@ from importlib.resources import files
 import jsonschema
 import pytest
 import torch
-from rich.console import Console
 from conftest import tiny
+from rich.console import Console
 from test_cli import run  # noqa: F401
 
 import attnswap
