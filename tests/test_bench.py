@@ -339,7 +339,8 @@ def test_a_whole_model_is_timed_against_itself_unpatched(tmp_path, short_samples
     assert json.loads(path.read_text())["results"] == report["results"]
     console = Console(width=200, record=True)
     console.print(bench.model_table(report))
-    assert "forgetting-gate" in console.export_text() and "<1.15" in console.export_text()
+    shown = console.export_text()
+    assert "forgetting-gate" in shown and "<1.15" in shown
 
 
 def test_a_whole_model_with_a_slow_swap_is_told_apart(tmp_path, short_samples, monkeypatch):
