@@ -80,7 +80,7 @@ def compute(problem: Problem, before: Callable[[], Tensor], backend: str = "auto
     ramp = problem.ramp
     if isinstance(ramp, float) and ramp == 0.0:
         return before()
-    if problem.swap.native_ramp or (isinstance(ramp, float) and ramp == 1.0):
+    if problem.swap.native_ramp or problem.whole:
         return choose(problem, backend).attend(problem)
     full = replace(problem, ramp=1.0)
     swapped, was = choose(full, backend).attend(full), before()

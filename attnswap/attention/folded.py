@@ -45,11 +45,9 @@ def attend(problem: Problem) -> Tensor:
     """
     problem = problem.regular()
     terms, visibility = problem.terms, problem.visibility
-    query, value = problem.query, problem.value
+    query, value = problem.query, problem.scaled_value()
     if terms.query_scale is not None:
         query = (query.to(problem.dtype) * terms.query_scale[..., None]).to(query.dtype)
-    if terms.value_scale is not None:
-        value = (value.to(problem.dtype) * terms.value_scale[..., None]).to(value.dtype)
     if problem.stock is not None and _on_own_kernel(problem):
         return problem.stock(query, problem.key, value)
     stock = functools.partial(

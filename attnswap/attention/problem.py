@@ -61,6 +61,16 @@ class Problem:
         """Query heads per key/value head of a call without ``kv_heads``."""
         return self.query.shape[1] // self.key.shape[1]
 
+    @property
+    def whole(self) -> bool:
+        """Whether lambda is the number 1, so that what it would blend with is left out."""
+        return isinstance(self.ramp, float) and self.ramp == 1.0
+
+    def scaled_value(self) -> Tensor:
+        """Returns the values times the swap's own scale of them, in their dtype."""
+        scale = self.terms.value_scale
+        return self.value if scale is None else (self.value * scale[..., None]).to(self.value.dtype)
+
     def regular(self) -> "Problem":
         """Returns the call with its keys and values picked so that equal groups of query heads share one, in order."""
         if self.kv_heads is None:

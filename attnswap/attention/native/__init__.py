@@ -38,7 +38,7 @@ def attend(problem: Problem) -> Tensor:
         value = (value * terms.value_scale[..., None]).to(held)
     first, last = visibility.spans
     return ops.forward(
-        build.program(swap, isinstance(problem.ramp, float) and problem.ramp == 1.0),
+        build.program(swap, problem.whole),
         *(rows(x) for x in (query, key, value)),
         list(problem.kv_heads or ()),
         first,

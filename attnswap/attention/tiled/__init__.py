@@ -26,13 +26,11 @@ def attend(problem: Problem) -> Tensor:
         Output (batch, heads, queries, value_dim) in the dtype of the values, laid out (batch, queries, heads, ...).
     """
     problem = problem.regular()
-    terms, value, dtype = problem.terms, problem.value, problem.dtype
-    if terms.value_scale is not None:
-        value = (value * terms.value_scale[..., None]).to(value.dtype)
+    terms, dtype = problem.terms, problem.dtype
     scale, keys, sinks = terms.query_scale, terms.key_bias, problem.sinks
     setup = Setup(
         operands.kernel_swap(problem),
-        isinstance(problem.ramp, float) and problem.ramp == 1.0,
+        problem.whole,
         problem.visibility,
         problem.scaling,
         problem.softcap,
@@ -41,10 +39,10 @@ def attend(problem: Problem) -> Tensor:
         setup,
         problem.query,
         problem.key,
-        value,
+        problem.scaled_value(),
         None if scale is None else whole(scale.to(dtype), problem.query.shape[2], problem),
         operands.row_bias(problem),
         None if keys is None else whole(keys.double(), problem.key.shape[2], problem),
         None if sinks is None else sinks.to(dtype),
         operands.numbers(problem),
-    ).to(value.dtype)
+    ).to(problem.value.dtype)

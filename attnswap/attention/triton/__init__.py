@@ -41,6 +41,7 @@ def refusal(problem: Problem) -> str | None:
 
 
 @constant
+@functools.cache
 def _version() -> tuple[int, ...]:
     import triton  # its distributions for ROCm and nightly builds go by other names
 
@@ -53,6 +54,7 @@ def is_fast(problem: Problem) -> bool:
 
 
 @constant
+@functools.cache
 def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
@@ -75,17 +77,14 @@ def operands(problem: Problem) -> tuple[Any, ...]:
     """Returns what the operator takes, in the order of ``ops.ORDER``."""
     problem = problem.regular()  # the kernels know equal groups alone
     swap = shared.kernel_swap(problem)
-    terms, visibility, value = problem.terms, problem.visibility, problem.value
+    terms, visibility = problem.terms, problem.visibility
     queries, keys = problem.query.shape[2], problem.key.shape[2]
-    if terms.value_scale is not None:
-        value = (value * terms.value_scale[..., None]).to(value.dtype)
     scale, key_bias = terms.query_scale, terms.key_bias
-    whole_ramp = isinstance(problem.ramp, float) and problem.ramp == 1.0
     arguments = (
-        _source(swap, whole_ramp),
+        _source(swap, problem.whole),
         swap.shifted,
         swap.threshold,
-        *(rows(x) for x in (problem.query, problem.key, value)),
+        *(rows(x) for x in (problem.query, problem.key, problem.scaled_value())),
         *visibility.spans,
         visibility.holes,
         visibility.dense,
@@ -94,7 +93,7 @@ def operands(problem: Problem) -> tuple[Any, ...]:
         shared.row_bias(problem),
         None if key_bias is None else whole(key_bias.double(), keys, problem),
         None if problem.sinks is None else problem.sinks.float().contiguous(),
-        shared.numbers(problem, functools.partial(_reads, swap, whole_ramp)),
+        shared.numbers(problem, functools.partial(_reads, swap, problem.whole)),
         visibility.n.float().contiguous(),
         problem.scaling,
         problem.softcap or 0.0,
