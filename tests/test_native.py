@@ -353,6 +353,27 @@ def test_a_wrong_slope_would_be_noticed(monkeypatch):
     assert (found[1] - wanted[1]).abs().max() > 1e-3
 
 
+@needs_compiler
+def test_bf16_without_matrix_units():
+    """What serves processors that have none: the same result, and what tracing is told about its shapes."""
+    program = """
+import torch
+from attnswap.attention import attention
+torch.manual_seed(0)
+q, k = torch.randn(1, 4, 40, 16).bfloat16().requires_grad_(), torch.randn(1, 2, 40, 16).bfloat16()
+def attend(q, k, backend):
+    return attention(q, k, k, "softpick", is_causal=True, enable_gqa=True, backend=backend)
+traced = torch.compile(lambda q: attend(q, k, "native"), backend="aot_eager", fullgraph=True)
+wanted = torch.autograd.grad(attend(exact := q.detach().double().requires_grad_(), k.double(), "dense").sum(), exact)[0]
+for out in (attend(q, k, "native"), traced(q)):
+    (found,) = torch.autograd.grad(out.sum(), q)
+    print(float((found.double() - wanted).abs().max() / wanted.abs().max()) < 2e-2)
+"""
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["True", "True"], done.stderr
+
+
 WITHOUT = """
 import sys, warnings, torch
 with warnings.catch_warnings(record=True) as caught:
