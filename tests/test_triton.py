@@ -394,6 +394,7 @@ def test_a_machine_without_triton_is_refused():
 def test_an_old_triton_is_refused():
     with (
         mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}),
+        mock.patch.object(triton_backend, "_installed", return_value=True),
         mock.patch.object(triton_backend, "_version", return_value=(3, 4)),
     ):
         said = refusal({})
