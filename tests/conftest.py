@@ -25,7 +25,7 @@ from transformers import (
 
 import attnswap
 from attnswap.surgery.attach import child_of
-from attnswap.surgery.select import attention_modules
+from attnswap.surgery.stacks import attention_modules
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

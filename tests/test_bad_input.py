@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 import attnswap
 from attnswap.errors import ConfigError, UnsupportedModelError
-from attnswap.surgery.select import attention_modules
+from attnswap.surgery.stacks import attention_modules
 
 MISTAKES = [
     ({"swap": "sofpick"}, 'Did you mean "softpick"'),
@@ -302,9 +302,10 @@ print(sorted(changed), [sorted(a - b) for a, b in zip(after[1], before[1])], aft
 
 
 def test_global_touches_are_the_listed_ones():
-    """Importing attnswap adds one name to two registries and wraps one method; nothing else of transformers changes."""
+    """Importing attnswap adds one name to two registries and wraps three methods; nothing else changes."""
     done = subprocess.run([sys.executable, "-c", GLOBAL_STATE], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[('PreTrainedModel', 'post_init')] [['attnswap'], ['attnswap']] True"
+    wrapped = [("PreTrainedConfig", "to_dict"), ("PreTrainedModel", "__init__"), ("PreTrainedModel", "post_init")]
+    assert done.stdout.splitlines()[-1] == f"{wrapped} [['attnswap'], ['attnswap']] True"
 
 
 def test_gates_over_time_refuse_to_see_the_future():

@@ -141,7 +141,7 @@ def edit_config(path, change):
 
 def test_newer_format_and_damaged_spec(patched, tmp_path):
     patched("llama", "ssmax").save_pretrained(tmp_path)
-    edit_config(tmp_path, lambda c: c["attnswap"].update(format=2))
+    edit_config(tmp_path, lambda c: c["attnswap"].update(format=3))
     with pytest.raises(CheckpointError, match="upgrade attnswap"):
         attnswap.from_pretrained(tmp_path)
     edit_config(tmp_path, lambda c: c["attnswap"].update(format=1, swaps=[{"slot": "x"}]))

@@ -12,7 +12,7 @@ import attnswap
 from attnswap.attention import chunked
 from attnswap.errors import UnsupportedModelError
 from attnswap.surgery.attach import child_of
-from attnswap.surgery.select import attention_modules
+from attnswap.surgery.stacks import attention_modules
 
 GATED = ["forgetting-gate", "selective-temperature"]
 

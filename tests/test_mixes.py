@@ -18,7 +18,7 @@ from attnswap.attention import folded
 from attnswap.errors import UnsupportedModelError
 from attnswap.surgery import combine
 from attnswap.surgery.previous import Previous
-from attnswap.surgery.select import attention_modules
+from attnswap.surgery.stacks import attention_modules
 
 ODD = [4, 0, 7, 5]
 """Of eight heads that share four key/value heads two by two: every pair but the last is parted, in no order."""

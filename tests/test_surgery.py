@@ -11,7 +11,8 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import attnswap
 from attnswap.surgery.attach import child_of, spec_of
-from attnswap.surgery.select import attention_modules, select_layers
+from attnswap.surgery.select import select_layers
+from attnswap.surgery.stacks import attention_modules
 
 LENGTH = 20
 

@@ -44,8 +44,11 @@ def scores(problem: Problem, terms: Terms, block: Block) -> Tensor:
     """Returns ``a_i cap(scaling q.k) + b_i + c_j + B_ij`` of a block, shape (batch, heads, rows, keys)."""
     rows, keys = slice(block.start, block.stop), slice(block.k0, block.k1)
     dtype = problem.dtype
-    query, key = problem.query[:, :, rows].to(dtype), problem.key[:, :, keys].to(dtype)
-    s = grouped_matmul(query, key.transpose(-1, -2), problem.groups) * problem.scaling
+    if problem.content is None:
+        query, key = problem.query[:, :, rows].to(dtype), problem.key[:, :, keys].to(dtype)
+        s = grouped_matmul(query, key.transpose(-1, -2), problem.groups) * problem.scaling
+    else:
+        s = problem.content[:, :, rows, keys]
     if problem.softcap is not None:
         s = torch.tanh(s / problem.softcap) * problem.softcap
     if terms.query_scale is not None:

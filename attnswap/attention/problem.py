@@ -35,6 +35,8 @@ class Problem:
             it names, in the order in which it first names them.
         stock: The model's own softmax kernel for these heads, where there is a better one than torch's: of query, key
             and value as in a call without ``kv_heads``; scaling, visibility, sinks and dropout are those of this call.
+        content: The scaled products of queries and keys, (batch, heads, queries, keys), where they are known already;
+            only the dense reference takes it.
     """
 
     swap: Swap
@@ -50,6 +52,7 @@ class Problem:
     dropout: float = 0.0
     kv_heads: tuple[int, ...] | None = None
     stock: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    content: Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:

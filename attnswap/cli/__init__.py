@@ -6,6 +6,7 @@ import sys
 import typer
 
 from attnswap.cli.bench import bench_command
+from attnswap.cli.coverage import coverage_command
 from attnswap.cli.doctor import doctor_command
 from attnswap.cli.eval import eval_command
 from attnswap.cli.patch import patch_command
@@ -25,6 +26,7 @@ app.command("patch")(patch_command)
 app.command("train")(train_command)
 app.command("eval")(eval_command)
 app.command("bench")(bench_command)
+app.command("coverage")(coverage_command)
 app.command("doctor")(doctor_command)
 
 

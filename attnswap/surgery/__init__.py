@@ -1,6 +1,7 @@
 """The seam to transformers: patch, undo, save and reload."""
 
-from attnswap.surgery.checkpoint import from_pretrained, install
+from attnswap.surgery.checkpoint import from_pretrained
+from attnswap.surgery.install import install
 from attnswap.surgery.patch import describe, parameter_groups, patch, set_ramp, swap_parameters, unpatch
 from attnswap.surgery.report import PatchReport
 from attnswap.surgery.seam import register

@@ -9,18 +9,24 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from attnswap.errors import CheckpointError
+from attnswap.errors import CheckpointError, UnsupportedModelError
 from attnswap.surgery.module import LayerSwap
+from attnswap.surgery.scores import End
 from attnswap.surgery.seam import Enter, Leave
-from attnswap.surgery.select import attention_modules, model_info, owning_config
+from attnswap.surgery.select import layer_info, owning_config
 from attnswap.surgery.spec import KEY, PatchSpec, Slot
-
-Modules = dict[int, tuple[str, nn.Module]]
+from attnswap.surgery.stacks import Modules, attention_modules, dispatches, is_cross, siblings
 
 
 def config_of(model: PreTrainedModel) -> PreTrainedConfig:
     """Returns the config that carries (or will carry) the model's spec."""
-    return owning_config(model, attention_modules(model))
+    return owning_config(model, patched_modules(model))
+
+
+def patched_modules(model: PreTrainedModel) -> Modules:
+    """Returns the attention modules that a patch of the model is about, or would be about by default."""
+    spec = spec_of(model)
+    return attention_modules(model, None if spec is None else spec.part)
 
 
 def spec_of(model: PreTrainedModel) -> PatchSpec | None:
@@ -85,89 +91,133 @@ def outermost(model: PreTrainedModel) -> PreTrainedModel:
     return next(x for x in reversed(seen) if isinstance(x, PreTrainedModel))
 
 
-def connect(config: PreTrainedConfig, modules: Modules, before: str, loading: bool = False) -> None:
+class Saved:
+    """The hook before a patched model's state is written: what would reload as softmax is not written."""
+
+    def __call__(self, model: nn.Module, prefix: str, keep_vars: bool) -> None:
+        """Raises CheckpointError if the model's config no longer names its swaps."""
+        config: Any = model.config
+        parts = [config, *(x for x in vars(config).values() if isinstance(x, PreTrainedConfig))]
+        if not any(isinstance(getattr(part, KEY, None), dict) for part in parts):
+            raise CheckpointError(
+                f"the config of {type(model).__name__} has lost its attnswap entry (was it edited or replaced?), so "
+                "what is saved would reload as softmax. Put the model's own config back, or call attnswap.unpatch"
+            )
+
+
+def guard(model: PreTrainedModel) -> None:
+    """Makes a patched model check its config whenever its state is asked for; parts of it leave that to it."""
+    remove_hooks(list(model.modules()), "_state_dict_pre_hooks", Saved)
+    model.register_state_dict_pre_hook(Saved())
+
+
+def unguard(model: PreTrainedModel) -> None:
+    """Undoes :func:`guard` for a model, its parts and the model around it."""
+    remove_hooks(list(outermost(model).modules()), "_state_dict_pre_hooks", Saved)
+
+
+def connect(
+    model: PreTrainedModel, config: PreTrainedConfig, modules: Modules, before: str, loading: bool = False
+) -> None:
     """Routes every attention module through attnswap; modules without slots go on as before.
 
     Args:
+        model: The model.
         config: The config the modules share.
         modules: The attention modules.
         before: The previous attention implementation.
         loading: The swaps' tensors are yet to be read; the first forward then checks them.
     """
-    config._attn_implementation_internal = KEY
-    # Written to config.json, so that a process without attnswap refuses the checkpoint by name.
-    config.attn_implementation = KEY
-    for _, module in modules.values():
-        if not any(isinstance(h, Enter) for h in module._forward_pre_hooks.values()):
-            module.register_forward_pre_hook(Enter(before, unchecked=loading), with_kwargs=True)
-            module.register_forward_hook(Leave(), with_kwargs=True)
+    through_interface, cross = dispatches_all(modules), is_cross(model, modules)
+    if through_interface:
+        config._attn_implementation_internal = KEY
+    elif config._attn_implementation == KEY:
+        config._attn_implementation_internal = before
+    layers = {id(module): layer for layer, (_, module) in modules.items()}
+    for module in siblings(model, modules):
+        enter = next((h for h in module._forward_pre_hooks.values() if isinstance(h, Enter)), None)
+        if enter is None:
+            enter = Enter(before, through_interface, loading)
+            module.register_forward_pre_hook(enter, with_kwargs=True)
+            if through_interface:
+                module.register_forward_hook(Leave(), with_kwargs=True)
+            else:
+                module.register_forward_hook(End(), with_kwargs=True, always_call=True)
+        if id(module) in layers:
+            enter.layer, enter.cross = layers[id(module)], cross
 
 
-def disconnect(config: PreTrainedConfig, modules: Modules, before: str) -> None:
+def disconnect(model: PreTrainedModel, config: PreTrainedConfig, modules: Modules, before: str) -> None:
     """Undoes :func:`connect` and removes every slot."""
-    for _, module in modules.values():
-        module._modules.pop(KEY, None)
-        _remove_hooks(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, Enter)
-        _remove_hooks(module._forward_hooks, module._forward_hooks_with_kwargs, Leave)
+    unhook(siblings(model, modules))
     config._attn_implementation_internal = before
+    write_spec(model, config, None)
+
+
+def write_spec(model: PreTrainedModel, config: PreTrainedConfig, spec: PatchSpec | None) -> None:
+    """Enters a spec into the configs that carry it, or takes it out.
+
+    Args:
+        model: The model.
+        config: The config of its attention modules.
+        spec: The spec; None takes it out.
+    """
+    # Some encoder-decoders give each half a copy of the config, which is not what they save.
+    known = [model.config, *(x for x in vars(model.config).values() if isinstance(x, PreTrainedConfig))]
+    for carrier in [config] if any(config is x for x in known) else [config, model.config]:
+        if spec is None:
+            forget(carrier)
+        else:
+            setattr(carrier, KEY, spec.to_dict())
+            # Written to config.json, so that a process without attnswap refuses the checkpoint by name.
+            carrier.attn_implementation = KEY
+
+
+def forget(config: PreTrainedConfig) -> None:
+    """Takes a spec, and the implementation that goes with it, out of a config."""
     for name in ("attn_implementation", KEY):
         config.__dict__.pop(name, None)
 
 
-def _remove_hooks(hooks: dict[int, Any], with_kwargs: dict[int, bool], kind: type) -> None:
-    for key in [k for k, hook in hooks.items() if isinstance(hook, kind)]:
-        del hooks[key]
-        with_kwargs.pop(key, None)
+def unhook(modules: list[nn.Module]) -> None:
+    """Takes hooks and swaps off attention modules."""
+    for module in modules:
+        module._modules.pop(KEY, None)
+    remove_hooks(modules, "_forward_pre_hooks", Enter)
+    remove_hooks(modules, "_forward_hooks", Leave | End)
+
+
+def dispatches_all(modules: Modules) -> bool:
+    """Whether a model's attention modules call transformers' attention interface.
+
+    Raises:
+        UnsupportedModelError: Some do and some do not.
+    """
+    kinds = {dispatches(module): name for name, module in modules.values()}
+    if len(kinds) > 1:
+        raise UnsupportedModelError(
+            f"{kinds[True]} calls transformers' attention interface and {kinds[False]} does not; attnswap serves "
+            "models whose attention modules all do, or none"
+        )
+    return next(iter(kinds))
+
+
+def remove_hooks(modules: list[nn.Module], table: str, kind: Any) -> None:
+    """Removes the hooks of some class from one of torch's tables of hooks, and what torch notes beside them."""
+    for module in modules:
+        hooks = getattr(module, table)
+        for key in [k for k, hook in hooks.items() if isinstance(hook, kind)]:
+            del hooks[key]
+            for beside in (f"{table}_with_kwargs", f"{table}_always_called"):
+                getattr(module, beside, {}).pop(key, None)
 
 
 def add_slot(module: nn.Module, config: PreTrainedConfig, name: str, slot: Slot) -> None:
     """Adds a slot with fresh parameters to an attention module."""
     child = child_of(module)
     if child is None:
-        child = LayerSwap(model_info(config))
+        child = LayerSwap(layer_info(config, module))
         child.train(module.training)
         module.add_module(KEY, child)
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     child.add(name, slot, device)
-
-
-def attach_from_config(model: PreTrainedModel) -> bool:
-    """Rebuilds the swaps that a model's config names, with parameters still to be loaded.
-
-    Args:
-        model: A model under construction.
-
-    Returns:
-        Whether anything was attached (False too where an inner model has done it already).
-    """
-    values = getattr(model.config, KEY, None)
-    if not isinstance(values, dict):
-        return False
-    spec = PatchSpec.from_dict(values)
-    modules = attention_modules(model)
-    if any(child_of(module) is not None for _, module in modules.values()):
-        return False
-    missing = [layer for layer in spec.layers if layer not in modules]
-    if missing:
-        raise CheckpointError(
-            f"the attnswap entry of config.json names layer {missing[0]}, which the model does not have"
-        )
-    config = owning_config(model, modules)
-    info = model_info(config)
-    for layer, slots in spec.layers.items():
-        for slot in slots.values():
-            heads = slot.heads or ()
-            ramps = len(slot.ramp) if isinstance(slot.ramp, tuple) else slot.count(info.heads)
-            if any(not 0 <= head < info.heads for head in heads) or ramps != slot.count(info.heads):
-                raise CheckpointError(
-                    f"the attnswap entry of config.json gives layer {layer} heads {list(heads) or 'all'} and lambda "
-                    f"{slot.ramp}, but its heads are 0 to {info.heads - 1}"
-                )
-    asked = config._attn_implementation
-    before = spec.before if asked in (KEY, None) else asked
-    connect(config, modules, before, loading=True)
-    setattr(config, KEY, {**values, "before": before})
-    for layer, slots in spec.layers.items():
-        for name, slot in slots.items():
-            add_slot(modules[layer][1], config, name, slot)
-    return True

@@ -1,23 +1,17 @@
 """Reload what was saved: the swaps are rebuilt from ``config.json`` while transformers constructs the model."""
 
-import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers import initialization as init
 
 from attnswap.errors import CheckpointError
 from attnswap.loading import refuse_orphans
-from attnswap.surgery.attach import attach_from_config, spec_of
-from attnswap.surgery.module import SwapModule
+from attnswap.surgery.attach import patched_modules, spec_of
 from attnswap.surgery.probe import verify
 from attnswap.surgery.seam import Enter, check_ramps
-from attnswap.surgery.select import attention_modules, owning_config
+from attnswap.surgery.select import owning_config
 from attnswap.surgery.spec import KEY
 
 
@@ -48,7 +42,7 @@ def from_pretrained(path: str | Path, *, auto_class: Any = AutoModelForCausalLM,
         raise CheckpointError(f'the checkpoint "{path}" lacks {len(missing)} swap parameters, such as {missing[0]}')
     refuse_orphans(loaded["unexpected_keys"], path)
     spec = spec_of(model)
-    modules = attention_modules(model)
+    modules = patched_modules(model)
     for _, module in modules.values():
         if KEY in module._modules:
             check_ramps(module._modules[KEY])  # type: ignore[arg-type]
@@ -71,60 +65,3 @@ def _require_spec(path: str | Path, kwargs: dict[str, Any]) -> None:
         raise CheckpointError(
             f'"{path}" is not a patched checkpoint; load it with transformers and call attnswap.patch'
         )
-
-
-def rebuild(model: PreTrainedModel) -> None:
-    """Attaches the swaps a model's config names; called for every model under construction."""
-    if not attach_from_config(model):
-        return
-    kept = getattr(model, "_keep_in_fp32_modules_strict", None)
-    model._keep_in_fp32_modules_strict = {*(kept or ()), KEY}
-    # An instance attribute: transformers calls it for each module whose weights were not in the checkpoint.
-    model._init_weights = _InitWeights(model, model._init_weights)  # type: ignore[method-assign]
-
-
-class _InitWeights:
-    """Gives swap modules their start, and leaves every other module to the model."""
-
-    def __init__(self, model: PreTrainedModel, original: Callable[[nn.Module], None]) -> None:
-        self.model, self.original = model, original
-
-    def __call__(self, module: nn.Module) -> None:
-        if not isinstance(module, SwapModule):
-            self.original(module)
-            return
-        others = (p for n, p in self.model.named_parameters() if f".{KEY}." not in n)
-        unset = [n for n, p in module.state_dict(keep_vars=True).items() if not getattr(p, "_is_hf_initialized", False)]
-        if unset and any(getattr(p, "_is_hf_initialized", False) for p in others):
-            raise CheckpointError(
-                f'the checkpoint names the swap "{module.swap.name}" in its config but lacks its parameters '
-                f"({', '.join(unset)}): it is incomplete. To start a swap afresh, load the original model and call "
-                "attnswap.patch"
-            )
-        if unset:
-            module.set_start(_start)
-
-
-def _start(parameter: torch.Tensor, mean: float, std: float) -> None:
-    if std:
-        init.normal_(parameter, mean, std)
-    else:
-        init.constant_(parameter, mean)
-
-
-def install() -> None:
-    """Wraps ``PreTrainedModel.post_init``, once, so that configs with a spec rebuild their swaps.
-
-    It does nothing for every other config.
-    """
-    original = PreTrainedModel.post_init
-    if getattr(original, "_attnswap", False):
-        return
-
-    @functools.wraps(original)
-    def post_init(self: PreTrainedModel) -> None:
-        rebuild(self)
-        original(self)
-
-    post_init._attnswap = True  # type: ignore[attr-defined]
-    PreTrainedModel.post_init = post_init  # type: ignore[method-assign]

@@ -1,7 +1,8 @@
 """One layer's attention when several swaps, and what was there before, share its heads."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,7 +12,6 @@ from attnswap.attention.dispatch import compute
 from attnswap.attention.heads import in_order, kv_heads_of, pick
 from attnswap.attention.problem import Problem, complete_features
 from attnswap.attention.visibility import Visibility
-from attnswap.surgery.previous import Previous
 from attnswap.surgery.spec import Slot
 from attnswap.swaps.base import Swap
 
@@ -28,13 +28,24 @@ class LayerInputs:
     softcap: float | None
     sinks: Tensor | None
     dropout: float
+    content: Tensor | None = None
+
+
+class Before(Protocol):
+    """The attention that a layer had before; see :class:`attnswap.surgery.previous.Previous`."""
+
+    def some(self, heads: Sequence[int]) -> Tensor:
+        """Computes some heads, shape (batch, len(heads), queries, value_dim)."""
+
+    def kernel(self, heads: Sequence[int] | None) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+        """Returns the model's own softmax kernel for some heads, or None where torch's must serve."""
 
 
 def attend(
     layer: LayerInputs,
     slots: dict[str, Slot],
     features: dict[str, dict[str, Tensor]],
-    previous: Previous,
+    previous: Before,
     weights: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Computes a layer's attention: each head once, but for those that blend two outputs along a ramp.
@@ -68,10 +79,10 @@ def attend(
     with torch.autocast(layer.query.device.type, enabled=False):
         shares = [(unchanged, softmax_weights(layer, unchanged))] if weights and kept else []
         for name, slot in active.items():
-            problem = slot_problem(layer, slot, features[name], previous)
+            problem = slot_problem(layer, slot, features[name], previous.kernel(slot.heads))
             mine = heads[name]
             if weights:
-                part, share = _dense_part(problem, of(mine) if _blends(slot) else None)
+                part, share = dense_part(problem, of(mine) if _blends(slot) else None)
                 shares.append((mine, share.to(layer.value.dtype)))
             else:
                 part = compute(problem, lambda mine=mine: of(mine))  # type: ignore[misc]
@@ -85,8 +96,10 @@ def _blends(slot: Slot) -> bool:
     return slot.phase == "ramp" and not slot.swap.native_ramp
 
 
-def slot_problem(layer: LayerInputs, slot: Slot, features: dict[str, Tensor], previous: Previous) -> Problem:
-    """Returns the attention problem of one slot."""
+def slot_problem(
+    layer: LayerInputs, slot: Slot, features: dict[str, Tensor], stock: Callable[..., Tensor] | None = None
+) -> Problem:
+    """Returns the attention problem of one slot; ``stock`` is as in :class:`Problem`."""
     features = dict(features)
     ramp = features.pop("ramp")
     if slot.phase == "ramp":
@@ -100,7 +113,7 @@ def slot_problem(layer: LayerInputs, slot: Slot, features: dict[str, Tensor], pr
         features=complete_features(slot.swap, features, part.query, part.key, kv_heads),
         ramp=1.0 if slot.phase == "swap" else ramp,
         kv_heads=kv_heads,
-        stock=previous.kernel(slot.heads),
+        stock=stock,
         **vars(part),
     )
 
@@ -117,6 +130,7 @@ def _cut(layer: LayerInputs, heads: tuple[int, ...] | None) -> tuple[LayerInputs
         query=pick(layer.query, heads),
         visibility=replace(visibility, **own) if own else visibility,
         sinks=None if sinks is None else pick(sinks, heads, 0),
+        content=None if layer.content is None else pick(layer.content, heads),
     )
     return part, kv_heads_of(heads, layer.query.shape[1] // layer.key.shape[1])
 
@@ -130,7 +144,7 @@ def _as_autocast_would(layer: LayerInputs) -> LayerInputs:
     return replace(layer, query=layer.query.to(dtype), key=layer.key.to(dtype), value=layer.value.to(dtype))
 
 
-def _dense_part(problem: Problem, was: Tensor | None) -> tuple[Tensor, Tensor]:
+def dense_part(problem: Problem, was: Tensor | None) -> tuple[Tensor, Tensor]:
     """Computes a slot with its weights, blended as the ramp says."""
     if problem.swap.native_ramp or isinstance(problem.ramp, float):
         out, weights = dense.attend(problem, need_weights=True)

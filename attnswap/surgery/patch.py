@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from attnswap.errors import ConfigError
+from attnswap.errors import ConfigError, UnsupportedModelError
 from attnswap.loading import clear_dequantized_flags
 from attnswap.surgery import attach
 from attnswap.surgery.module import SwapModule
@@ -16,13 +16,13 @@ from attnswap.surgery.probe import verify
 from attnswap.surgery.report import PatchReport, build_report
 from attnswap.surgery.select import (
     LayersLike,
-    attention_modules,
-    model_info,
+    layer_info,
     owning_config,
     select_heads,
     select_layers,
 )
 from attnswap.surgery.spec import KEY, PatchSpec, Slot
+from attnswap.surgery.stacks import attention_modules, is_cross
 from attnswap.swaps import Swap, SwapLike, resolve
 from attnswap.swaps.base import ModelInfo
 
@@ -33,6 +33,7 @@ def patch(
     model: PreTrainedModel,
     swap: SwapLike | Mapping[str | Swap, HeadsLike],
     *,
+    part: str | None = None,
     layers: LayersLike = None,
     heads: HeadsLike = None,
     ramp: float = 1.0,
@@ -47,6 +48,9 @@ def patch(
         model: A ``transformers`` model.
         swap: A name, config or mapping with a name (``{"name": "ssmax", "form": "scale"}``); or several of them with
             their heads: ``{"forgetting-gate": [0, 1], SSMax(form="scale"): [2, 3]}``.
+        part: Which attention, in a model that has several: words of its modules' names, such as ``"encoder"``,
+            ``"decoder"``, ``"vision_tower"`` or ``"encoder.layers.*.self_attn"``, or ``"cross"``; default:
+            self-attention, of the decoder or text tower where there are several.
         layers: Index, slice string (``"8:"``), list, or predicate of the layer index; default: all.
         heads: Query heads; default: all.
         ramp: lambda, from 0 (what the model computed before, exactly) to 1 (the swap).
@@ -62,16 +66,27 @@ def patch(
     start = check_ramp(ramp)
     if isinstance(start, tuple):
         raise ConfigError(f"ramp must be one number here, not {ramp!r}; attnswap.set_ramp takes one per head")
-    modules = attention_modules(model)
-    config = owning_config(model, modules)
-    info = model_info(config)
-    chosen = select_layers(layers, list(modules))
     old = attach.spec_of(model)
+    modules = attention_modules(model, part if old is None or part is not None else old.part)
+    if old is not None and modules != attach.patched_modules(model):
+        raise ConfigError(
+            f"part={part!r}: another attention of this model is patched already, and only one can be at a time; call "
+            "attnswap.unpatch first"
+        )
+    config = owning_config(model, modules)
+    chosen = select_layers(layers, list(modules))
+    info = layer_info(config, modules[chosen[0]][1])
     before = config._attn_implementation if old is None else old.before
-    spec = PatchSpec(before) if old is None else old
+    seam = "interface" if attach.dispatches_all(modules) else "scores"
+    spec = PatchSpec(before, seam=seam, part=part) if old is None else old
     added: list[tuple[int, str, Slot]] = []
     for config_of_swap, heads_of_swap in wanted:
         slot = Slot(config_of_swap.bind(info), _fitting_heads(config_of_swap, heads_of_swap, info), start)
+        if is_cross(model, modules) and any(f.per == "key" for f in slot.swap.features().values()):
+            raise UnsupportedModelError(
+                f'"{slot.swap.name}" keeps a value for each key, made of the hidden state of its token, which '
+                "cross-attention does not see"
+            )
         for layer in chosen:
             present = spec.layers.get(layer, {})
             _check_free(layer, slot, present, info)
@@ -80,17 +95,18 @@ def patch(
             added.append((layer, name, slot))
     give_back = attach.own_config(model)
     config = owning_config(model, modules)
-    attach.connect(config, modules, before)
+    attach.connect(model, config, modules, before)
+    attach.write_spec(model, config, spec)
     try:
         for layer, name, slot in added:
             attach.add_slot(modules[layer][1], config, name, slot)
         verify(model, config, modules, before)
     except BaseException:
-        _take_back(config, modules, before, added, keep=old is not None)
+        _take_back(model, config, modules, before, added, keep=old is not None)
         give_back()
         raise
-    setattr(config, KEY, spec.to_dict())
     _keep_fp32(model)
+    attach.guard(attach.outermost(model))
     cleared = clear_dequantized_flags(model)
     notes = [f"cleared stale quantization flags of a dequantized model: {', '.join(cleared)}"] if cleared else []
     return build_report(model, modules, spec, notes)
@@ -106,8 +122,9 @@ def unpatch(model: PreTrainedModel) -> None:
         ConfigError: The model is not patched.
     """
     spec = _spec(model)
-    modules = attention_modules(model)
-    attach.disconnect(owning_config(model, modules), modules, spec.before)
+    modules = attach.patched_modules(model)
+    attach.disconnect(model, owning_config(model, modules), modules, spec.before)
+    attach.unguard(model)
     for module in model.modules():
         kept = module.__dict__.get("_keep_in_fp32_modules_strict")
         if isinstance(kept, set):
@@ -117,7 +134,7 @@ def unpatch(model: PreTrainedModel) -> None:
 
 def describe(model: PreTrainedModel) -> PatchReport:
     """Returns the table of which swap serves which head of which layer (empty for an untouched model)."""
-    modules = attention_modules(model)
+    modules = attach.patched_modules(model)
     spec = attach.spec_of(model) or PatchSpec(owning_config(model, modules)._attn_implementation)
     return build_report(model, modules, spec, [])
 
@@ -133,10 +150,10 @@ def set_ramp(model: PreTrainedModel, ramp: float | Iterable[float], *, layers: L
     Raises:
         ConfigError: The model is not patched, a value is out of range, or the number of values does not fit.
     """
-    spec, modules = _spec(model), attention_modules(model)
+    spec, modules = _spec(model), attach.patched_modules(model)
     value = check_ramp(ramp)
     patched = select_layers(layers, sorted(spec.layers))
-    info = model_info(owning_config(model, modules))
+    info = layer_info(owning_config(model, modules), modules[patched[0]][1])
     for layer in patched:
         for slot in spec.layers[layer].values():
             if isinstance(value, tuple):
@@ -147,7 +164,7 @@ def set_ramp(model: PreTrainedModel, ramp: float | Iterable[float], *, layers: L
             spec = spec.with_slot(layer, name, moved)
             for child in attach.children_of(modules[layer][1]):
                 child.set_ramp(name, moved)
-    setattr(attach.config_of(model), KEY, spec.to_dict())
+    attach.write_spec(model, attach.config_of(model), spec)
 
 
 def swap_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -248,10 +265,15 @@ def _slot_name(swap: Swap, present: Mapping[str, Slot]) -> str:
 
 
 def _take_back(
-    config: Any, modules: attach.Modules, before: str, added: list[tuple[int, str, Slot]], keep: bool
+    model: PreTrainedModel,
+    config: Any,
+    modules: attach.Modules,
+    before: str,
+    added: list[tuple[int, str, Slot]],
+    keep: bool,
 ) -> None:
     if not keep:
-        attach.disconnect(config, modules, before)
+        attach.disconnect(model, config, modules, before)
         return
     for layer, name, _ in added:
         module = modules[layer][1]

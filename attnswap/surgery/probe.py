@@ -2,19 +2,22 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from attnswap.errors import AttnSwapError, UnsupportedModelError
-from attnswap.surgery.attach import Modules, child_of
+from attnswap.surgery.attach import Modules, child_of, dispatches_all
+from attnswap.surgery.inputs import tiny_inputs
+from attnswap.surgery.scores import End
 from attnswap.surgery.seam import Enter, Leave
-from attnswap.surgery.spec import KEY, Slot
-from attnswap.swaps.base import Call, Swap, Terms
+from attnswap.surgery.spec import Slot
+from attnswap.surgery.stacks import siblings
+from attnswap.swaps import expression as fn
+from attnswap.swaps.base import Call, Numbers, Swap, Terms
 
-TOKENS = 6
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 """Largest difference allowed between stock softmax and ours, relative to the spread of the outputs."""
 
@@ -29,6 +32,25 @@ class Flat(Swap):
     def terms(self, call: Call) -> Terms:
         """Halves every score."""
         return Terms(query_scale=torch.full_like(call.n, 0.5))
+
+
+class Alone(Swap):
+    """Weighs each key by its own score, so that a number added to a whole row shows."""
+
+    name: ClassVar[str] = "alone"
+    shifted: ClassVar[bool] = False
+
+    def weight(self, s: Any, shift: Any, p: Numbers) -> Any:
+        """Returns the sigmoid of the score."""
+        return fn.sigmoid(s)
+
+    def norm(self, s: Any, shift: Any, p: Numbers) -> Any:
+        """Returns 0: rows are not normalized."""
+        return 0.0 * s
+
+    def null(self, shift: Any, n: Any, p: Numbers) -> Any:
+        """Returns 1."""
+        return 1.0 + 0.0 * n
 
 
 def verify(model: PreTrainedModel, config: PreTrainedConfig, modules: Modules, before: str) -> None:
@@ -48,21 +70,25 @@ def verify(model: PreTrainedModel, config: PreTrainedConfig, modules: Modules, b
         UnsupportedModelError: A selected layer or head does not reach us, or our softmax differs from the model's.
     """
     swapped = {i: m for i, (_, m) in modules.items() if child_of(m) is not None}
+    connected, every = config._attn_implementation_internal, siblings(model, modules)
     with _quiet(model):
         try:
             config._attn_implementation_internal = before
-            with _hooks_silenced(modules):
+            with _hooks_silenced(every):
                 reference = _forward(model)
-            config._attn_implementation_internal = KEY
-            with _replaced(swapped, Plain()), _hooked(modules, "alone", True):
+            config._attn_implementation_internal = connected
+            with _replaced(swapped, Plain()), _hooked(every, "alone", True):
                 same = _forward(model)
             # On a CPU flex_attention gives no gradient.
             learns = "eager" if before == "flex_attention" and reference.device.type == "cpu" else before
-            hooked = _hooked(modules, "before", learns)
+            hooked = _hooked(every, "before", learns)
             with _replaced(swapped, Flat()), hooked, _gains(swapped) as gains, torch.enable_grad():
                 output = _forward(model)
                 weights = torch.linspace(1, 2, output.numel(), device=output.device).view_as(output)
                 slopes = torch.autograd.grad((output * weights).sum(), list(gains.values()), allow_unused=True)
+            _forward(model)  # with the swaps themselves, which may refuse
+            if not dispatches_all(modules):
+                _check_rows(model, every, swapped)
         except AttnSwapError:
             raise
         except Exception as error:
@@ -70,7 +96,7 @@ def verify(model: PreTrainedModel, config: PreTrainedConfig, modules: Modules, b
                 f"{type(model).__name__} cannot run a forward with attnswap: {type(error).__name__}: {error}"
             ) from error
         finally:
-            config._attn_implementation_internal = KEY
+            config._attn_implementation_internal = connected
     spread = float(reference.std()) or 1.0
     difference = float((same - reference).abs().max())
     if not difference <= TOLERANCE.get(model.dtype, 0.2) * spread:
@@ -80,6 +106,34 @@ def verify(model: PreTrainedModel, config: PreTrainedConfig, modules: Modules, b
         )
     for (layer, module), slope in zip(swapped.items(), slopes, strict=True):
         _check_heads(model, layer, module, slope)
+
+
+def _check_rows(model: PreTrainedModel, every: list[nn.Module], swapped: dict[int, nn.Module]) -> None:
+    """Refuses swaps that see what a model adds to a whole row of scores, where that depends on the keys after it."""
+    slots = [slot for module in swapped.values() if (child := child_of(module)) for slot in child.slots.values()]
+    sees = next((s.swap for s in slots if not s.swap.softmax_weighted and not s.swap.threshold), None)
+    if sees is None or model.main_input_name != "input_ids":
+        return
+    with _hooks_silenced(every):
+        looks_ahead = _prefix_gap(model)
+    with _replaced(swapped, Alone()):
+        moves = _prefix_gap(model)
+    if moves > 1e-3 >= looks_ahead:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} adds to each row of its scores a number that depends on the length of the input; "
+            f'softmax does not see it, but "{sees.name}" does. Choose a swap whose rows sum to one'
+        )
+
+
+def _prefix_gap(model: PreTrainedModel) -> float:
+    """How far the output at the first tokens moves when another token follows them."""
+    inputs = tiny_inputs(model)
+    short = {k: x[:1, :-1] if isinstance(x, Tensor) and x.ndim == 2 else x for k, x in inputs.items()}
+    long = {k: x[:1] if isinstance(x, Tensor) else x for k, x in inputs.items()}
+    before, after = model(**short)[0], model(**long)[0]
+    if before.ndim != 3:
+        return 0.0
+    return float((after[:, :-1] - before).abs().max() / after.std())
 
 
 def _check_heads(model: PreTrainedModel, layer: int, module: nn.Module, slope: Tensor | None) -> None:
@@ -95,15 +149,13 @@ def _check_heads(model: PreTrainedModel, layer: int, module: nn.Module, slope: T
 
 
 def _forward(model: PreTrainedModel) -> Tensor:
-    """Runs two rows of a few tokens, the second left-padded, and returns the outputs at real tokens in fp32."""
-    device = next(model.parameters()).device
-    embeddings: Any = model.get_input_embeddings()
-    vocabulary = embeddings.weight.shape[0]
-    ids = (torch.arange(2 * TOKENS, device=device).reshape(2, TOKENS) * 7 + 3) % vocabulary
-    mask = torch.ones_like(ids)
-    mask[1, :2] = 0
-    output = model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
-    return output[mask.bool()].float()
+    """Runs two short inputs and returns the outputs in fp32, of tokens those that are no padding."""
+    inputs = tiny_inputs(model)
+    output = model(**inputs)[0]
+    mask = inputs.get("decoder_attention_mask", inputs.get("attention_mask"))
+    if mask is not None and output.shape[:2] == mask.shape:
+        output = output[mask.bool()]
+    return output.float()
 
 
 @contextlib.contextmanager
@@ -121,14 +173,14 @@ def _quiet(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _hooks_silenced(modules: Modules) -> Iterator[None]:
+def _hooks_silenced(modules: list[nn.Module]) -> Iterator[None]:
     """Runs the attention modules as if they had never been touched."""
     saved = []
-    for _, module in modules.values():
+    for module in modules:
         tables = (module._forward_pre_hooks, module._forward_hooks)
         saved.append([(t, dict(t)) for t in tables])
         for table in tables:
-            for key in [k for k, h in table.items() if isinstance(h, Enter | Leave)]:
+            for key in [k for k, h in table.items() if isinstance(h, Enter | Leave | End)]:
                 del table[key]
     try:
         yield
@@ -159,9 +211,9 @@ def _replaced(swapped: dict[int, nn.Module], swap: Swap) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _hooked(modules: Modules, name: str, value: Any) -> Iterator[None]:
+def _hooked(modules: list[nn.Module], name: str, value: Any) -> Iterator[None]:
     """Gives the pre-hooks of all attention modules another value of an attribute."""
-    hooks = [h for _, m in modules.values() for h in m._forward_pre_hooks.values() if isinstance(h, Enter)]
+    hooks = [h for m in modules for h in m._forward_pre_hooks.values() if isinstance(h, Enter)]
     saved = [getattr(hook, name) for hook in hooks]
     try:
         for hook in hooks:

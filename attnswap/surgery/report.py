@@ -82,11 +82,12 @@ class PatchReport:
 def build_report(model: PreTrainedModel, modules: Modules, spec: PatchSpec, notes: list[str]) -> PatchReport:
     """Builds the report of a model's present state."""
     from attnswap.surgery.patch import swap_parameters
-    from attnswap.surgery.select import model_info, owning_config
+    from attnswap.surgery.select import layer_info, owning_config
 
-    heads = model_info(owning_config(model, modules)).heads if spec.layers else 0
+    config = owning_config(model, modules)
     rows = []
-    for index, (name, _) in modules.items():
+    for index, (name, module) in modules.items():
+        heads = layer_info(config, module).heads if spec.layers else 0
         slots = spec.layers.get(index, {})
         taken = {h for s in slots.values() for h in (range(heads) if s.heads is None else s.heads)}
         rows.append(LayerReport(index, name, slots, tuple(h for h in range(heads) if h not in taken)))

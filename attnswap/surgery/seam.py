@@ -5,12 +5,11 @@ module hands it to :func:`attention_forward`; after the forward, :class:`Leave` 
 patched module either computes its swaps or raises, whatever happened to the model's configuration in between.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
@@ -18,11 +17,13 @@ from attnswap.attention.checks import ensure
 from attnswap.attention.visibility import Visibility, split_mask
 from attnswap.errors import CheckpointError, UnsupportedModelError
 from attnswap.surgery import combine
+from attnswap.surgery.call import LayerCall
 from attnswap.surgery.masks import ForwardMask, compact_mask
 from attnswap.surgery.module import LayerSwap
 from attnswap.surgery.previous import Previous
-from attnswap.surgery.spec import KEY, Slot
-from attnswap.surgery.state import append, find_cache
+from attnswap.surgery.scores import begin
+from attnswap.surgery.spec import KEY
+from attnswap.surgery.state import find_cache
 
 BENIGN = {
     "position_ids",
@@ -41,38 +42,29 @@ BENIGN = {
     "softcap",
     "s_aux",
     "is_causal",
+    "position_bias",
+    "key_value_states",
+    "deterministic",  # of the flash function's backward pass
 }
 """Keyword arguments that attention functions receive and that are either honoured here or change nothing."""
 
 
-@dataclass
-class LayerCall:
-    """What travels from an attention module's pre-hook to the attention function.
+class Enter:
+    """The pre-forward hook of an attention module.
+
+    Args:
+        before: The attention implementation the model had.
+        dispatches: Whether the module hands its call on to an attention function, or computes a softmax itself.
+        unchecked: lambda is yet to be compared with what config.json says.
 
     Attributes:
-        before: The attention implementation the model had.
-        slots: The static part of the layer's swaps by name; empty for a layer that was not selected.
-        features: Each slot's features and ramp, of the new tokens.
-        cache: The KV cache of this forward, if any.
-        probe: Multiplies each head's output, shape (heads,), while a patch is being verified.
-        alone: No swap runs on the model's own kernel, which would prove nothing of ours.
-        served: Set by the attention function.
+        layer: Index of the layer.
+        cross: It attends to another sequence: what is cached there are no tokens of this one.
     """
 
-    before: str
-    slots: dict[str, Slot] = field(default_factory=dict)
-    features: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    cache: Cache | None = None
-    probe: Tensor | None = None
-    alone: bool = False
-    served: bool = False
-
-
-class Enter:
-    """The pre-forward hook of an attention module."""
-
-    def __init__(self, before: str, unchecked: bool = False) -> None:
-        self.before = before
+    def __init__(self, before: str, dispatches: bool = True, unchecked: bool = False) -> None:
+        self.before, self.dispatches = before, dispatches
+        self.layer, self.cross = 0, False
         self.unchecked = unchecked
         self.probe: Tensor | None = None
         self.alone = False
@@ -81,18 +73,28 @@ class Enter:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Computes the layer's features and adds the call to the kwargs."""
-        call = LayerCall(self.before, probe=self.probe, alone=self.alone)
+        call = LayerCall(self.before, self.layer, probe=self.probe, alone=self.alone, cross=self.cross)
         child = module._modules.get(KEY)
         if child is not None:
             if self.unchecked:
                 check_ramps(child)
                 self.unchecked = torch.compiler.is_compiling()  # a graph checks whenever it runs
+            config = getattr(module, "config", None)
+            if config is not None and not isinstance(getattr(config, KEY, None), dict):
+                raise CheckpointError(
+                    f"the config of {type(module).__name__} has lost its attnswap entry, without which the model could "
+                    "not be saved: was it edited or replaced? Call attnswap.patch on a fresh model"
+                )
             hidden = kwargs.get("hidden_states")
             hidden = args[0] if hidden is None else hidden
-            call.slots = _slots(child)
+            call.slots = _own(child).slots
             call.features = child(hidden)
-            call.cache = find_cache(args, kwargs)
-        return args, {**kwargs, KEY: call}
+            call.cache = None if self.cross else find_cache(args, kwargs)
+        if self.dispatches:
+            return args, {**kwargs, KEY: call}
+        if child is not None:
+            begin(module, call, _own(child).info)
+        return args, kwargs
 
 
 class Leave:
@@ -123,11 +125,11 @@ def check_ramps(child: nn.Module) -> None:
                 )
 
 
-def _slots(child: nn.Module) -> dict[str, Slot]:
+def _own(child: nn.Module) -> LayerSwap:
     # Wrappers of other libraries (modules_to_save, offloading) keep the original module's plain attributes reachable.
     while not hasattr(child, "slots"):
         child = next(child.children())
-    return child.slots  # type: ignore[return-value]
+    return child  # type: ignore[return-value]
 
 
 def attention_forward(
@@ -179,11 +181,12 @@ def attention_forward(
                 f'{type(module).__name__} passes "{name}" to its attention function; attnswap does not know what it '
                 "changes and will not guess. Unpatch the layer, or report the architecture"
             )
+    visibility = as_visibility(module, attention_mask, query, key, call, kwargs.get("is_causal"))
     layer = combine.LayerInputs(
         query=query,
         key=key,
         value=value,
-        visibility=as_visibility(module, attention_mask, query, key, call.cache, kwargs.get("is_causal")),
+        visibility=with_bias(visibility, kwargs.get("position_bias")),
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
@@ -191,9 +194,7 @@ def attention_forward(
     )
     if not call.slots:
         return kept[0], combine.softmax_weights(layer)
-    features = {name: dict(values) for name, values in call.features.items()}
-    if call.cache is not None:
-        _extend_with_past(call, features, module, layer.visibility)
+    features = call.all_features(layer.visibility)
     return _probed(combine.attend(layer, call.slots, features, previous, weights_wanted), call.probe)
 
 
@@ -201,49 +202,12 @@ def _probed(result: tuple[Tensor, Tensor | None], probe: Tensor | None) -> tuple
     return result if probe is None else (result[0] * probe[:, None].to(result[0].dtype), result[1])
 
 
-def _extend_with_past(
-    call: LayerCall, features: dict[str, dict[str, Tensor]], module: nn.Module, visibility: Visibility
-) -> None:
-    """Replaces the per-key features of the new tokens by those of all keys, past ones from beside the cache.
-
-    Padding is blanked before it is stored, with a mark: later masks need not say which past tokens were padding.
-
-    Raises:
-        UnsupportedModelError: A mask shows a token that was stored as padding.
-    """
-    places = [
-        (slot, name, feature.padding)
-        for slot, static in call.slots.items()
-        for name, feature in static.swap.features().items()
-        if feature.per == "key"
-    ]
-    if not places or call.cache is None:
-        return
-    new = {f"{slot}.{name}": features[slot][name] for slot, name, _ in places}
-    first = next(iter(new.values()))
-    blank = torch.zeros_like(first[:, :1], dtype=torch.bool)
-    if visibility.token_valid is not None:
-        blank = ~visibility.token_valid[:, None, visibility.positions()].expand_as(blank)
-        new = {key: new[key].masked_fill(blank, padding) for key, (_, _, padding) in zip(new, places, strict=True)}
-    new["padding"] = blank.to(first.dtype)
-    *full, was_blank = append(call.cache, module.layer_idx, new, visibility.k_length)  # type: ignore[arg-type]
-    shown = visibility.dense is not None and visibility.shows(was_blank[:, 0] > 0)
-    ensure(
-        ~shown if isinstance(shown, Tensor) else not shown,
-        "the attention mask shows a token that no query saw when it entered the KV cache, so that it was taken for "
-        "padding. Let every token see itself, or run without a cache",
-        error=UnsupportedModelError,
-    )
-    for (slot, name, _), part in zip(places, full, strict=True):
-        features[slot][name] = part
-
-
 def as_visibility(
     module: nn.Module,
     mask: ForwardMask | Tensor | None,
     query: Tensor,
     key: Tensor,
-    cache: Cache | None,
+    call: LayerCall,
     is_causal: bool | None,
 ) -> Visibility:
     """Returns which keys each query sees, from whatever the model passed as its mask."""
@@ -252,15 +216,11 @@ def as_visibility(
         seen = mask.visibility
     elif mask is not None:
         dense, bias = split_mask(mask, (query.shape[0], query.shape[1], q_length, k_length))
-        # Static caches hand out keys that are not written yet; sliding ones have dropped the oldest.
-        written: Any = k_length if cache is None else cache.get_seq_length(module.layer_idx)  # type: ignore[arg-type]
-        if isinstance(written, Tensor) and torch.compiler.is_compiling():
-            written = written.clamp(max=k_length)
-        else:
-            written = min(int(written), k_length)
-        return Visibility(q_length, k_length, query.device, False, written - q_length, dense=dense, bias=bias)
+        offset = call.offset(q_length, k_length)
+        return Visibility(q_length, k_length, query.device, False, offset, dense=dense, bias=bias)
     else:
         causal = q_length > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        causal = causal and not call.cross
         return Visibility(q_length, k_length, query.device, causal, q_offset=0)
     if (seen.q_length, seen.k_length) != (q_length, k_length):
         raise UnsupportedModelError(
@@ -268,6 +228,13 @@ def as_visibility(
             f"attends with {q_length} queries over {k_length} keys"
         )
     return seen
+
+
+def with_bias(visibility: Visibility, bias: Tensor | None) -> Visibility:
+    """Adds a model's own learned bias of positions, (batch or 1, heads, queries, keys), to what is added to scores."""
+    if bias is None:
+        return visibility
+    return replace(visibility, bias=bias if visibility.bias is None else visibility.bias + bias)
 
 
 def attentions_wanted(kwargs: dict[str, Any]) -> bool:

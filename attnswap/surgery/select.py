@@ -8,40 +8,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from attnswap.errors import ConfigError, UnsupportedModelError
+from attnswap.surgery.stacks import Modules, dispatches
 from attnswap.swaps.base import ModelInfo
 
 LayersLike = int | str | Iterable[int] | Callable[[int], bool] | None
 """Layers by index, slice string such as ``"8:"`` or ``"::2"``, list, predicate; None: all."""
-
-
-def attention_modules(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
-    """Returns the self-attention modules of a model by layer index, with their names.
-
-    A module counts if its class name ends in "Attention" and it carries an integer ``layer_idx``. Whether it really
-    dispatches its attention is shown by the probe, not assumed here.
-
-    Raises:
-        UnsupportedModelError: There is none, or two share a layer index.
-    """
-    found: dict[int, tuple[str, nn.Module]] = {}
-    for name, module in model.named_modules():
-        index = getattr(module, "layer_idx", None)
-        if not type(module).__name__.endswith("Attention") or not isinstance(index, int):
-            continue
-        if getattr(module, "is_cross_attention", False):
-            continue
-        if index in found:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} has two attention modules with layer index {index} ({found[index][0]} and "
-                f"{name}); attnswap cannot tell them apart"
-            )
-        found[index] = (name, module)
-    if not found:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no attention module to patch (none whose class name ends in Attention and "
-            "that carries a layer_idx)"
-        )
-    return dict(sorted(found.items()))
 
 
 def select_layers(layers: LayersLike, available: list[int]) -> list[int]:
@@ -119,33 +90,42 @@ def select_heads(heads: Iterable[int] | int | None, info: ModelInfo) -> tuple[in
     return tuple(wanted)
 
 
-def model_info(config: PreTrainedConfig) -> ModelInfo:
-    """Reads a layer's sizes from the config of its attention module.
+def layer_info(config: PreTrainedConfig, module: nn.Module) -> ModelInfo:
+    """Returns a layer's sizes, from its attention module where that has them, else from its config.
 
     Raises:
-        UnsupportedModelError: The config does not say how many heads there are.
+        UnsupportedModelError: Neither says how many heads there are.
     """
-    heads = getattr(config, "num_attention_heads", None)
-    hidden = getattr(config, "hidden_size", None)
-    if not isinstance(heads, int) or not isinstance(hidden, int):
+    usual = _size(config, "num_attention_heads")
+    heads = _size(module, "num_heads", "num_attention_heads", "n_heads", "n_head") or usual
+    hidden = _size(config, "hidden_size")
+    if heads is None or hidden is None:
         raise UnsupportedModelError(f"{type(config).__name__} names no single num_attention_heads and hidden_size")
-    kv_heads = getattr(config, "num_key_value_heads", None)
-    positions = getattr(config, "max_position_embeddings", None)
+    kv_heads = _size(module, "num_key_value_heads", "num_kv_heads")
+    if kv_heads is None and heads == usual:  # a config speaks of one of its towers
+        kv_heads = _size(config, "num_key_value_heads")
     return ModelInfo(
         heads=heads,
-        kv_heads=kv_heads if isinstance(kv_heads, int) else heads,
+        kv_heads=kv_heads or heads,
         hidden=hidden,
-        max_positions=positions if isinstance(positions, int) else None,
+        max_positions=_size(config, "max_position_embeddings"),
     )
 
 
-def owning_config(model: PreTrainedModel, modules: dict[int, tuple[str, nn.Module]]) -> PreTrainedConfig:
+def _size(owner: Any, *names: str) -> int | None:
+    values = (getattr(owner, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int)), None)
+
+
+def owning_config(model: PreTrainedModel, modules: Modules) -> PreTrainedConfig:
     """Returns the one config that all attention modules read their implementation from.
 
     Raises:
         UnsupportedModelError: They do not share one.
     """
     configs = {id(c): c for _, m in modules.values() if (c := getattr(m, "config", None)) is not None}
+    if not configs and not any(dispatches(m) for _, m in modules.values()):
+        return model.config.get_text_config()
     if len(configs) != 1:
         raise UnsupportedModelError(
             f"the attention modules of {type(model).__name__} do not share one config ({len(configs)} found), so "

@@ -6,8 +6,11 @@ from typing import Any, Self
 from attnswap.errors import AttnSwapError, CheckpointError
 from attnswap.swaps import Swap, resolve
 
-FORMAT = 1
-"""Version of the layout below. A reader accepts every version up to its own."""
+FORMAT = 2
+"""Version of the layout below. A reader accepts every version up to its own.
+
+2: ``seam`` and ``part``, where they are not the default.
+"""
 
 KEY = "attnswap"
 """The name of everything attnswap adds to a model: config entry, child module, attention implementation, kwarg."""
@@ -47,10 +50,14 @@ class PatchSpec:
     Attributes:
         layers: For each layer index its slots by name, which is also the name of their parameters.
         before: The attention implementation the model had.
+        seam: How attention modules are served: by transformers' "interface", or by the "scores" of their own softmax.
+        part: Which attention of the model; see :func:`attnswap.surgery.stacks.attention_modules`.
     """
 
     before: str
     layers: dict[int, dict[str, Slot]] = field(default_factory=dict)
+    seam: str = "interface"
+    part: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns JSON-able values; equal slots of several layers are written once."""
@@ -68,7 +75,9 @@ class PatchSpec:
             }
             for (name, slot), layers in groups.items()
         ]
-        return {"format": FORMAT, "before": self.before, "swaps": entries}
+        if self.seam == "interface" and self.part is None:
+            return {"format": 1, "before": self.before, "swaps": entries}
+        return {"format": FORMAT, "before": self.before, "seam": self.seam, "part": self.part, "swaps": entries}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -83,7 +92,10 @@ class PatchSpec:
                 f"the checkpoint's attnswap format is {version!r}; this attnswap reads up to {FORMAT}: upgrade attnswap"
             )
         try:
-            spec = cls(before=str(values["before"]))
+            part = values.get("part")
+            spec = cls(str(values["before"]), seam=str(values.get("seam", "interface")), part=part)
+            if spec.seam not in ("interface", "scores") or not isinstance(part, str | None):
+                raise ValueError(f"seam {spec.seam}, part {part}")
             for entry in values["swaps"]:
                 ramp, heads = entry["ramp"], entry["heads"]
                 slot = Slot(

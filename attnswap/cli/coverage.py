@@ -1,0 +1,44 @@
+"""``attnswap coverage``: which model types of the installed transformers can be patched."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from tqdm import tqdm
+
+from attnswap.cli.options import check_folder
+from attnswap.coverage import SWAPS, Row, coverage_table, model_types, run_coverage, write_coverage
+from attnswap.errors import ConfigError, nearest
+
+
+def coverage_command(
+    types: Annotated[str | None, typer.Option(help="Model types such as llama,bloom. Default: all.")] = None,
+    swaps: Annotated[str, typer.Option(help="Swaps to check with.")] = ",".join(SWAPS),
+    out: Annotated[Path | None, typer.Option(help="Directory for JSON and a table.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")] = False,
+) -> None:
+    """Build a tiny random model of every type, patch it, and check that nothing is lost or skipped."""
+    check_folder(out)
+    known = model_types()
+    wanted = known if types is None else [name.strip() for name in types.split(",")]
+    for name in wanted:
+        if name not in known:
+            raise ConfigError(f'unknown model type "{name}".{nearest(name, known)}')
+    names = [name.strip() for name in swaps.split(",")]
+    bar = tqdm(total=len(wanted) * len(names), unit="check", disable=not sys.stderr.isatty(), file=sys.stderr)
+
+    def announce(row: Row) -> None:
+        bar.set_description_str(row.type)
+        bar.update(1 if row.swap else len(names))
+
+    with bar:
+        report = run_coverage(wanted, names, announce)
+    if out:
+        write_coverage(report, out)
+    if as_json:
+        sys.stdout.write(json.dumps(report, indent=2) + "\n")
+    else:
+        Console().print(coverage_table(report), markup=False)

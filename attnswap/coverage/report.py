@@ -1,0 +1,73 @@
+"""The coverage table, for a terminal and for the docs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from attnswap.evaluation.result import write_atomically
+
+
+def _lines(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Returns (type, swap, verdict, what is wrong) of every row."""
+    lines = []
+    for row in report["rows"]:
+        wrong = [f"{name}: {said}" for name, said in row["columns"].items() if said != "pass"]
+        verdict = "pass" if row["passes"] else "not patched" if row["reason"] else "fail"
+        lines.append((row["type"], row["swap"], verdict, row["reason"] or "; ".join(wrong)))
+    return lines
+
+
+def coverage_table(report: dict[str, Any]) -> Table:
+    """Returns what the terminal shows: every row that does not simply pass, and how many do."""
+    title = f"{report['passing']} of {report['types']} types pass every column (transformers {report['transformers']})"
+    shown = Table(title=title, box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name in ("type", "swap", "verdict", "why"):
+        shown.add_column(name)
+    for line in _lines(report):
+        if line[2] != "pass" or line[3]:
+            shown.add_row(*line)
+    return shown
+
+
+def write_coverage(report: dict[str, Any], out: Path) -> None:
+    """Writes ``coverage.json`` and ``README.md``, each atomically."""
+    write_atomically(out / "coverage.json", (json.dumps(report, indent=1) + "\n").encode())
+    types = {row["type"]: row for row in report["rows"]}
+    passing = [t for t in types if all(r["passes"] for r in report["rows"] if r["type"] == t)]
+    rest = [line for line in _lines(report) if line[0] not in passing]
+    by_seam = {seam: [t for t in passing if types[t]["seam"] == seam] for seam in ("interface", "scores")}
+    text = TEXT.format(
+        passing=len(passing),
+        types=report["types"],
+        transformers=report["transformers"],
+        swaps=" and ".join(report["swaps"]),
+        interface=", ".join(by_seam["interface"]),
+        scores=", ".join(by_seam["scores"]),
+        rest="\n".join(
+            f"| {t} | {swap or '-'} | {verdict} | {why.replace('|', '/')} |" for t, swap, verdict, why in rest
+        ),
+    )
+    write_atomically(out / "README.md", text.encode())
+
+
+TEXT = """# Which model types can be patched
+
+    attnswap coverage --out recipes/results/coverage
+
+Transformers {transformers}: of {types} types with a causal language model, {passing} pass every column, on a tiny
+random model of each with {swaps}. The columns: a swap that starts as softmax changes nothing;
+a swap that is none reaches the output from every head; every layer equals the dense fp64 reference; decoding with a
+KV cache equals the full forward; every parameter has a gradient; saving and reloading, and unpatching, change no bit.
+
+Through transformers' attention interface: {interface}.
+
+Through the softmax of their own attention modules: {scores}.
+
+## The others
+
+| type | swap | verdict | why |
+| --- | --- | --- | --- |
+{rest}
+"""

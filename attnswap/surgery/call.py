@@ -1,0 +1,87 @@
+"""One forward of one attention module: what its pre-hook found, and what is known of the tokens before."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from attnswap.attention.checks import ensure
+from attnswap.attention.visibility import Visibility
+from attnswap.errors import UnsupportedModelError
+from attnswap.surgery.spec import Slot
+from attnswap.surgery.state import append
+
+
+@dataclass
+class LayerCall:
+    """What travels from an attention module's pre-hook to where its attention is computed.
+
+    Attributes:
+        before: The attention implementation the model had.
+        layer: Index of the layer.
+        slots: The static part of the layer's swaps by name; empty for a layer that was not selected.
+        features: Each slot's features and ramp, of the new tokens.
+        cache: The KV cache of this forward, if any.
+        probe: Multiplies each head's output, shape (heads,), while a patch is being verified.
+        alone: No swap runs on the model's own kernel, which would prove nothing of ours.
+        cross: The module attends to another sequence.
+        served: Set by the attention function.
+    """
+
+    before: str
+    layer: int
+    slots: dict[str, Slot] = field(default_factory=dict)
+    features: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    cache: Cache | None = None
+    probe: Tensor | None = None
+    alone: bool = False
+    cross: bool = False
+    served: bool = False
+
+    def offset(self, queries: int, keys: int) -> Any:
+        """Returns the key index of the first query.
+
+        Static caches hand out keys that are not written yet; sliding ones have dropped the oldest.
+        """
+        written: Any = keys if self.cache is None else self.cache.get_seq_length(self.layer)
+        if isinstance(written, Tensor) and torch.compiler.is_compiling():
+            return written.clamp(max=keys) - queries
+        return min(int(written), keys) - queries
+
+    def all_features(self, visibility: Visibility) -> dict[str, dict[str, Tensor]]:
+        """Returns each slot's features, those per key of all keys: past ones come from beside the cache.
+
+        Padding is blanked before it is stored, with a mark: later masks need not say which past tokens were padding.
+
+        Raises:
+            UnsupportedModelError: A mask shows a token that was stored as padding.
+        """
+        features = {name: dict(values) for name, values in self.features.items()}
+        places = [
+            (slot, name, feature.padding)
+            for slot, static in self.slots.items()
+            for name, feature in static.swap.features().items()
+            if feature.per == "key"
+        ]
+        if not places or self.cache is None:
+            return features
+        new = {f"{slot}.{name}": features[slot][name] for slot, name, _ in places}
+        first = next(iter(new.values()))
+        blank = torch.zeros_like(first[:, :1], dtype=torch.bool)
+        if visibility.token_valid is not None:
+            blank = ~visibility.token_valid[:, None, visibility.positions()].expand_as(blank)
+            new = {key: new[key].masked_fill(blank, padding) for key, (_, _, padding) in zip(new, places, strict=True)}
+        new["padding"] = blank.to(first.dtype)
+        *full, was_blank = append(self.cache, self.layer, new, visibility.k_length)
+        shown = visibility.dense is not None and visibility.shows(was_blank[:, 0] > 0)
+        ensure(
+            ~shown if isinstance(shown, Tensor) else not shown,
+            "the attention mask shows a token that no query saw when it entered the KV cache, so that it was taken for "
+            "padding. Let every token see itself, or run without a cache",
+            error=UnsupportedModelError,
+        )
+        for (slot, name, _), part in zip(places, full, strict=True):
+            features[slot][name] = part
+        return features

@@ -1,0 +1,71 @@
+"""A few tokens, pixels or sounds on which any model runs."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from attnswap.errors import UnsupportedModelError
+
+TOKENS = 6
+
+
+def tiny_inputs(model: PreTrainedModel) -> dict[str, Any]:
+    """Returns two short inputs for a model's forward; of tokens, the second row is left-padded.
+
+    Raises:
+        UnsupportedModelError: The model takes something that is unknown here.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    device, dtype = next(model.parameters()).device, model.dtype
+    config = model.config
+    inputs: dict[str, Any] = {}
+    main = model.main_input_name
+    if main == "input_ids":
+        inputs |= _tokens(model, "input_ids", "attention_mask", device)
+    if main == "pixel_values" or ("pixel_values" in accepted and _needs_pixels(model)):
+        inputs["pixel_values"] = _pixels(config, device, dtype)
+    if main == "input_features":
+        frames = 2 * config.max_source_positions
+        inputs["input_features"] = _noise((2, config.num_mel_bins, frames), device, dtype)
+    if not inputs:
+        raise UnsupportedModelError(
+            f'{type(model).__name__} takes "{main}" as its input, for which attnswap knows no trial; it serves models '
+            "of tokens, of pixel values and of input features"
+        )
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
+        inputs |= _tokens(model, "decoder_input_ids", "decoder_attention_mask", device)
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    return {name: value for name, value in inputs.items() if name in accepted or "kwargs" in accepted}
+
+
+def _tokens(model: PreTrainedModel, ids: str, mask: str, device: torch.device) -> dict[str, Tensor]:
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
+    if not isinstance(vocabulary, int):
+        embeddings: Any = model.get_input_embeddings()
+        vocabulary = embeddings.weight.shape[0]
+    values = (torch.arange(2 * TOKENS, device=device).reshape(2, TOKENS) * 7 + 3) % vocabulary
+    real = torch.ones_like(values)
+    real[1, :2] = 0
+    return {ids: values, mask: real}
+
+
+def _needs_pixels(model: PreTrainedModel) -> bool:
+    """Whether a model compares texts with images, so that it cannot run on either alone."""
+    config = model.config
+    return hasattr(config, "vision_config") and hasattr(config, "projection_dim")
+
+
+def _pixels(config: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+    config = getattr(config, "vision_config", config)
+    size = getattr(config, "image_size", 32)
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return _noise((2, getattr(config, "num_channels", 3), height, width), device, dtype)
+
+
+def _noise(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    made = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return made.to(device, dtype)

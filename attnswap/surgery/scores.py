@@ -1,0 +1,203 @@
+"""The seam to models that compute attention themselves, rather than through transformers' attention interface.
+
+While one of their attention modules runs, its call of ``softmax`` (or of torch's ``scaled_dot_product_attention``) is
+answered by the layer's swaps. So whatever the model adds to its scores beforehand (masks, ALiBi, learned positions)
+counts as part of them: a swap that scales scores scales all of it.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+from attnswap.attention.heads import pick
+from attnswap.attention.visibility import Visibility, split_mask
+from attnswap.errors import UnsupportedModelError
+from attnswap.surgery import combine
+from attnswap.surgery.call import LayerCall
+from attnswap.swaps.base import ModelInfo
+
+SOFTMAXES = {torch.softmax, Tensor.softmax, torch.nn.functional.softmax, torch.special.softmax}
+HIDDEN = -5e3
+"""Scores from here down are hidden keys: models write -1e4 or their dtype's smallest number."""
+
+
+class Within(TorchFunctionMode):
+    """What replaces the softmax of one attention module, for the time of one forward.
+
+    Args:
+        module: The attention module.
+        call: Its swaps.
+        info: Its sizes.
+    """
+
+    def __init__(self, module: nn.Module, call: LayerCall, info: ModelInfo) -> None:
+        super().__init__()
+        self.module, self.call, self.heads, self.kv_heads = module, call, info.heads, info.kv_heads
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Answers a softmax or an attention function with the layer's swaps, and lets everything else pass."""
+        kwargs = kwargs or {}
+        if func in SOFTMAXES:
+            return self._once(self._softmax, func, *args, **kwargs)
+        if func is scaled_dot_product_attention:
+            return self._once(self._attention, *args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _once(self, answer: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        if self.call.served:
+            raise UnsupportedModelError(
+                f"{type(self.module).__name__} computes more than one softmax in a forward; attnswap cannot tell which "
+                "of them are its attention weights"
+            )
+        self.call.served = True
+        return answer(*args, **kwargs)
+
+    def _softmax(
+        self, func: Callable[..., Tensor], scores: Tensor, dim: int | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        stock = func(scores, dim, *args, **kwargs)
+        shape = scores.shape
+        if len(shape) == 3 and shape[0] % self.heads == 0:  # batch and heads in one dimension
+            scores = scores.view(-1, self.heads, *shape[1:])
+        if scores.ndim != 4 or scores.shape[1] != self.heads or dim not in (-1, len(shape) - 1):
+            raise UnsupportedModelError(
+                f"{type(self.module).__name__} takes a softmax over dimension {dim} of a tensor of shape "
+                f"{tuple(shape)}, which is not (batch, {self.heads} heads, queries, keys)"
+            )
+        weights = self._weights(scores, stock.view(scores.shape))
+        return weights.to(stock.dtype).view(shape)
+
+    def _weights(self, scores: Tensor, stock: Tensor) -> Tensor:
+        """Returns the weights of every head, those that have no swap as the model's own softmax gave them."""
+        scores = scores if scores.dtype == torch.float64 else scores.float()
+        hidden = scores <= HIDDEN
+        one = hidden[:, :1]
+        visible = ~(one if bool((hidden == one).all()) else hidden)
+        queries, keys = scores.shape[2:]
+        offset = self.call.offset(queries, keys)
+        bare = scores.new_empty(*scores.shape[:3], 0), scores.new_empty(len(scores), self.kv_heads, keys, 0)
+        layer = combine.LayerInputs(
+            query=bare[0],
+            key=bare[1],
+            value=bare[1],
+            visibility=Visibility(queries, keys, scores.device, False, offset, dense=visible),
+            scaling=1.0,
+            softcap=None,
+            sinks=None,
+            dropout=0.0,
+            content=scores.masked_fill(hidden, 0.0),
+        )
+        features = self.call.all_features(layer.visibility)
+        result = stock
+        for name, slot in self.call.slots.items():
+            if slot.phase == "before":
+                continue
+            problem = combine.slot_problem(layer, slot, features[name])
+            _, share = combine.dense_part(problem, problem.query)
+            value_scale = problem.regular().terms.value_scale
+            if value_scale is not None:
+                share = share * value_scale.repeat_interleave(share.shape[1] // value_scale.shape[1], 1)[..., None, :]
+            chosen = torch.tensor(slot.heads or range(self.heads), device=share.device)
+            result = result.to(share.dtype).index_copy(1, chosen, share)
+        return result if self.call.probe is None else result * self.call.probe[:, None, None]
+
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if query.ndim != 4 or query.shape[1] != self.heads:
+            raise UnsupportedModelError(
+                f"{type(self.module).__name__} attends with queries of shape {tuple(query.shape)}, which is not "
+                f"(batch, {self.heads} heads, queries, head_dim)"
+            )
+        queries, keys = query.shape[2], key.shape[2]
+        dense, bias = (None, None) if attn_mask is None else split_mask(attn_mask, (*query.shape[:3], keys))
+        # torch aligns the first query with the first key.
+        offset = 0 if is_causal else self.call.offset(queries, keys)
+        layer = combine.LayerInputs(
+            query=query,
+            key=key,
+            value=value,
+            visibility=Visibility(queries, keys, query.device, is_causal, offset, dense=dense, bias=bias),
+            scaling=query.shape[-1] ** -0.5 if scale is None else scale,
+            softcap=None,
+            sinks=None,
+            dropout=dropout_p,
+        )
+        options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+        previous = _Stock(query, key, value, attn_mask, options)
+        features = self.call.all_features(layer.visibility)
+        out = combine.attend(layer, self.call.slots, features, previous, False)[0].transpose(1, 2)
+        return out if self.call.probe is None else out * self.call.probe[:, None, None].to(out.dtype)
+
+
+@dataclass(frozen=True)
+class _Stock:
+    """The call of torch's attention function that a model made."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    options: dict[str, Any]
+
+    def some(self, heads: Sequence[int]) -> Tensor:
+        """Computes some heads, shape (batch, len(heads), queries, value_dim)."""
+        out = scaled_dot_product_attention(self.query, self.key, self.value, self.mask, **self.options)
+        return pick(out, heads)
+
+    def kernel(self, heads: Sequence[int] | None) -> None:
+        """Torch's own kernel serves."""
+
+
+_open = threading.local()
+"""The modules that are running in this thread, innermost last."""
+
+
+def begin(module: nn.Module, call: LayerCall, info: ModelInfo) -> None:
+    """Starts to answer for a module's softmax, until :func:`end`."""
+    if torch.compiler.is_compiling():
+        raise UnsupportedModelError(
+            f"{type(module).__name__} computes its attention itself, and torch.compile cannot trace how its softmax is "
+            "replaced; run this model without torch.compile"
+        )
+    mode = Within(module, call, info)
+    mode.__enter__()
+    _open.modes = [*getattr(_open, "modes", []), mode]
+
+
+class End:
+    """The post-forward hook of such a module; it runs also where the forward failed, with no output then."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Raises unless the module's softmax was answered."""
+        modes = getattr(_open, "modes", [])
+        if not modes or modes[-1].module is not module:
+            return  # the forward failed before it began
+        mode = modes.pop()
+        mode.__exit__(None, None, None)
+        if output is not None and not mode.call.served:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} (layer {mode.call.layer}) computed no softmax that attnswap could see, so "
+                f'its swap had no effect. It runs with the attention implementation "{_implementation(module)}"; set '
+                '"eager" before patching (model.set_attn_implementation("eager"))'
+            )
+
+
+def _implementation(module: nn.Module) -> str:
+    return str(getattr(getattr(module, "config", None), "_attn_implementation", "unknown"))

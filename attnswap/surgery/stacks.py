@@ -1,0 +1,138 @@
+"""Which attention modules a model has: one stack per tower and kind, such as a decoder's self-attention."""
+
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from attnswap.errors import ConfigError, UnsupportedModelError
+
+Modules = dict[int, tuple[str, nn.Module]]
+"""Attention modules with their names, by layer index."""
+
+CROSS = re.compile(r"cross|encoder_attn|EncDec", re.IGNORECASE)
+"""How modules that attend to another sequence are named."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Attention modules that differ in their layer alone.
+
+    Attributes:
+        name: Their name in the model, with ``*`` for numbers: ``model.decoder.layers.*.self_attn``.
+        modules: The modules by layer index.
+        cross: They attend to another sequence than the one their queries come from.
+    """
+
+    name: str
+    modules: Modules
+    cross: bool
+
+    def fits(self, part: str) -> bool:
+        """Whether a user means this stack: by some consecutive parts of its name, or all of cross-attention."""
+        if part == "cross":
+            return self.cross
+        words, wanted = self.name.split("."), part.split(".")
+        places = [i for i in range(len(words) - len(wanted) + 1) if words[i : i + len(wanted)] == wanted]
+        ends = any(i + len(wanted) == len(words) for i in places)
+        return bool(places) and (ends or not self.cross)
+
+
+def stacks(model: nn.Module) -> list[Stack]:
+    """Returns the attention modules of a model.
+
+    A module counts if its class name ends in "Attention" and none inside it does. Its index is its ``layer_idx``, or in
+    stacks that give none its place. Whether its attention can really be served is shown by the probe, not assumed here.
+    """
+    named = [(n, m) for n, m in model.named_modules() if type(m).__name__.endswith("Attention")]
+    named = [(n, m) for n, m in named if not any(other.startswith(f"{n}.") for other, _ in named)]
+    groups: dict[str, list[tuple[str, nn.Module]]] = {}
+    for name, module in named:
+        groups.setdefault(".".join("*" if w.isdigit() else w for w in name.split(".")), []).append((name, module))
+    found = []
+    for name, members in groups.items():
+        indices = [_own_index(module) for _, module in members]
+        if None in indices or len(set(indices)) < len(indices):
+            indices = list(range(len(members)))
+        cross = any(CROSS.search(type(m).__name__) or getattr(m, "is_cross_attention", False) for _, m in members)
+        cross = cross or CROSS.search(name.split(".")[-1]) is not None
+        found.append(Stack(name, dict(sorted(zip(indices, members, strict=True))), cross))  # type: ignore[arg-type]
+    return found
+
+
+def _own_index(module: nn.Module) -> int | None:
+    indices = (getattr(module, name, None) for name in ("layer_idx", "layer_id"))
+    return next((index for index in indices if isinstance(index, int)), None)
+
+
+def attention_modules(model: nn.Module, part: str | None = None, config: PreTrainedConfig | None = None) -> Modules:
+    """Returns the attention modules that a patch is about.
+
+    Args:
+        model: The model.
+        part: Words of their names such as ``"encoder"``, ``"vision_tower"`` or ``"decoder.layers.*.self_attn"``, or
+            ``"cross"``; default: self-attention, of the decoder or text tower where there are several.
+        config: The tower's, where some attention has it as its own.
+
+    Raises:
+        ConfigError: ``part`` means no attention of this model, or several.
+        UnsupportedModelError: The model has none.
+    """
+    every = stacks(model)
+    if not every:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no attention module to patch (none whose class name ends in Attention)"
+        )
+    own = [
+        s
+        for s in every
+        if config is not None and any(m.__dict__.get("config") is config for _, m in s.modules.values())
+    ]
+    every = own or every
+    if part is not None:
+        chosen = [stack for stack in every if stack.fits(part)]
+    else:
+        chosen = [stack for stack in every if not stack.cross] or every
+        if _clash(chosen):
+            decoder = _decoder(model)
+            chosen = [s for s in chosen if any(m in decoder for _, m in s.modules.values())]
+    if not chosen or _clash(chosen):
+        names = ", ".join(f'"{stack.name}"' for stack in every)
+        what = f'part="{part}" names' if part else f"{type(model).__name__} has"
+        raise ConfigError(
+            f"{what} {'several attentions' if chosen else 'no attention'}; choose part= from {names}, or words of them"
+        )
+    return dict(sorted((index, named) for stack in chosen for index, named in stack.modules.items()))
+
+
+def _clash(found: list[Stack]) -> bool:
+    indices = [index for stack in found for index in stack.modules]
+    return len(set(indices)) < len(indices)
+
+
+def _decoder(model: nn.Module) -> set[nn.Module]:
+    get: Callable[[], nn.Module] | None = getattr(model, "get_decoder", None)
+    return set() if get is None else set(get().modules())
+
+
+def is_cross(model: nn.Module, modules: Modules) -> bool:
+    """Whether these modules attend to another sequence than the one their queries come from."""
+    chosen = {id(module) for _, module in modules.values()}
+    return any(stack.cross and any(id(m) in chosen for _, m in stack.modules.values()) for stack in stacks(model))
+
+
+def siblings(model: nn.Module, modules: Modules) -> list[nn.Module]:
+    """Returns every attention module that reads its implementation from the same config as some of ``modules``."""
+    configs = {id(getattr(m, "config", None)) for _, m in modules.values()}
+    return [
+        m for stack in stacks(model) for _, m in stack.modules.values() if id(getattr(m, "config", None)) in configs
+    ]
+
+
+def dispatches(module: nn.Module) -> bool:
+    """Whether a module's modeling file calls transformers' attention interface, rather than a softmax of its own."""
+    files = (sys.modules.get(cls.__module__) for cls in type(module).__mro__)
+    return any(hasattr(file, "ALL_ATTENTION_FUNCTIONS") for file in files)

@@ -1,0 +1,196 @@
+"""Encoders, encoder-decoders, towers of multimodal models, and models that compute attention themselves."""
+
+import copy
+
+import pytest
+import torch
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    CLIPConfig,
+    CLIPModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
+
+import attnswap
+from attnswap.coverage import cover
+from attnswap.coverage.columns import move_away, oracle
+from attnswap.errors import ConfigError, UnsupportedModelError
+from attnswap.surgery.attach import patched_modules
+from attnswap.surgery.inputs import tiny_inputs
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+TOKENS = {"vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+VISION = {**SMALL, "image_size": 16, "patch_size": 4}
+PAIR = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "decoder_start_token_id": 1,
+}
+
+
+def build(kind):
+    torch.manual_seed(0)
+    if kind == "bert":
+        model = BertForMaskedLM(BertConfig(**SMALL, **TOKENS))
+    elif kind == "modernbert":
+        model = ModernBertForMaskedLM(ModernBertConfig(**SMALL, **TOKENS, local_attention=4))
+    elif kind == "vit":
+        model = ViTModel(ViTConfig(**VISION))
+    elif kind == "clip":
+        text = {**SMALL, **TOKENS, "max_position_embeddings": 32}
+        model = CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=16))
+    elif kind == "bart":
+        model = BartForConditionalGeneration(BartConfig(**PAIR, **TOKENS, max_position_embeddings=32))
+    elif kind == "t5":
+        config = T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0, **TOKENS)
+        model = T5ForConditionalGeneration(config)
+    elif kind == "whisper":
+        sizes = {"num_mel_bins": 8, "max_source_positions": 12, "max_target_positions": 32}
+        model = WhisperForConditionalGeneration(WhisperConfig(**PAIR, **TOKENS, **sizes))
+    else:
+        text = LlamaConfig(**SMALL, **TOKENS, num_key_value_heads=2)
+        config = LlavaConfig(text_config=text, vision_config={"model_type": "clip_vision_model", **VISION})
+        model = LlavaForConditionalGeneration(config)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(0, 0.25)
+    return model.eval()
+
+
+@torch.no_grad()
+def run(model):
+    given = tiny_inputs(model)
+    out, mask = model(**given)[0], given.get("decoder_attention_mask", given.get("attention_mask"))
+    return out[mask.bool()] if mask is not None and out.shape[:2] == mask.shape else out
+
+
+PARTS = [
+    ("bert", None, 2),
+    ("modernbert", None, 2),
+    ("vit", None, 2),
+    ("clip", None, 2),
+    ("clip", "vision_model", 2),
+    ("bart", None, 2),
+    ("bart", "encoder", 2),
+    ("bart", "cross", 2),
+    ("t5", None, 2),
+    ("t5", "encoder", 2),
+    ("t5", "cross", 2),
+    ("whisper", None, 2),
+    ("whisper", "encoder", 2),
+    ("whisper", "cross", 2),
+    ("llava", None, 2),
+]
+
+
+@pytest.mark.parametrize(("kind", "part", "layers"), PARTS)
+def test_every_part_is_served_exactly(kind, part, layers, tmp_path):
+    model = build(kind)
+    stock, untouched = run(model), copy.deepcopy(model)
+    assert len(attnswap.patch(model, "ssmax", part=part).patched_layers) == layers
+    assert torch.allclose(run(model), stock, atol=1e-5)
+    attnswap.unpatch(model)
+    assert torch.equal(run(model), stock)
+    for swap in ("softpick", "ssmax"):
+        attnswap.patch(model, swap, part=part)
+        move_away(model)
+        moved = run(model)
+        assert float((moved - stock).abs().max()) > 1e-3
+        assert oracle(model, lambda: run(model)) < 1e-4
+        model.save_pretrained(tmp_path / swap)
+        again = type(model).from_pretrained(tmp_path / swap)
+        assert torch.equal(run(again), moved)
+        assert patched_modules(again).keys() == patched_modules(model).keys()
+        attnswap.unpatch(model)
+    assert torch.equal(run(model), stock) and torch.equal(run(untouched), stock)
+
+
+@pytest.mark.parametrize(("kind", "part"), [("bert", None), ("vit", None), ("bart", "encoder"), ("t5", "encoder")])
+def test_gates_over_time_are_refused_where_there_is_none(kind, part):
+    model = build(kind)
+    stock = run(model)
+    with pytest.raises(UnsupportedModelError, match="later keys"):
+        attnswap.patch(model, "forgetting-gate", part=part)
+    assert torch.equal(run(model), stock)
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5", "whisper"])
+def test_values_of_keys_are_refused_in_cross_attention(kind):
+    with pytest.raises(UnsupportedModelError, match="cross-attention"):
+        attnswap.patch(build(kind), "selective-temperature", part="cross")
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5", "whisper"])
+@pytest.mark.parametrize("swap", ["forgetting-gate", "selective-temperature", "ssmax"])
+@torch.no_grad()
+def test_generation_of_encoder_decoders(kind, swap):
+    model = build(kind)
+    attnswap.patch(model, swap)
+    move_away(model)
+    given = tiny_inputs(model)
+    given = {k: v for k, v in given.items() if k in ("input_ids", "attention_mask", "input_features")}
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "num_beams": 2}
+    made = model.generate(**given, **options)
+    assert torch.equal(made, model.generate(**given, **options, use_cache=False))
+
+
+def test_parts_are_named_where_there_are_several():
+    model = build("bart")
+    with pytest.raises(ConfigError, match=r'"model.encoder.layers.\*.self_attn"'):
+        attnswap.patch(model, "ssmax", part="layers")
+    with pytest.raises(ConfigError, match="no attention"):
+        attnswap.patch(model, "ssmax", part="tower")
+    attnswap.patch(model, "ssmax", part="encoder")
+    with pytest.raises(ConfigError, match="only one can be at a time"):
+        attnswap.patch(model, "ssmax", part="cross")
+    with pytest.raises(ConfigError, match="already has the swap"):
+        attnswap.patch(model, "softpick")
+
+
+OWN = [
+    "bloom",
+    "falcon",
+    "mpt",
+    "gptj",
+    "codegen",
+    "gpt_neo",
+    "gpt_neox_japanese",
+    "openai-gpt",
+    "xglm",
+    "xlm",
+    "roformer",
+]
+
+
+@pytest.mark.parametrize("swap", ["forgetting-gate", "softpick", "selective-temperature", "entmax"])
+@pytest.mark.parametrize("kind", OWN)
+def test_models_that_compute_attention_themselves(kind, swap):
+    row = cover(kind, swap)
+    if (kind, swap) == ("mpt", "softpick"):  # its ALiBi counts back from the last key of the input
+        assert "depends on the length of the input" in row.reason
+    else:
+        assert row.passes, row
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe", "gemma3_text", "deepseek_v3", "gpt2", "jamba", "opt", "phi3"])
+def test_models_of_the_attention_interface(kind):
+    row = cover(kind, "forgetting-gate")
+    assert row.passes, row
