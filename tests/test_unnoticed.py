@@ -92,7 +92,7 @@ def test_device_maps_and_disk_offload(swap, where, patched, tokens, tmp_path):
     options = {"device_map": devices, "offload_folder": tmp_path / "offload"}
     for load in (AutoModelForCausalLM.from_pretrained, attnswap.from_pretrained):
         again = load(tmp_path / "model", **options)
-        assert torch.equal(logits(again, tokens), right)
+        assert torch.allclose(logits(again, tokens), right, atol=1e-4)  # tensors on disk lie elsewhere: other sums
 
 
 def test_two_models_in_two_threads(patched, tokens):

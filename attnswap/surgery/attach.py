@@ -15,7 +15,7 @@ from attnswap.surgery.scores import End
 from attnswap.surgery.seam import Enter, Leave
 from attnswap.surgery.select import layer_info, owning_config
 from attnswap.surgery.spec import KEY, PatchSpec, Slot
-from attnswap.surgery.stacks import Modules, attention_modules, dispatches, is_cross, siblings
+from attnswap.surgery.stacks import Modules, attention_modules, is_cross, seam_of, siblings
 
 
 def config_of(model: PreTrainedModel) -> PreTrainedConfig:
@@ -105,15 +105,44 @@ class Saved:
             )
 
 
+class Present:
+    """The hook after a patched model's forward: the modules that were patched are still its modules.
+
+    Some models replace their attention modules while they run, and users may.
+    """
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Raises UnsupportedModelError if a patched module is gone."""
+        if torch.compiler.is_compiling():
+            return
+        for name in self.names:
+            module: nn.Module | None = model
+            for word in name.split("."):
+                module = None if module is None else module._modules.get(word)
+            if module is None or KEY not in module._modules:
+                raise UnsupportedModelError(
+                    f"{type(model).__name__}.{name} is no longer the attention module that was patched: it was "
+                    "replaced, and its swap with it. Unpatch, make the change first, and patch again"
+                )
+
+
 def guard(model: PreTrainedModel) -> None:
-    """Makes a patched model check its config whenever its state is asked for; parts of it leave that to it."""
-    remove_hooks(list(model.modules()), "_state_dict_pre_hooks", Saved)
+    """Makes a patched model check itself when its state is asked for and after its forward; parts leave that to it."""
+    unguard(model, around=False)
     model.register_state_dict_pre_hook(Saved())
+    model.register_forward_hook(
+        Present([n.removesuffix(f".{KEY}") for n, m in model.named_modules() if type(m) is LayerSwap])
+    )
 
 
-def unguard(model: PreTrainedModel) -> None:
-    """Undoes :func:`guard` for a model, its parts and the model around it."""
-    remove_hooks(list(outermost(model).modules()), "_state_dict_pre_hooks", Saved)
+def unguard(model: PreTrainedModel, around: bool = True) -> None:
+    """Undoes :func:`guard` for a model and its parts, and for the model around it."""
+    modules = list((outermost(model) if around else model).modules())
+    remove_hooks(modules, "_state_dict_pre_hooks", Saved)
+    remove_hooks(modules, "_forward_hooks", Present)
 
 
 def connect(
@@ -193,13 +222,13 @@ def dispatches_all(modules: Modules) -> bool:
     Raises:
         UnsupportedModelError: Some do and some do not.
     """
-    kinds = {dispatches(module): name for name, module in modules.values()}
+    kinds = {seam_of(type(module)): name for name, module in modules.values()}
     if len(kinds) > 1:
         raise UnsupportedModelError(
-            f"{kinds[True]} calls transformers' attention interface and {kinds[False]} does not; attnswap serves "
-            "models whose attention modules all do, or none"
+            f"{kinds['interface']} calls transformers' attention interface and {kinds['scores']} does not; attnswap "
+            "serves models whose attention modules all do, or none"
         )
-    return next(iter(kinds))
+    return next(iter(kinds)) == "interface"
 
 
 def remove_hooks(modules: list[nn.Module], table: str, kind: Any) -> None:

@@ -28,6 +28,7 @@ class LayerCall:
         alone: No swap runs on the model's own kernel, which would prove nothing of ours.
         cross: The module attends to another sequence.
         served: Set by the attention function.
+        full: The features of all keys, for modules that call their attention function more than once.
     """
 
     before: str
@@ -39,6 +40,7 @@ class LayerCall:
     alone: bool = False
     cross: bool = False
     served: bool = False
+    full: dict[str, dict[str, Tensor]] | None = None
 
     def offset(self, queries: int, keys: int) -> Any:
         """Returns the key index of the first query.
@@ -58,6 +60,8 @@ class LayerCall:
         Raises:
             UnsupportedModelError: A mask shows a token that was stored as padding.
         """
+        if self.full is not None:
+            return {name: dict(values) for name, values in self.full.items()}
         features = {name: dict(values) for name, values in self.features.items()}
         places = [
             (slot, name, feature.padding)
@@ -84,4 +88,5 @@ class LayerCall:
         )
         for (slot, name, _), part in zip(places, full, strict=True):
             features[slot][name] = part
-        return features
+        self.full = features
+        return {name: dict(values) for name, values in features.items()}

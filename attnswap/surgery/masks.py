@@ -21,7 +21,8 @@ from attnswap.attention.visibility import Visibility
 class ForwardMask:
     """What a patched model passes to its attention modules in place of a mask tensor.
 
-    ``generate`` with a static cache makes masks ahead of the forward, and treats them as 4-D tensors on the way.
+    ``generate`` with a static cache makes masks ahead of the forward, and treats them as 4-D tensors on the way. Models
+    that compute with their mask find a boolean tensor in its place.
 
     Attributes:
         visibility: Which keys each query sees.
@@ -42,6 +43,35 @@ class ForwardMask:
     def ndim(self) -> int:
         """Dimensions of :attr:`shape`."""
         return 4
+
+    def tensor(self) -> Tensor:
+        """Returns the boolean mask (batch, 1, queries, keys), True where a key is visible."""
+        if "tensor" not in self.made:
+            whole = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+            self.made["tensor"] = sdpa_mask(**{**self.arguments, **whole})
+        return self.made["tensor"]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Calls a function of torch with the mask as a tensor."""
+        plain = [x.tensor() if isinstance(x, cls) else x for x in args]
+        return func(*plain, **{k: x.tensor() if isinstance(x, cls) else x for k, x in (kwargs or {}).items()})
+
+    def __getattr__(self, name: str) -> Any:
+        """Returns an attribute of the mask as a tensor."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.tensor(), name)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Returns a part of the mask as a tensor."""
+        return self.tensor()[index]
+
+    def __invert__(self) -> Tensor:
+        """Returns where keys are hidden."""
+        return ~self.tensor()
 
     def contiguous(self) -> Self:
         """Returns itself."""

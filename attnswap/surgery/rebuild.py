@@ -45,11 +45,11 @@ def rebuild(model: PreTrainedModel) -> None:
         spec = replace(spec, before=config._attn_implementation)  # asked for when loading
     connect(model, config, modules, spec.before, loading=True)
     write_spec(model, config, spec)
-    guard(model)
     for layer, slots in spec.layers.items():
         if child_of(modules[layer][1]) is None:
             for name, slot in slots.items():
                 add_slot(modules[layer][1], config, name, slot)
+    guard(model)
     model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), KEY}
     if not isinstance(model._init_weights, _InitWeights):
         # An instance attribute: transformers calls it for each module whose weights were not in the checkpoint.

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from attnswap.errors import ConfigError, UnsupportedModelError
-from attnswap.surgery.stacks import Modules, dispatches
+from attnswap.surgery.stacks import Modules, seam_of
 from attnswap.swaps.base import ModelInfo
 
 LayersLike = int | str | Iterable[int] | Callable[[int], bool] | None
@@ -124,7 +124,7 @@ def owning_config(model: PreTrainedModel, modules: Modules) -> PreTrainedConfig:
         UnsupportedModelError: They do not share one.
     """
     configs = {id(c): c for _, m in modules.values() if (c := getattr(m, "config", None)) is not None}
-    if not configs and not any(dispatches(m) for _, m in modules.values()):
+    if not configs and not any(seam_of(type(m)) == "interface" for _, m in modules.values()):
         return model.config.get_text_config()
     if len(configs) != 1:
         raise UnsupportedModelError(

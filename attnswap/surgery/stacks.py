@@ -1,7 +1,8 @@
 """Which attention modules a model has: one stack per tower and kind, such as a decoder's self-attention."""
 
+import functools
+import inspect
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -44,10 +45,11 @@ class Stack:
 def stacks(model: nn.Module) -> list[Stack]:
     """Returns the attention modules of a model.
 
-    A module counts if its class name ends in "Attention" and none inside it does. Its index is its ``layer_idx``, or in
-    stacks that give none its place. Whether its attention can really be served is shown by the probe, not assumed here.
+    A module counts if its class name ends in "Attention", none inside it does, and its code calls transformers'
+    attention interface or a softmax (linear attention does neither). Its index is its ``layer_idx``, or in stacks that
+    give none its place. Whether its attention can really be served is shown by the probe, not assumed here.
     """
-    named = [(n, m) for n, m in model.named_modules() if type(m).__name__.endswith("Attention")]
+    named = [(n, m) for n, m in model.named_modules() if seam_of(type(m)) is not None]
     named = [(n, m) for n, m in named if not any(other.startswith(f"{n}.") for other, _ in named)]
     groups: dict[str, list[tuple[str, nn.Module]]] = {}
     for name, module in named:
@@ -84,7 +86,8 @@ def attention_modules(model: nn.Module, part: str | None = None, config: PreTrai
     every = stacks(model)
     if not every:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no attention module to patch (none whose class name ends in Attention)"
+            f"{type(model).__name__} has no attention module to patch (none whose class name ends in Attention and "
+            "that computes a softmax)"
         )
     own = [
         s
@@ -132,7 +135,19 @@ def siblings(model: nn.Module, modules: Modules) -> list[nn.Module]:
     ]
 
 
-def dispatches(module: nn.Module) -> bool:
-    """Whether a module's modeling file calls transformers' attention interface, rather than a softmax of its own."""
-    files = (sys.modules.get(cls.__module__) for cls in type(module).__mro__)
-    return any(hasattr(file, "ALL_ATTENTION_FUNCTIONS") for file in files)
+@functools.cache
+def seam_of(kind: type[nn.Module]) -> str | None:
+    """Returns how a class of modules computes attention: through the "interface", by "scores" of its own, or not."""
+    if not kind.__name__.endswith("Attention"):
+        return None
+    code = "".join(_code(cls) for cls in kind.__mro__ if issubclass(cls, nn.Module) and cls is not nn.Module)
+    if not code or "ALL_ATTENTION_FUNCTIONS" in code or "AttentionInterface" in code:
+        return "interface"
+    return "scores" if re.search("softmax|scaled_dot_product_attention", code, re.IGNORECASE) else None
+
+
+def _code(kind: type) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):  # typed in or generated
+        return ""

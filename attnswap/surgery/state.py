@@ -16,7 +16,6 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     EncoderDecoderCache,
-    LinearAttentionCacheLayerMixin,
     StaticLayer,
     StaticSlidingWindowLayer,
 )
@@ -88,7 +87,7 @@ def append(cache: Cache, layer: int, new: dict[str, Tensor], keys: int) -> list[
 
 
 def _make_side(main: Any) -> Any:
-    if not isinstance(main, CacheLayerMixin) or isinstance(main, LinearAttentionCacheLayerMixin):
+    if not isinstance(main, CacheLayerMixin):
         raise UnsupportedModelError(f"a cache layer of type {type(main).__name__} cannot hold per-token gates")
     if isinstance(main, StaticSlidingWindowLayer):
         return StaticSlidingWindowLayer(main.max_cache_len, sliding_window=main.max_cache_len)
