@@ -6,7 +6,7 @@ from torch import Tensor
 from attnswap.attention import operands
 from attnswap.attention.operands import whole
 from attnswap.attention.problem import Problem
-from attnswap.attention.tiled.backward import Attend
+from attnswap.attention.tiled.engine import Attend
 from attnswap.attention.tiled.scores import Setup
 
 

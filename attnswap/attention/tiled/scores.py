@@ -13,8 +13,6 @@ ROWS, KEYS = 128, 512
 """Queries and keys in a tile: with all heads, a few tiles fill a cache."""
 SMALLEST = -60.0
 """Scores are held this close to the shift: what lies below adds nothing, and subnormal products are slow."""
-ROOM = -30.0
-"""Biases above this leave few scores so far below the shift."""
 
 
 @dataclass(frozen=True)
@@ -68,32 +66,16 @@ class Tiles:
     """A call's tiles and their scores.
 
     Queries lie as (batch * kv heads, groups * rows, width), so that a product serves all heads of a key/value head at
-    once, and no key is repeated. Behind each key stand a one and, where keys have biases, those of its heads; behind
-    each query what these are multiplied with. One product then gives scores with all that is added to them.
-
-    Attributes:
-        folds: Whether products can: nothing lies between the product and what is added.
+    once, and no key is repeated.
     """
 
-    def __init__(self, setup: Setup, inputs: Inputs, buffers: int, counts: bool = False) -> None:
+    def __init__(self, setup: Setup, inputs: Inputs, buffers: int) -> None:
         self.setup, self.inputs, self.dtype = setup, inputs, inputs.params.dtype
-        self.batch, self.heads, self.queries, self.depth = inputs.query.shape
+        self.batch, self.heads, self.queries, _ = inputs.query.shape
         self.kv_heads, self.keys = inputs.key.shape[1:3]
         self.groups, self.wide = self.heads // self.kv_heads, inputs.value.shape[3]
-        self.folds = setup.softcap is None and setup.visibility.bias is None
         size = self.batch * self.heads * min(ROWS, self.queries) * min(KEYS, self.keys)
         self.memory = [inputs.params.new_empty(size) for _ in range(buffers)]
-        self.added = 1 if inputs.key_bias is None else 1 + self.groups
-        self.key = self._with_ones(inputs.key, self.added)
-        self.value = self._with_ones(inputs.value, int(counts))
-
-    def _with_ones(self, x: Tensor, count: int) -> Tensor:
-        """Returns keys or values as (batch * kv heads, keys, width + count), in the computing dtype."""
-        if not count:
-            return x.to(self.dtype).reshape(self.batch * self.kv_heads, self.keys, x.shape[3])
-        wider = self.inputs.params.new_ones(self.batch, self.kv_heads, self.keys, x.shape[3] + count)
-        wider[..., : x.shape[3]] = x
-        return wider.view(self.batch * self.kv_heads, self.keys, -1)
 
     def per_row(self, fill: float, rows: int) -> Tensor:
         """Returns a number for each row of a block, (batch, heads, rows, 1)."""
@@ -123,58 +105,33 @@ class Tiles:
             ]
             yield i0, i1, tiles
 
-    def rows(self, x: Tensor) -> Tensor:
-        """Returns (batch, heads, rows, width) in the layout of products, in the computing dtype."""
-        return x.to(self.dtype).reshape(self.batch * self.kv_heads, self.groups * x.shape[2], x.shape[3])
+    def rows(self, x: Tensor, i0: int, i1: int) -> Tensor:
+        """Returns rows of (batch, heads, queries, width) in the layout of products, in the computing dtype."""
+        part = x[:, :, i0:i1].to(self.dtype)
+        return part.reshape(self.batch * self.kv_heads, self.groups * (i1 - i0), x.shape[3])
 
-    def query(self, i0: int, i1: int) -> Tensor:
-        """Returns rows of the query, scaled, with room behind them for what is added to scores."""
-        part = self.inputs.query[:, :, i0:i1].to(self.dtype) * self.setup.scaling
-        if self.inputs.row_scale is not None and self.setup.softcap is None:
-            part *= self.inputs.row_scale[..., i0:i1, None]
-        wider = part.new_zeros(self.batch, self.kv_heads, self.groups, i1 - i0, self.depth + self.added)
-        wider[..., : self.depth] = part.view(*wider.shape[:4], self.depth)
-        if self.inputs.key_bias is not None:
-            for group in range(self.groups):
-                wider[:, :, group, :, self.depth + 1 + group] = 1
-        return wider.view(self.batch * self.kv_heads, -1, self.depth + self.added)
+    def keyed(self, x: Tensor, tile: Tile) -> Tensor:
+        """Returns a tile's keys or values as (batch * kv heads, keys, width), in the computing dtype."""
+        part = x[:, :, tile.k0 : tile.k1].to(self.dtype)
+        return part.reshape(self.batch * self.kv_heads, tile.k1 - tile.k0, x.shape[3])
 
     def product(self, left: Tensor, right: Tensor, tile: Tile, buffer: int) -> Tensor:
         """Multiplies rows with a tile's keys or values, transposed, into a buffer: (batch, heads, rows, keys)."""
         shape = (left.shape[0], left.shape[1], tile.k1 - tile.k0)
         out = self.memory[buffer][: shape[0] * shape[1] * shape[2]].view(shape)
-        torch.bmm(left, right[:, tile.k0 : tile.k1].transpose(1, 2), out=out)
+        torch.bmm(left, right.transpose(1, 2), out=out)
         return out.view(self.batch, self.heads, tile.i1 - tile.i0, shape[2])
 
     def content(self, query: Tensor, tile: Tile, buffer: int) -> Tensor:
-        """Computes ``cap(scaling q.k)``, without a cap times a_i."""
-        s = self.product(query[..., : self.depth], self.key[..., : self.depth], tile, buffer)
+        """Computes ``cap(scaling q.k)``; ``query`` is already scaled."""
+        s = self.product(query, self.keyed(self.inputs.key, tile), tile, buffer)
         cap = self.setup.softcap
         return s if cap is None else s.div_(cap).tanh_().mul_(cap)
-
-    def shifted(self, query: Tensor, tile: Tile, shift: Tensor) -> Tensor:
-        """Computes scores less a shift in one product, of a tile that needs no mask, into the first buffer.
-
-        Biases that grow without bound meet in fp64 at the tile's last key, whose bias is the largest.
-        """
-        bias, own = self.inputs.key_bias, self.inputs.row_bias
-        rows: Tensor | float = 0.0 if own is None else own[..., tile.i0 : tile.i1, None]
-        lowest = 0.0
-        if bias is not None:
-            centre = bias[..., None, tile.k1 - 1 : tile.k1]
-            near = (bias[..., None, tile.k0 : tile.k1] - centre).to(self.dtype)
-            rows, lowest = rows + centre, float(near.min())
-            by_kv = self.key.view(self.batch, self.kv_heads, self.keys, -1)[:, :, tile.k0 : tile.k1, self.depth + 1 :]
-            by_kv.copy_(near.view(self.batch, self.kv_heads, self.groups, -1).transpose(2, 3))
-        added = (rows - shift).to(self.dtype)
-        query.view(self.batch, self.heads, tile.i1 - tile.i0, -1)[..., self.depth : self.depth + 1] = added
-        s = self.product(query, self.key, tile, 0)
-        return s if lowest + float(added.min()) > ROOM else floored(s)
 
     def finish(self, s: Tensor, tile: Tile) -> Tensor | None:
         """Turns content into scores ``a_i cap(z) + b_i + c_j + B_ij`` in place; returns the mask of a partial tile."""
         inputs, visibility, rows = self.inputs, self.setup.visibility, slice(tile.i0, tile.i1)
-        if inputs.row_scale is not None and self.setup.softcap is not None:
+        if inputs.row_scale is not None:
             s *= inputs.row_scale[..., rows, None]
         if inputs.key_bias is not None:
             self._add_gates(s, tile, inputs.key_bias)
@@ -197,8 +154,3 @@ class Tiles:
         else:
             s += (near - centre).to(self.dtype)
             s += (rows + centre).to(self.dtype)
-
-
-def floored(s: Tensor) -> Tensor:
-    """Holds scores less their shift from falling to where fp32 exponentials are subnormal, in place."""
-    return s.clamp_(min=SMALLEST) if s.dtype == torch.float32 else s
