@@ -14,10 +14,8 @@ LAYERS = 2
 WINDOW = 6
 
 SIZES: dict[str, Any] = {
-    **dict.fromkeys(
-        ("hidden_size", "n_embd", "d_model", "dim", "emb_dim", "embedding_size", "word_embed_proj_dim"), 32
-    ),
-    **dict.fromkeys(("hidden_size_global", "backbone_hidden_size", "cross_attention_hidden_size"), 32),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "emb_dim", "embedding_size", "word_embed_proj_dim"), 32),
+    **dict.fromkeys(("hidden_size_global", "backbone_hidden_size"), 32),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "encoder_ffn_dim", "decoder_ffn_dim", "d_inner"), 48),
     **dict.fromkeys(("dff", "ffn_hidden_size", "dim_ff", "feed_forward_size", "intermediate_size_mlp", "mlp_dim"), 48),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"), 2),
@@ -27,16 +25,15 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("attention_heads", "swa_num_attention_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads"), 2),
     **dict.fromkeys(("head_dim", "attention_head_dim", "kv_channels", "swa_head_dim", "attention_head_size"), 8),
-    **dict.fromkeys(("dim_head",), 8),
+    **dict.fromkeys(("dim_head", "linear_head_dim", "linear_key_head_dim", "linear_value_head_dim"), 8),
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "encoder_hash_byte_group_vocab"), VOCABULARY),
-    **dict.fromkeys(
-        ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "decoder_max_position_embeddings"), 64
-    ),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 64),
     **dict.fromkeys(("max_source_positions", "max_target_positions"), 64),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts", "moe_top_k"), 2),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 16),
-    **dict.fromkeys(("moe_shared_expert_intermediate_size", "shared_intermediate_size"), 16),
+    **dict.fromkeys(("shared_experts_intermediate_size", "moe_shared_expert_intermediate_size"), 16),
+    **dict.fromkeys(("shared_intermediate_size",), 16),
     **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "num_shared_experts", "first_k_dense_replace"), 1),
     **dict.fromkeys(("sliding_window", "attention_window_size", "window_size", "attention_chunk_size"), WINDOW),
     **dict.fromkeys(("sliding_window_size", "local_attention_window_len"), WINDOW),
@@ -44,11 +41,10 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("o_lora_rank", "hidden_size_per_layer_input", "laurel_rank", "gated_norm_rank"), 8),
     **dict.fromkeys(("rotary_dim",), 4),
     **dict.fromkeys(("index_head_dim",), 16),
-    **dict.fromkeys(("index_n_heads", "o_groups", "n_groups"), 2),
+    **dict.fromkeys(("index_n_heads", "o_groups", "n_groups", "linear_num_key_heads"), 2),
     **dict.fromkeys(("mamba_d_state", "mamba_expand", "mamba_d_conv", "mamba_n_groups", "mamba_dt_rank"), 2),
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "linear_num_heads", "linear_num_value_heads"), 4),
-    **dict.fromkeys(("linear_num_key_heads",), 2),
-    **dict.fromkeys(("linear_head_dim", "linear_key_head_dim", "linear_value_head_dim", "ssm_state_size"), 8),
+    **dict.fromkeys(("ssm_state_size",), 8),
     **dict.fromkeys(("pad_token_id",), 0),
     **dict.fromkeys(("bos_token_id", "decoder_start_token_id"), 1),
     **dict.fromkeys(("eos_token_id",), 2),
@@ -67,6 +63,18 @@ INDEXED = {
     "indexer_n_heads": 2,
 }
 LATENT = {"num_key_value_heads": 4}
+LATENT_LOCAL = {
+    **LATENT,
+    "layer_types": ["indexed_attention", "sliding_attention"],
+    "sliding_window": WINDOW,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 4,
+    "swa_q_lora_rank": 8,
+    "swa_kv_lora_rank": 8,
+    "swa_head_dim": 16,
+    "swa_qk_nope_head_dim": 8,
+    "swa_v_head_dim": 8,
+}
 LOCAL = {"layer_types": ["sliding_attention", "full_attention"]}
 
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -83,9 +91,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "cohere2_moe": LOCAL,
     "cohere_compass_text": {
         **LOCAL,
-        "rope_parameters": dict.fromkeys(
-            LOCAL["layer_types"], {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
-        ),
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+            for kind in LOCAL["layer_types"]
+        },
     },
     "data2vec-text": DECODER,
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}},
@@ -100,11 +109,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "dots1": {**LOCAL, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note": {
-        "text_config": LATENT,
+        "text_config": LATENT_LOCAL,
         "vision_config": {"mlp_layer_types": ["dense", "dense"], "adapter_in_dim": 32, "adapter_out_dim": 32},
         "audio_config": {"downsample_hidden_size": 8, "adapter_input_size": 32, "adapter_out_dim": 32},
     },
-    "dots3_note_text": LATENT,
+    "dots3_note_text": LATENT_LOCAL,
     "electra": DECODER,
     "ernie": DECODER,
     "exaone4": LOCAL,
@@ -118,11 +127,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma4": {"text_config": {**LOCAL, "global_head_dim": 16}},
     "gemma4_assistant": {
         "text_config": {
-            **LOCAL,
             "model_type": "gemma4_text",
-            "global_head_dim": 16,
             "hidden_size_per_layer_input": 0,
-            "num_kv_shared_layers": 2,
             "vocab_size_per_layer_input": 0,
         }
     },
@@ -131,14 +137,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "text_config": {**LOCAL, "global_head_dim": 16},
         "vision_config": {"mm_embed_dim": 32, "output_proj_dims": 32},
     },
-    "gemma4_unified_assistant": {
-        "text_config": {
-            **LOCAL,
-            "model_type": "gemma4_unified_text",
-            "global_head_dim": 16,
-            "num_kv_shared_layers": 2,
-        }
-    },
+    "gemma4_unified_assistant": {"text_config": {"model_type": "gemma4_unified_text"}},
     "gemma4_unified_text": {**LOCAL, "global_head_dim": 16},
     "glm4_moe_lite": LATENT,
     "glm_moe_dsa": LATENT,
@@ -183,6 +182,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         },
         "vision_config": {"image_size": 56, "crop_size": 56},
     },
+    "qwen2": {**LOCAL, "use_sliding_window": True},
+    "qwen2_moe": {**LOCAL, "use_sliding_window": True},
+    "qwen3": {**LOCAL, "use_sliding_window": True},
     "qwen3_5": {"text_config": HYBRID},
     "qwen3_5_moe": {"text_config": HYBRID},
     "qwen3_5_moe_text": HYBRID,

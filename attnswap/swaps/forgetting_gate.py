@@ -61,9 +61,11 @@ class ForgettingGate(Swap):
 
     def gates(self, hidden: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         gain = parameters["gain"]
-        straight_through = gain + (gain.clamp(min=0) - gain).detach()
+        held = gain.clamp(min=0)
+        if torch.is_grad_enabled():
+            held = gain + (held - gain).detach()
         score = torch.nn.functional.linear(hidden, parameters["weight"], parameters["bias"])
-        log_forget = straight_through * torch.nn.functional.logsigmoid(score)
+        log_forget = held * torch.nn.functional.logsigmoid(score)
         return {"log_forget": log_forget.transpose(1, 2)}
 
     def terms(self, call: Call) -> Terms:
