@@ -75,13 +75,20 @@ def bias(problem: Problem, terms: Terms, block: Block) -> Tensor | float:
     return total
 
 
+def sink_column(problem: Problem, block: Block) -> Tensor | None:
+    """Returns the scores of the null keys, (heads, 1, 1) or (batch, heads, rows, 1), in the computing dtype."""
+    if problem.sinks is None or problem.sinks.ndim == 1:
+        return None if problem.sinks is None else problem.per_head(problem.sinks, 2)
+    return problem.sinks[:, :, block.start : block.stop, None].to(problem.dtype)
+
+
 def block_root(problem: Problem, terms: Terms, block: Block, p: Numbers) -> Root | None:
     """Returns what the thresholds of a block's rows are made of, each (batch, heads, rows, 1), if it has any."""
     if not problem.swap.threshold:
         return None
     with torch.no_grad():
         visible = problem.visibility.mask(block.start, block.stop, block.k0, block.k1)
-        sinks = None if problem.sinks is None else problem.per_head(problem.sinks, 2)
+        sinks = sink_column(problem, block)
         return find_root(problem.swap, *with_sinks(scores(problem, terms, block), visible, sinks), p)
 
 
@@ -103,7 +110,7 @@ def attend_block(
     swap, dtype = problem.swap, problem.dtype
     visible = problem.visibility.mask(block.start, block.stop, block.k0, block.k1)
     s = scores(problem, terms, block)
-    sinks = None if problem.sinks is None else problem.per_head(problem.sinks, 2)
+    sinks = sink_column(problem, block)
     shift = reference_shift(problem, s, visible, sinks, p, known)
     s = torch.where(visible, s, shift)  # a finite stand-in, so that no masked score can poison a gradient
     weight = torch.where(visible, swap.weight(s, shift, p), 0.0)

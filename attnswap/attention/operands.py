@@ -16,6 +16,8 @@ def refusal(problem: Problem) -> str | None:
     """Says what keeps any of these kernels from computing a call, or None."""
     if problem.dropout:
         return "it has no dropout"
+    if problem.sinks is not None and problem.sinks.ndim > 1:
+        return "it takes one sink for each head, and the model has one for each query"
     if problem.swap.shift_gradient:
         return f'the result of "{problem.swap.name}" depends on the shift, which it takes as a constant'
     kind = type(problem.swap)

@@ -28,7 +28,7 @@ class Problem:
         scaling: Multiplies the dot products.
         ramp: lambda: a number, or a tensor of shape () or (heads,).
         softcap: The model's own cap: scores become ``softcap * tanh(score / softcap)``.
-        sinks: The model's own sink logits, shape (heads,): a null key of value 0.
+        sinks: The model's own sink logits, shape (heads,) or (batch, heads, queries): a null key of value 0.
         dropout: Probability of dropping a weight.
         kv_heads: The key/value head that each query head reads, so that some heads of a layer share its keys and
             values as they lie; None: equal groups in order. Features per key/value head are then those of the heads

@@ -19,7 +19,7 @@ def with_sinks(s: Tensor, visible: Tensor, sinks: Tensor | None) -> tuple[Tensor
     Args:
         s: Scores, shape (batch, heads, rows, keys).
         visible: Which keys count, broadcastable to the scores.
-        sinks: Scores of the null keys, (heads, 1, 1), or None.
+        sinks: Scores of the null keys, (heads, 1, 1) or (batch, heads, rows, 1), or None.
 
     Returns:
         Scores, and which count, of one shape.

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
-from attnswap.coverage.tiny import VOCABULARY
+from attnswap.coverage.tiny import PARTS, VOCABULARY
 from attnswap.errors import NumericsError
 from attnswap.surgery import patch, swap_parameters, unpatch
 from attnswap.surgery.attach import spec_of
@@ -49,7 +49,7 @@ def move_away(model: PreTrainedModel, seed: int = 1) -> None:
 
 def identity(model: PreTrainedModel, stock: Tensor) -> float:
     """A swap that starts as softmax leaves the model as it was."""
-    patch(model, "ssmax")
+    patch(model, "ssmax", part=PARTS.get(model.config.model_type))
     off = gap(logits(model), stock)
     unpatch(model)
     return _below(off)
@@ -57,7 +57,7 @@ def identity(model: PreTrainedModel, stock: Tensor) -> float:
 
 def dispatch(model: PreTrainedModel, stock: Tensor, swap: SwapLike) -> float:
     """A swap away from its start is in use: every head of every layer, as the probe of :func:`patch` shows."""
-    patch(model, swap)
+    patch(model, swap, part=PARTS.get(model.config.model_type))
     move_away(model)
     moved = gap(logits(model), stock)
     if not moved > 100 * TOLERANCE:
@@ -72,12 +72,12 @@ def oracle(model: PreTrainedModel, run: Callable[[], object] | None = None) -> f
         return _below(gap(logits(model).double(), logits(copy.deepcopy(model).double())))
     original, worst = AttentionInterface._global_mapping[KEY], [0.0]
 
-    def checked(module, query, key, value, mask, **kwargs):  # type: ignore[no-untyped-def]
-        out = original(module, query, key, value, mask, **kwargs)
+    def checked(module, query, key, value, attention_mask, **kwargs):  # type: ignore[no-untyped-def]
+        out = original(module, query, key, value, attention_mask, **kwargs)
         if KEY not in module._modules:
             return out
         wide = (x.double() for x in (query, key, value))
-        right = original(module, *wide, mask, **{**kwargs, "output_attentions": True})[0]
+        right = original(module, *wide, attention_mask, **{**kwargs, "output_attentions": True})[0]
         worst[0] = max(worst[0], gap(out[0].double(), right))
         return out
 

@@ -77,6 +77,9 @@ LATENT_LOCAL = {
 }
 LOCAL = {"layer_types": ["sliding_attention", "full_attention"]}
 
+PARTS = {"blt": "global_transformer", "hrm_text": "H_module"}
+"""Which attention to patch in types that have several alike."""
+
 OVERRIDES: dict[str, dict[str, Any]] = {
     "afmoe": LOCAL,
     "axk1": LATENT,
@@ -85,7 +88,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "bert": DECODER,
     "bert-generation": DECODER,
-    "big_bird": DECODER,
+    "big_bird": {**DECODER, "attention_type": "original_full"},  # the other kind is replaced while it runs
     "camembert": DECODER,
     "cohere2": LOCAL,
     "cohere2_moe": LOCAL,

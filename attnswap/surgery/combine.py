@@ -129,7 +129,7 @@ def _cut(layer: LayerInputs, heads: tuple[int, ...] | None) -> tuple[LayerInputs
         layer,
         query=pick(layer.query, heads),
         visibility=replace(visibility, **own) if own else visibility,
-        sinks=None if sinks is None else pick(sinks, heads, 0),
+        sinks=None if sinks is None else pick(sinks, heads, 0 if sinks.ndim == 1 else 1),
         content=None if layer.content is None else pick(layer.content, heads),
     )
     return part, kv_heads_of(heads, layer.query.shape[1] // layer.key.shape[1])

@@ -22,7 +22,7 @@ from attnswap.surgery.select import (
     select_layers,
 )
 from attnswap.surgery.spec import KEY, PatchSpec, Slot
-from attnswap.surgery.stacks import attention_modules, is_cross
+from attnswap.surgery.stacks import Modules, attention_modules, is_cross, refuse_tied
 from attnswap.swaps import Swap, SwapLike, resolve
 from attnswap.swaps.base import ModelInfo
 
@@ -73,6 +73,7 @@ def patch(
             f"part={part!r}: another attention of this model is patched already, and only one can be at a time; call "
             "attnswap.unpatch first"
         )
+    refuse_tied(model, modules)
     config = owning_config(model, modules)
     chosen = select_layers(layers, list(modules))
     info = layer_info(config, modules[chosen[0]][1])
@@ -82,11 +83,8 @@ def patch(
     added: list[tuple[int, str, Slot]] = []
     for config_of_swap, heads_of_swap in wanted:
         slot = Slot(config_of_swap.bind(info), _fitting_heads(config_of_swap, heads_of_swap, info), start)
-        if is_cross(model, modules) and any(f.per == "key" for f in slot.swap.features().values()):
-            raise UnsupportedModelError(
-                f'"{slot.swap.name}" keeps a value for each key, made of the hidden state of its token, which '
-                "cross-attention does not see"
-            )
+        if any(f.per == "key" for f in slot.swap.features().values()):
+            _check_keys(model, modules, chosen, slot.swap)
         for layer in chosen:
             present = spec.layers.get(layer, {})
             _check_free(layer, slot, present, info)
@@ -110,6 +108,19 @@ def patch(
     cleared = clear_dequantized_flags(model)
     notes = [f"cleared stale quantization flags of a dequantized model: {', '.join(cleared)}"] if cleared else []
     return build_report(model, modules, spec, notes)
+
+
+def _check_keys(model: PreTrainedModel, modules: Modules, chosen: list[int], swap: Swap) -> None:
+    """Refuses a swap that keeps a value for each key where the keys are not made of the hidden states it reads."""
+    said = f'"{swap.name}" keeps a value for each key, made of the hidden state of its token, which'
+    if is_cross(model, modules):
+        raise UnsupportedModelError(f"{said} cross-attention does not see")
+    shared = [layer for layer in chosen if getattr(modules[layer][1], "is_kv_shared_layer", False)]
+    if shared:
+        raise UnsupportedModelError(
+            f"{said} layer {shared[0]} of {type(model).__name__} does not see: it reads the keys of another layer. "
+            f"Choose other layers than {shared}"
+        )
 
 
 def unpatch(model: PreTrainedModel) -> None:
@@ -267,7 +278,7 @@ def _slot_name(swap: Swap, present: Mapping[str, Slot]) -> str:
 def _take_back(
     model: PreTrainedModel,
     config: Any,
-    modules: attach.Modules,
+    modules: Modules,
     before: str,
     added: list[tuple[int, str, Slot]],
     keep: bool,

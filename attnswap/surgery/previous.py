@@ -103,7 +103,9 @@ class Previous:
         Args:
             heads: The query heads it will be called with, in their order; None: all.
         """
-        if not self.lends or not isinstance(self.mask, ForwardMask) or self.options.get("softcap") is not None:
+        if not self.lends or not isinstance(self.mask, ForwardMask) or self._by_position:
+            return None
+        if self.options.get("softcap") is not None:
             return None
         if self.name == "flex_attention":
             serves = self.query.device.type != "cpu" or not (self._learns or self.options.get("s_aux") is not None)
@@ -149,9 +151,16 @@ class Previous:
 
     @property
     def _divisible(self) -> bool:
+        if self._by_position:
+            return False
         if self.name == "eager":
             return previous_function(self.module, "eager").__module__.startswith("transformers.")
         return self.name in ("sdpa", "flex_attention") or self._flash
+
+    @property
+    def _by_position(self) -> bool:
+        """Whether the call adds learned numbers of single queries or keys, each head its own."""
+        return any(self.options.get(name) is not None for name in ("position_bias", "sinks"))
 
     @property
     def _learns(self) -> bool:

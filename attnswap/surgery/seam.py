@@ -41,6 +41,7 @@ BENIGN = {
     "sliding_window",  # already part of the mask
     "softcap",
     "s_aux",
+    "sinks",
     "is_causal",
     "position_bias",
     "key_value_states",
@@ -189,7 +190,7 @@ def attention_forward(
         visibility=with_bias(visibility, kwargs.get("position_bias")),
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=kwargs.get("softcap"),
-        sinks=kwargs.get("s_aux"),
+        sinks=sinks_of(kwargs),
         dropout=dropout,
     )
     if not call.slots:
@@ -228,6 +229,20 @@ def as_visibility(
             f"attends with {q_length} queries over {k_length} keys"
         )
     return seen
+
+
+def sinks_of(kwargs: dict[str, Any]) -> Tensor | None:
+    """Returns a model's sink logits: "s_aux" of each head, or "sinks" (batch, heads, queries, 1) of each query.
+
+    Raises:
+        UnsupportedModelError: They are of another shape.
+    """
+    sinks = kwargs.get("sinks")
+    if sinks is None:
+        return kwargs.get("s_aux")
+    if sinks.ndim != 4 or sinks.shape[3] != 1 or kwargs.get("s_aux") is not None:
+        raise UnsupportedModelError(f"sinks of shape {tuple(sinks.shape)} are not one logit for each query and head")
+    return sinks[..., 0]
 
 
 def with_bias(visibility: Visibility, bias: Tensor | None) -> Visibility:

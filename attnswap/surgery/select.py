@@ -98,7 +98,7 @@ def layer_info(config: PreTrainedConfig, module: nn.Module) -> ModelInfo:
     """
     usual = _size(config, "num_attention_heads")
     heads = _size(module, "num_heads", "num_attention_heads", "n_heads", "n_head") or usual
-    hidden = _size(config, "hidden_size")
+    hidden = _size(module, "attention_hidden_size") or _size(config, "hidden_size")
     if heads is None or hidden is None:
         raise UnsupportedModelError(f"{type(config).__name__} names no single num_attention_heads and hidden_size")
     kv_heads = _size(module, "num_key_value_heads", "num_kv_heads")

@@ -5,9 +5,10 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from attnswap.errors import ConfigError, UnsupportedModelError
 
@@ -16,6 +17,10 @@ Modules = dict[int, tuple[str, nn.Module]]
 
 CROSS = re.compile(r"cross|encoder_attn|EncDec", re.IGNORECASE)
 """How modules that attend to another sequence are named."""
+
+
+SENSES = re.compile("vision|image|img|visual|audio|speech")
+"""How towers that read no text are named."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +50,10 @@ class Stack:
 def stacks(model: nn.Module) -> list[Stack]:
     """Returns the attention modules of a model.
 
-    A module counts if its class name ends in "Attention", none inside it does, and its code calls transformers'
-    attention interface or a softmax (linear attention does neither). Its index is its ``layer_idx``, or in stacks that
-    give none its place. Whether its attention can really be served is shown by the probe, not assumed here.
+    A module counts if its code calls transformers' attention interface, or if its class name ends in "Attention" and
+    its code calls a softmax (linear attention does neither), and if there is none inside it. Its index is its
+    ``layer_idx``, or in stacks that give none its place. Whether its attention can really be served is shown by the
+    probe, not assumed here.
     """
     named = [(n, m) for n, m in model.named_modules() if seam_of(type(m)) is not None]
     named = [(n, m) for n, m in named if not any(other.startswith(f"{n}.") for other, _ in named)]
@@ -86,8 +92,8 @@ def attention_modules(model: nn.Module, part: str | None = None, config: PreTrai
     every = stacks(model)
     if not every:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no attention module to patch (none whose class name ends in Attention and "
-            "that computes a softmax)"
+            f"{type(model).__name__} has no attention module to patch (none that calls transformers' attention "
+            "interface, and none whose class name ends in Attention and that computes a softmax)"
         )
     own = [
         s
@@ -102,6 +108,8 @@ def attention_modules(model: nn.Module, part: str | None = None, config: PreTrai
         if _clash(chosen):
             decoder = _decoder(model)
             chosen = [s for s in chosen if any(m in decoder for _, m in s.modules.values())]
+        if _clash(chosen):
+            chosen = [s for s in chosen if not SENSES.search(s.name)]
     if not chosen or _clash(chosen):
         names = ", ".join(f'"{stack.name}"' for stack in every)
         what = f'part="{part}" names' if part else f"{type(model).__name__} has"
@@ -127,6 +135,20 @@ def is_cross(model: nn.Module, modules: Modules) -> bool:
     return any(stack.cross and any(id(m) in chosen for _, m in stack.modules.values()) for stack in stacks(model))
 
 
+def refuse_tied(model: nn.Module, modules: Modules) -> None:
+    """Raises UnsupportedModelError for models whose layers share the weights of their attention by name."""
+    chosen = {id(module) for _, module in modules.values()}
+    for owner in model.modules():
+        tied = getattr(owner, "_tied_weights_keys", None)
+        patterns = list(tied) if isinstance(tied, dict) else []
+        for name, module in owner.named_modules() if patterns else ():
+            if id(module) in chosen and any(re.search(pattern, f"{name}.attnswap") for pattern in patterns):
+                raise UnsupportedModelError(
+                    f"{type(model).__name__} uses one attention in several layers ({name} is tied to another), and "
+                    "attnswap keeps parameters and gates for each layer"
+                )
+
+
 def siblings(model: nn.Module, modules: Modules) -> list[nn.Module]:
     """Returns every attention module that reads its implementation from the same config as some of ``modules``."""
     configs = {id(getattr(m, "config", None)) for _, m in modules.values()}
@@ -136,13 +158,16 @@ def siblings(model: nn.Module, modules: Modules) -> list[nn.Module]:
 
 
 @functools.cache
-def seam_of(kind: type[nn.Module]) -> str | None:
+def seam_of(kind: Any) -> str | None:
     """Returns how a class of modules computes attention: through the "interface", by "scores" of its own, or not."""
-    if not kind.__name__.endswith("Attention"):
+    if kind.__module__.startswith("torch.") or issubclass(kind, PreTrainedModel):
         return None
     code = "".join(_code(cls) for cls in kind.__mro__ if issubclass(cls, nn.Module) and cls is not nn.Module)
-    if not code or "ALL_ATTENTION_FUNCTIONS" in code or "AttentionInterface" in code:
+    named = kind.__name__.endswith("Attention")
+    if "ALL_ATTENTION_FUNCTIONS" in code or (named and not code):
         return "interface"
+    if not named:
+        return None
     return "scores" if re.search("softmax|scaled_dot_product_attention", code, re.IGNORECASE) else None
 
 
