@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import ARCHITECTURES, SWAPS, tiny
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
 
@@ -286,3 +287,18 @@ def test_a_spec_edited_by_hand(change, patched, tokens, tmp_path):
         attnswap.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError):
         AutoModelForCausalLM.from_pretrained(tmp_path)(tokens)
+
+
+def test_servers_that_go_by_architecture_names_find_none(patched, tokens, tmp_path):
+    model = patched("llama", "softpick")
+    model.save_pretrained(tmp_path / "patched")
+    written = json.loads((tmp_path / "patched/config.json").read_text())
+    assert written["architectures"] == ["AttnSwapLlamaForCausalLM"]
+    assert not hasattr(transformers, written["architectures"][0])
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "patched")
+    assert again.config.architectures == ["LlamaForCausalLM"]
+    again.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again/config.json").read_text()) == written
+    attnswap.unpatch(again)
+    again.save_pretrained(tmp_path / "stock")
+    assert json.loads((tmp_path / "stock/config.json").read_text())["architectures"] == ["LlamaForCausalLM"]

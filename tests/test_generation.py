@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import SWAPS, move_away, tiny
-from transformers import DynamicCache
+from transformers import CompileConfig, DynamicCache
 
 import attnswap
 from attnswap.surgery import state
@@ -14,6 +14,7 @@ KINDS = ["llama", "mistral", "gemma2", "qwen3", "gpt_oss"]
 ALL = [*SWAPS, "entmax"]
 NEW = 8
 TOLERANCE = 1e-4
+FP8 = {"backend": "fp8"}
 PLAIN = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
 
 MODES = {
@@ -126,3 +127,24 @@ def test_a_shifted_n_would_be_noticed(swap, tokens, monkeypatch):
     wrong = property(lambda self: right.__get__(self, Visibility) + int(self.q_length == 1))
     monkeypatch.setattr(Visibility, "n", wrong)
     assert difference(model, tokens, "dynamic") > TOLERANCE
+
+
+@pytest.mark.parametrize("swap", ALL)
+def test_compiled_decoding_with_a_static_cache(swap, tokens):
+    model = build("llama", swap)
+    settings = CompileConfig(backend="eager", fullgraph=True)
+    settings._compile_all_devices = True
+    torch._dynamo.reset()
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert difference(model, tokens, "static", compile_config=settings) < TOLERANCE
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > compiled
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("swap", ALL)
+def test_quantized_caches(swap, tokens):
+    """A quantized cache changes keys and values, but a swap sees them as stock attention does, and its gates whole."""
+    model, stock = build("llama", swap), tiny("llama")
+    rough = difference(model, tokens, "dynamic", cache_implementation="quantized", cache_config=FP8)
+    usual = difference(stock, tokens, "dynamic", cache_implementation="quantized", cache_config=FP8)
+    assert 0 < rough < 10 * usual

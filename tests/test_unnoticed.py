@@ -173,3 +173,10 @@ def test_continuous_batching_is_refused(swap, patched, tokens):
     model = patched("llama", swap)
     with pytest.raises((AttnSwapError, ValueError)):
         model.generate_batch(tokens.tolist(), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("swap", SWAPS)
+def test_exported_programs(swap, patched, tokens):
+    model = patched("llama", swap)
+    program = torch.export.export(model, (tokens,), {"use_cache": False}, strict=False)
+    assert torch.allclose(program.module()(tokens, use_cache=False).logits, logits(model, tokens), atol=1e-4)

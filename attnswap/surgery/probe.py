@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,8 @@ from attnswap.surgery.scores import End
 from attnswap.surgery.seam import Enter, Leave
 from attnswap.surgery.spec import Slot
 from attnswap.surgery.stacks import siblings
-from attnswap.swaps import expression as fn
-from attnswap.swaps.base import Call, Numbers, Swap, Terms
+from attnswap.swaps.base import Call, Swap, Terms
+from attnswap.swaps.sigmoid import Sigmoid
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 """Largest difference allowed between stock softmax and ours, relative to the spread of the outputs."""
@@ -32,25 +32,6 @@ class Flat(Swap):
     def terms(self, call: Call) -> Terms:
         """Halves every score."""
         return Terms(query_scale=torch.full_like(call.n, 0.5))
-
-
-class Alone(Swap):
-    """Weighs each key by its own score, so that a number added to a whole row shows."""
-
-    name: ClassVar[str] = "alone"
-    shifted: ClassVar[bool] = False
-
-    def weight(self, s: Any, shift: Any, p: Numbers) -> Any:
-        """Returns the sigmoid of the score."""
-        return fn.sigmoid(s)
-
-    def norm(self, s: Any, shift: Any, p: Numbers) -> Any:
-        """Returns 0: rows are not normalized."""
-        return 0.0 * s
-
-    def null(self, shift: Any, n: Any, p: Numbers) -> Any:
-        """Returns 1."""
-        return 1.0 + 0.0 * n
 
 
 def verify(model: PreTrainedModel, config: PreTrainedConfig, modules: Modules, before: str) -> None:
@@ -116,7 +97,7 @@ def _check_rows(model: PreTrainedModel, every: list[nn.Module], swapped: dict[in
         return
     with _hooks_silenced(every):
         looks_ahead = _prefix_gap(model)
-    with _replaced(swapped, Alone()):
+    with _replaced(swapped, Sigmoid(bias=0.0)):  # which weighs each key by its own score
         moves = _prefix_gap(model)
     if moves > 1e-3 >= looks_ahead:
         raise UnsupportedModelError(

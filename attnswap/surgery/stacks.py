@@ -157,9 +157,14 @@ def siblings(model: nn.Module, modules: Modules) -> list[nn.Module]:
     ]
 
 
-@functools.cache
-def seam_of(kind: Any) -> str | None:
+def seam_of(kind: type) -> str | None:
     """Returns how a class of modules computes attention: through the "interface", by "scores" of its own, or not."""
+    found: str | None = _seam(kind)
+    return found
+
+
+@functools.cache
+def _seam(kind: Any) -> str | None:
     if kind.__module__.startswith("torch.") or issubclass(kind, PreTrainedModel):
         return None
     code = "".join(_code(cls) for cls in kind.__mro__ if issubclass(cls, nn.Module) and cls is not nn.Module)
