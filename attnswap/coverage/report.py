@@ -36,7 +36,9 @@ def write_coverage(report: dict[str, Any], out: Path) -> None:
     write_atomically(out / "coverage.json", (json.dumps(report, indent=1) + "\n").encode())
     types = {row["type"]: row for row in report["rows"]}
     passing = [t for t in types if all(r["passes"] for r in report["rows"] if r["type"] == t)]
-    rest = [line for line in _lines(report) if line[0] not in passing]
+    lines = _lines(report)
+    rest = [line for line in lines if line[0] not in passing]
+    beside = [f"{kind} ({swap}: {why})" for kind, swap, _, why in lines if kind in passing and why]
     by_seam = {seam: [t for t in passing if types[t]["seam"] == seam] for seam in ("interface", "scores")}
     text = TEXT.format(
         passing=len(passing),
@@ -45,6 +47,7 @@ def write_coverage(report: dict[str, Any], out: Path) -> None:
         swaps=" and ".join(report["swaps"]),
         interface=", ".join(by_seam["interface"]),
         scores=", ".join(by_seam["scores"]),
+        beside="; ".join(beside) or "none",
         rest="\n".join(
             f"| {t} | {swap or '-'} | {verdict} | {why.replace('|', '/')} |" for t, swap, verdict, why in rest
         ),
@@ -64,6 +67,8 @@ KV cache equals the full forward; every parameter has a gradient; saving and rel
 Through transformers' attention interface: {interface}.
 
 Through the softmax of their own attention modules: {scores}.
+
+A column that the stock model fails too does not count: {beside}.
 
 ## The others
 
