@@ -1,6 +1,7 @@
 """Encoders, encoder-decoders, towers of multimodal models, and models that compute attention themselves."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -11,11 +12,19 @@ from transformers import (
     BertForMaskedLM,
     CLIPConfig,
     CLIPModel,
+    FalconConfig,
+    FalconForCausalLM,
+    LEDConfig,
+    LEDForConditionalGeneration,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     ModernBertConfig,
     ModernBertForMaskedLM,
+    RoFormerConfig,
+    RoFormerModel,
+    SwinConfig,
+    SwinModel,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -25,7 +34,7 @@ from transformers import (
 )
 
 import attnswap
-from attnswap.coverage import SWAPS, cover, model_types
+from attnswap.coverage import SWAPS, cover, model_types, tiny_model
 from attnswap.coverage.columns import move_away, oracle
 from attnswap.errors import ConfigError, UnsupportedModelError
 from attnswap.surgery.attach import patched_modules
@@ -203,3 +212,72 @@ def test_no_type_is_wrong(swap):
     rows = [cover(kind, swap) for kind in model_types()]
     assert not [row for row in rows if row.reason is None and not row.passes and "Unsupported" not in str(row.columns)]
     assert sum(row.passes for row in rows) >= 150
+
+
+def test_an_interrupted_forward_leaves_softmax_as_it_was(tokens):
+    model = tiny_model("bloom")
+    attnswap.patch(model, "softpick")
+    inside = model.transformer.h[0].self_attention.query_key_value
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = inside.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(tokens)
+    hook.remove()
+    scores = torch.randn(2, 4, 3, 3)
+    assert torch.allclose(torch.softmax(scores, -1).sum(-1), torch.ones(2, 4, 3))
+    model(tokens)
+
+
+def test_a_decoder_whose_modules_hold_no_config(tmp_path):
+    sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "attention_window": 4, "vocab_size": 99}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    lengths = {"max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64}
+    model = LEDForConditionalGeneration(LEDConfig(**sizes, **heads, **lengths)).eval()
+    attnswap.patch(model, "softpick")
+    model.save_pretrained(tmp_path)
+    again = LEDForConditionalGeneration.from_pretrained(tmp_path)
+    assert [name for name, _ in patched_modules(again).values()] == [n for n, _ in patched_modules(model).values()]
+    assert torch.equal(run(again), run(model))
+
+
+def test_gates_over_time_are_refused_in_encoders_that_compute_attention_themselves():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    with pytest.raises(UnsupportedModelError, match="later keys"):
+        attnswap.patch(RoFormerModel(RoFormerConfig(vocab_size=99, **sizes)).eval(), "forgetting-gate")
+
+
+def test_masks_that_hide_keys_only_nearly_are_refused():
+    config = SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[2], num_heads=[2], window_size=4)
+    with pytest.raises(UnsupportedModelError, match="-100"):
+        attnswap.patch(SwinModel(config).eval(), "softpick")
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_keys_that_a_model_repeats_for_its_heads(implementation, tokens):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_kv_heads": 2, "vocab_size": 99}
+    torch.manual_seed(0)
+    model = FalconForCausalLM(FalconConfig(**sizes, new_decoder_architecture=True)).eval()
+    model.set_attn_implementation(implementation)
+    attnswap.patch(model, "selective-temperature", heads=[2, 3])
+    move_away(model)
+    with torch.no_grad():
+        out = model(tokens, use_cache=False).logits
+        model.config._attn_implementation_internal = "eager"
+        assert torch.allclose(out, model(tokens, use_cache=False).logits, atol=1e-5)
+
+
+def test_a_failed_second_patch_leaves_the_halves_of_t5_as_they_were(monkeypatch):
+    model = build("t5")
+    attnswap.patch(model, "ssmax", heads=[0, 1], part="encoder")
+    before = copy.deepcopy(model.encoder.config.attnswap)
+
+    def fail(*_):
+        raise UnsupportedModelError("no")
+
+    monkeypatch.setattr(sys.modules["attnswap.surgery.patch"], "verify", fail)
+    with pytest.raises(UnsupportedModelError, match="no"):
+        attnswap.patch(model, "softpick", heads=[2, 3])
+    assert model.encoder.config.attnswap == model.config.attnswap == before

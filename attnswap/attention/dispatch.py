@@ -56,6 +56,17 @@ def choose(problem: Problem, backend: str = "auto") -> Backend:
     return BACKENDS[backend]
 
 
+def refuse_future(problem: Problem) -> None:
+    """Raises UnsupportedModelError for a swap that works over time where a query sees later keys."""
+    if problem.swap.causal_only:
+        future = problem.visibility.sees_future
+        ensure(
+            ~future if isinstance(future, Tensor) else not future,
+            f'"{problem.swap.name}" works over time, but here queries see later keys; use it in causal attention only',
+            error=UnsupportedModelError,
+        )
+
+
 def compute(problem: Problem, before: Callable[[], Tensor], backend: str = "auto") -> Tensor:
     """Computes a call at its point of the ramp.
 
@@ -70,13 +81,7 @@ def compute(problem: Problem, before: Callable[[], Tensor], backend: str = "auto
     Raises:
         UnsupportedModelError: The swap is for causal attention and a query sees later keys.
     """
-    if problem.swap.causal_only:
-        future = problem.visibility.sees_future
-        ensure(
-            ~future if isinstance(future, Tensor) else not future,
-            f'"{problem.swap.name}" works over time, but here queries see later keys; use it in causal attention only',
-            error=UnsupportedModelError,
-        )
+    refuse_future(problem)
     ramp = problem.ramp
     if isinstance(ramp, float) and ramp == 0.0:
         return before()

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from attnswap.errors import CheckpointError, UnsupportedModelError
 from attnswap.surgery.module import LayerSwap
-from attnswap.surgery.scores import End
+from attnswap.surgery.scores import intercept, release
 from attnswap.surgery.seam import Enter, Leave
 from attnswap.surgery.select import layer_info, owning_config
 from attnswap.surgery.spec import KEY, PatchSpec, Slot
@@ -166,12 +166,11 @@ def connect(
     for module in siblings(model, modules):
         enter = next((h for h in module._forward_pre_hooks.values() if isinstance(h, Enter)), None)
         if enter is None:
-            enter = Enter(before, through_interface, loading)
+            enter = Enter(before, loading)
             module.register_forward_pre_hook(enter, with_kwargs=True)
-            if through_interface:
-                module.register_forward_hook(Leave(), with_kwargs=True)
-            else:
-                module.register_forward_hook(End(), with_kwargs=True, always_call=True)
+            module.register_forward_hook(Leave(), with_kwargs=True)
+            if not through_interface:
+                intercept(module)
         if id(module) in layers:
             enter.layer, enter.cross = layers[id(module)], cross
 
@@ -212,8 +211,9 @@ def unhook(modules: list[nn.Module]) -> None:
     """Takes hooks and swaps off attention modules."""
     for module in modules:
         module._modules.pop(KEY, None)
+        release(module)
     remove_hooks(modules, "_forward_pre_hooks", Enter)
-    remove_hooks(modules, "_forward_hooks", Leave | End)
+    remove_hooks(modules, "_forward_hooks", Leave)
 
 
 def dispatches_all(modules: Modules) -> bool:
@@ -237,8 +237,7 @@ def remove_hooks(modules: list[nn.Module], table: str, kind: Any) -> None:
         hooks = getattr(module, table)
         for key in [k for k, hook in hooks.items() if isinstance(hook, kind)]:
             del hooks[key]
-            for beside in (f"{table}_with_kwargs", f"{table}_always_called"):
-                getattr(module, beside, {}).pop(key, None)
+            getattr(module, f"{table}_with_kwargs", {}).pop(key, None)
 
 
 def add_slot(module: nn.Module, config: PreTrainedConfig, name: str, slot: Slot) -> None:

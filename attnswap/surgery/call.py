@@ -12,6 +12,7 @@ from attnswap.attention.visibility import Visibility
 from attnswap.errors import UnsupportedModelError
 from attnswap.surgery.spec import Slot
 from attnswap.surgery.state import append
+from attnswap.swaps.base import ModelInfo
 
 
 @dataclass
@@ -21,6 +22,7 @@ class LayerCall:
     Attributes:
         before: The attention implementation the model had.
         layer: Index of the layer.
+        info: The layer's sizes, if it has swaps.
         slots: The static part of the layer's swaps by name; empty for a layer that was not selected.
         features: Each slot's features and ramp, of the new tokens.
         cache: The KV cache of this forward, if any.
@@ -33,6 +35,7 @@ class LayerCall:
 
     before: str
     layer: int
+    info: ModelInfo | None = None
     slots: dict[str, Slot] = field(default_factory=dict)
     features: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     cache: Cache | None = None

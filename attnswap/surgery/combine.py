@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnswap.attention import dense
-from attnswap.attention.dispatch import compute
+from attnswap.attention.dispatch import compute, refuse_future
 from attnswap.attention.heads import in_order, kv_heads_of, pick
 from attnswap.attention.problem import Problem, complete_features
 from attnswap.attention.visibility import Visibility
@@ -146,6 +146,7 @@ def _as_autocast_would(layer: LayerInputs) -> LayerInputs:
 
 def dense_part(problem: Problem, was: Tensor | None) -> tuple[Tensor, Tensor]:
     """Computes a slot with its weights, blended as the ramp says."""
+    refuse_future(problem)
     if problem.swap.native_ramp or isinstance(problem.ramp, float):
         out, weights = dense.attend(problem, need_weights=True)
     else:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnswap.errors import UnsupportedModelError
 from attnswap.surgery.spec import Slot
 from attnswap.swaps.base import ModelInfo
 
@@ -132,5 +133,14 @@ class LayerSwap(nn.Module):
         del self.slots[name], self._modules[name]
 
     def forward(self, hidden_states: Tensor) -> dict[str, dict[str, Tensor]]:
-        """Computes the features of every slot, by slot name."""
+        """Computes the features of every slot, by slot name.
+
+        Raises:
+            UnsupportedModelError: The hidden states are of another width than the config says.
+        """
+        if hidden_states.shape[-1] != self.info.hidden and any(s.swap.gate_parameters() for s in self.slots.values()):
+            raise UnsupportedModelError(
+                f"hidden states of {hidden_states.shape[-1]} numbers enter this attention, but the model's config says "
+                f"{self.info.hidden}; gates over hidden states do not fit here"
+            )
         return {name: module(hidden_states) for name, module in self.named_children()}

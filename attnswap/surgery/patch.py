@@ -100,7 +100,7 @@ def patch(
             attach.add_slot(modules[layer][1], config, name, slot)
         verify(model, config, modules, before)
     except BaseException:
-        _take_back(model, config, modules, before, added, keep=old is not None)
+        _take_back(model, config, modules, before, added, old)
         give_back()
         raise
     _keep_fp32(model)
@@ -281,11 +281,12 @@ def _take_back(
     modules: Modules,
     before: str,
     added: list[tuple[int, str, Slot]],
-    keep: bool,
+    old: PatchSpec | None,
 ) -> None:
-    if not keep:
+    if old is None:
         attach.disconnect(model, config, modules, before)
         return
+    attach.write_spec(model, config, old)
     for layer, name, _ in added:
         module = modules[layer][1]
         child = attach.child_of(module)

@@ -11,7 +11,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from attnswap.errors import AttnSwapError, UnsupportedModelError
 from attnswap.surgery.attach import Modules, child_of, dispatches_all
 from attnswap.surgery.inputs import tiny_inputs
-from attnswap.surgery.scores import End
 from attnswap.surgery.seam import Enter, Leave
 from attnswap.surgery.spec import Slot
 from attnswap.surgery.stacks import siblings
@@ -161,7 +160,7 @@ def _hooks_silenced(modules: list[nn.Module]) -> Iterator[None]:
         tables = (module._forward_pre_hooks, module._forward_hooks)
         saved.append([(t, dict(t)) for t in tables])
         for table in tables:
-            for key in [k for k, h in table.items() if isinstance(h, Enter | Leave | End)]:
+            for key in [k for k, h in table.items() if isinstance(h, Enter | Leave)]:
                 del table[key]
     try:
         yield

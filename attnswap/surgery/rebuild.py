@@ -63,7 +63,7 @@ def carrier_of(config: PreTrainedConfig) -> PreTrainedConfig | None:
 
 
 def _find(model: PreTrainedModel, carrier: PreTrainedConfig, spec: PatchSpec) -> Modules:
-    modules = attention_modules(model, spec.part, carrier)
+    modules = attention_modules(model, spec.part, None if carrier is model.config else carrier)
     missing = [layer for layer in spec.layers if layer not in modules]
     if missing:
         raise CheckpointError(

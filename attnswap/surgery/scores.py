@@ -5,7 +5,7 @@ answered by the layer's swaps. So whatever the model adds to its scores beforeha
 counts as part of them: a swap that scales scores scales all of it.
 """
 
-import threading
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from attnswap.attention.visibility import Visibility, split_mask
 from attnswap.errors import UnsupportedModelError
 from attnswap.surgery import combine
 from attnswap.surgery.call import LayerCall
-from attnswap.swaps.base import ModelInfo
+from attnswap.surgery.spec import KEY
 
 SOFTMAXES = {torch.softmax, Tensor.softmax, torch.nn.functional.softmax, torch.special.softmax}
 HIDDEN = -5e3
@@ -33,12 +33,13 @@ class Within(TorchFunctionMode):
     Args:
         module: The attention module.
         call: Its swaps.
-        info: Its sizes.
     """
 
-    def __init__(self, module: nn.Module, call: LayerCall, info: ModelInfo) -> None:
+    def __init__(self, module: nn.Module, call: LayerCall) -> None:
         super().__init__()
-        self.module, self.call, self.heads, self.kv_heads = module, call, info.heads, info.kv_heads
+        assert call.info is not None
+        self.module, self.call = module, call
+        self.heads, self.kv_heads = call.info.heads, call.info.kv_heads
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -109,6 +110,14 @@ class Within(TorchFunctionMode):
             result = result.to(share.dtype).index_copy(1, chosen, share)
         return result if self.call.probe is None else result * self.call.probe[:, None, None]
 
+    def _by_key_head(self, features: dict[str, dict[str, Tensor]], heads: int) -> dict[str, dict[str, Tensor]]:
+        """Repeats what is kept per key/value head where the model repeats keys and values for the heads that share."""
+        for slot, static in self.call.slots.items() if heads != self.kv_heads else ():
+            for name, feature in static.swap.features().items():
+                if feature.heads == "kv" and feature.per == "key":
+                    features[slot][name] = features[slot][name].repeat_interleave(heads // self.kv_heads, 1)
+        return features
+
     def _attention(
         self,
         query: Tensor,
@@ -141,7 +150,7 @@ class Within(TorchFunctionMode):
         )
         options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
         previous = _Stock(query, key, value, attn_mask, options)
-        features = self.call.all_features(layer.visibility)
+        features = self._by_key_head(self.call.all_features(layer.visibility), key.shape[1])
         out = combine.attend(layer, self.call.slots, features, previous, False)[0].transpose(1, 2)
         return out if self.call.probe is None else out * self.call.probe[:, None, None].to(out.dtype)
 
@@ -165,39 +174,44 @@ class _Stock:
         """Torch's own kernel serves."""
 
 
-_open = threading.local()
-"""The modules that are running in this thread, innermost last."""
+class Answering:
+    """The forward of such a module: its own, with its softmax answered while it runs.
 
+    Lives on the module as its ``forward``, since hooks do not run where Ctrl-C ends a forward.
+    """
 
-def begin(module: nn.Module, call: LayerCall, info: ModelInfo) -> None:
-    """Starts to answer for a module's softmax, until :func:`end`."""
-    if torch.compiler.is_compiling():
-        raise UnsupportedModelError(
-            f"{type(module).__name__} computes its attention itself, and torch.compile cannot trace how its softmax is "
-            "replaced; run this model without torch.compile"
-        )
-    mode = Within(module, call, info)
-    mode.__enter__()
-    _open.modes = [*getattr(_open, "modes", []), mode]
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.before = module.__dict__.get("forward")  # another library's, such as one that offloads
 
-
-class End:
-    """The post-forward hook of such a module; it runs also where the forward failed, with no output then."""
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Raises unless the module's softmax was answered."""
-        modes = getattr(_open, "modes", [])
-        if not modes or modes[-1].module is not module:
-            return  # the forward failed before it began
-        mode = modes.pop()
-        mode.__exit__(None, None, None)
-        if output is not None and not mode.call.served:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the module."""
+        call = kwargs.pop(KEY, None)
+        forward = self.before or functools.partial(type(self.module).forward, self.module)
+        if call is None or not call.slots:
+            if call is not None:
+                call.served = True
+            return forward(*args, **kwargs)
+        if torch.compiler.is_compiling():
             raise UnsupportedModelError(
-                f"{type(module).__name__} (layer {mode.call.layer}) computed no softmax that attnswap could see, so "
-                f'its swap had no effect. It runs with the attention implementation "{_implementation(module)}"; set '
-                '"eager" before patching (model.set_attn_implementation("eager"))'
+                f"{type(self.module).__name__} computes its attention itself, and torch.compile cannot trace how its "
+                "softmax is replaced; run this model without torch.compile"
             )
+        with Within(self.module, call):
+            return forward(*args, **kwargs)
 
 
-def _implementation(module: nn.Module) -> str:
-    return str(getattr(getattr(module, "config", None), "_attn_implementation", "unknown"))
+def intercept(module: nn.Module) -> None:
+    """Puts :class:`Answering` around a module's forward."""
+    if not isinstance(module.__dict__.get("forward"), Answering):
+        module.forward = Answering(module)
+
+
+def release(module: nn.Module) -> None:
+    """Undoes :func:`intercept`; where another library has wrapped it since, it stays and passes everything on."""
+    mine = module.__dict__.get("forward")
+    if isinstance(mine, Answering):
+        if mine.before is None:
+            del module.__dict__["forward"]
+        else:
+            module.forward = mine.before

@@ -21,7 +21,6 @@ from attnswap.surgery.call import LayerCall
 from attnswap.surgery.masks import ForwardMask, compact_mask
 from attnswap.surgery.module import LayerSwap
 from attnswap.surgery.previous import Previous
-from attnswap.surgery.scores import begin
 from attnswap.surgery.spec import KEY
 from attnswap.surgery.state import find_cache
 
@@ -50,12 +49,15 @@ BENIGN = {
 """Keyword arguments that attention functions receive and that are either honoured here or change nothing."""
 
 
+NEARLY = -50.0
+"""A mask of 0 and one number from here down is meant to hide, as some vision models write it."""
+
+
 class Enter:
     """The pre-forward hook of an attention module.
 
     Args:
         before: The attention implementation the model had.
-        dispatches: Whether the module hands its call on to an attention function, or computes a softmax itself.
         unchecked: lambda is yet to be compared with what config.json says.
 
     Attributes:
@@ -63,8 +65,8 @@ class Enter:
         cross: It attends to another sequence: what is cached there are no tokens of this one.
     """
 
-    def __init__(self, before: str, dispatches: bool = True, unchecked: bool = False) -> None:
-        self.before, self.dispatches = before, dispatches
+    def __init__(self, before: str, unchecked: bool = False) -> None:
+        self.before = before
         self.layer, self.cross = 0, False
         self.unchecked = unchecked
         self.probe: Tensor | None = None
@@ -86,16 +88,11 @@ class Enter:
                     f"the config of {type(module).__name__} has lost its attnswap entry, without which the model could "
                     "not be saved: was it edited or replaced? Call attnswap.patch on a fresh model"
                 )
-            hidden = kwargs.get("hidden_states")
-            hidden = args[0] if hidden is None else hidden
-            call.slots = _own(child).slots
+            hidden = _hidden(module, args, kwargs)
+            call.slots, call.info = _own(child).slots, _own(child).info
             call.features = child(hidden)
             call.cache = None if self.cross else find_cache(args, kwargs)
-        if self.dispatches:
-            return args, {**kwargs, KEY: call}
-        if child is not None:
-            begin(module, call, _own(child).info)
-        return args, kwargs
+        return args, {**kwargs, KEY: call}
 
 
 class Leave:
@@ -107,8 +104,20 @@ class Leave:
             raise UnsupportedModelError(
                 f"{type(module).__name__} (layer {getattr(module, 'layer_idx', '?')}) computed attention without "
                 "attnswap, so its swap had no effect. Was the attention implementation changed after patching? "
-                "Call attnswap.unpatch(model), set the implementation, and patch again"
+                "Call attnswap.unpatch(model), set the implementation, and patch again. (A model that computes "
+                'attention itself wants "eager" or "sdpa".)'
             )
+
+
+def _hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Returns the hidden states among the arguments of an attention module's forward."""
+    named = (kwargs.get(name) for name in ("hidden_states", "query", "input"))
+    found = next((x for x in (*named, *args[:1]) if isinstance(x, Tensor)), None)
+    if found is None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} is called without hidden states (its arguments: {', '.join(kwargs) or 'none'})"
+        )
+    return found
 
 
 def check_ramps(child: nn.Module) -> None:
@@ -217,6 +226,14 @@ def as_visibility(
         seen = mask.visibility
     elif mask is not None:
         dense, bias = split_mask(mask, (query.shape[0], query.shape[1], q_length, k_length))
+        if bias is not None and bias.numel():
+            lowest = bias.detach().amin()
+            ensure(
+                ~((lowest <= NEARLY) & ((bias == 0) | (bias == lowest)).all()),
+                f"the mask of {type(module).__name__} holds 0 and one number of {NEARLY:g} or less, such as -100, "
+                "which hides keys from softmax only: other swaps would still count them",
+                error=UnsupportedModelError,
+            )
         offset = call.offset(q_length, k_length)
         return Visibility(q_length, k_length, query.device, False, offset, dense=dense, bias=bias)
     else:
