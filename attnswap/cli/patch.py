@@ -18,6 +18,9 @@ def patch_command(
     option: Annotated[list[str] | None, typer.Option(help="KEY=VALUE of the swap, such as form=scale.")] = None,
     layers: Annotated[str | None, typer.Option(help='Layer numbers "0,2" or a slice "8:". Default: all.')] = None,
     heads: Annotated[str | None, typer.Option(help='Head numbers "0,1". Default: all.')] = None,
+    part: Annotated[
+        str | None, typer.Option(help='Which attention of several, such as "cross". Default: the decoder\'s own.')
+    ] = None,
     ramp: Annotated[float, typer.Option(help="lambda, from 0 (as before) to 1 (the swap).")] = 1.0,
     dtype: Annotated[
         str | None,
@@ -40,7 +43,7 @@ def patch_command(
     chosen = layers if layers is None or ":" in layers else parse_numbers(layers, "--layers")
     chosen_heads, start = parse_numbers(heads, "--heads"), check_ramp(ramp)
     loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype)), load_tokenizer(model)
-    report = attnswap.patch(loaded, config, layers=chosen, heads=chosen_heads, ramp=start)  # type: ignore[arg-type]
+    report = attnswap.patch(loaded, config, part=part, layers=chosen, heads=chosen_heads, ramp=start)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as partial:
         loaded.save_pretrained(Path(partial) / "model")

@@ -159,6 +159,7 @@ class TrainConfig:
         overwrite: Replace what is in ``output_dir``, once the run is complete.
         swap: A swap by name, or a mapping with its ``name`` and options; None or ``"none"`` patches nothing: the
             control, or a model that was saved patched and is trained on.
+        part: Which attention of several to patch, as in :func:`attnswap.patch`; None: the decoder's own.
         layers: Which layers to patch, as in :func:`attnswap.patch`; None: all.
         heads: Which heads to patch; None: all.
         ramp: lambda of the swap while training, from 0 (as before) to 1 (the swap).
@@ -172,6 +173,7 @@ class TrainConfig:
     output_dir: str
     overwrite: bool = False
     swap: str | dict[str, Any] | None = None
+    part: str | None = None
     layers: int | str | list[int] | None = None
     heads: list[int] | None = None
     ramp: float = 1.0
@@ -188,7 +190,8 @@ class TrainConfig:
             object.__setattr__(self, "swap", None)
         frozen = self.optimizer.freeze == "all_but_swap"
         if self.swap is None:
-            _require(self.layers is None and self.heads is None, "layers, heads: nothing is swapped, so leave them out")
+            given = (self.part, self.layers, self.heads)
+            _require(given == (None,) * 3, "part, layers, heads: nothing is swapped, so leave them out")
         else:
             _resolve(self.swap)
         _require(not (frozen and self.lora), 'lora: goes with "optimizer.freeze: none", which trains the adapters')
