@@ -69,7 +69,7 @@ def measure_model(plan: ModelPlan, announce: Callable[[str], None] = lambda line
 
     Args:
         plan: What to measure.
-        announce: Receives a line before each measurement.
+        announce: Receives a line before each measurement, and one with what it found.
 
     Returns:
         JSON-able values: the plan, the environment and for each swap and task the seconds of every round and the
@@ -94,6 +94,7 @@ def measure_model(plan: ModelPlan, announce: Callable[[str], None] = lambda line
             ratio = median_interval([r.ours / r.sdpa for r in rounds], seed=plan.seed)
             seconds = [{"unpatched": r.sdpa, "patched": r.ours} for r in rounds]
             found.append({"swap": swap, "task": task, "ratio": asdict(ratio), "bound": BOUND, "rounds": seconds})
+            announce(f"{swap}: {task} takes {ratio.median:.2f} [{ratio.lo:.2f}, {ratio.hi:.2f}] times as long")
     return {"schema": SCHEMA, "plan": asdict(plan), "env": environment(), "results": found}
 
 
