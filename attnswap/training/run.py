@@ -70,9 +70,7 @@ def train(config: TrainConfig) -> TrainResult:
     use_cache = model.config.use_cache
     set_seed(args.seed)  # gates may start from noise: the same in every process and on resuming
     if config.swap is not None:
-        attnswap.patch(
-            model, config.swap, part=config.part, layers=config.layers, heads=config.heads, ramp=config.ramp
-        )
+        attnswap.patch(model, config.swap, part=config.part, layers=config.layers, heads=config.heads, ramp=config.ramp)
     if config.data.pack:
         check_separation(model)
     if config.optimizer.freeze == "all_but_swap":
