@@ -41,9 +41,10 @@ def patch_command(
         raise ConfigError("the swap is named by --swap, not by --option name=")
     config = attnswap.swaps.resolve({"name": swap, **options})
     chosen = layers if layers is None or ":" in layers else parse_numbers(layers, "--layers")
-    chosen_heads, start = parse_numbers(heads, "--heads"), check_ramp(ramp)
+    chosen_heads = parse_numbers(heads, "--heads")
+    check_ramp(ramp)
     loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype)), load_tokenizer(model)
-    report = attnswap.patch(loaded, config, part=part, layers=chosen, heads=chosen_heads, ramp=start)
+    report = attnswap.patch(loaded, config, part=part, layers=chosen, heads=chosen_heads, ramp=ramp)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as partial:
         loaded.save_pretrained(Path(partial) / "model")
