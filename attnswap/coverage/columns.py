@@ -28,9 +28,9 @@ def tokens() -> Tensor:
 
 
 @torch.no_grad()
-def logits(model: PreTrainedModel, ids: Tensor | None = None) -> Tensor:
+def logits(model: PreTrainedModel) -> Tensor:
     """Returns the logits of a forward without a cache."""
-    return model(input_ids=tokens() if ids is None else ids, use_cache=False).logits
+    return model(input_ids=tokens(), use_cache=False).logits
 
 
 def gap(a: Tensor, b: Tensor) -> float:

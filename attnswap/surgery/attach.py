@@ -91,14 +91,23 @@ def outermost(model: PreTrainedModel) -> PreTrainedModel:
     return next(x for x in reversed(seen) if isinstance(x, PreTrainedModel))
 
 
+def parts_of(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """Returns a model's config and those of its towers."""
+    return [config, *(x for x in vars(config).values() if isinstance(x, PreTrainedConfig))]
+
+
+def carrier_of(config: PreTrainedConfig) -> PreTrainedConfig | None:
+    """Returns the config that holds a spec: the model's own, or that of one of its towers."""
+    return next((part for part in parts_of(config) if isinstance(getattr(part, KEY, None), dict)), None)
+
+
 class Saved:
     """The hook before a patched model's state is written: what would reload as softmax is not written."""
 
     def __call__(self, model: nn.Module, prefix: str, keep_vars: bool) -> None:
         """Raises CheckpointError if the model's config no longer names its swaps."""
         config: Any = model.config
-        parts = [config, *(x for x in vars(config).values() if isinstance(x, PreTrainedConfig))]
-        if not any(isinstance(getattr(part, KEY, None), dict) for part in parts):
+        if carrier_of(config) is None:
             raise CheckpointError(
                 f"the config of {type(model).__name__} has lost its attnswap entry (was it edited or replaced?), so "
                 "what is saved would reload as softmax. Put the model's own config back, or call attnswap.unpatch"
@@ -191,8 +200,7 @@ def write_spec(model: PreTrainedModel, config: PreTrainedConfig, spec: PatchSpec
         spec: The spec; None takes it out.
     """
     # Some encoder-decoders give each half a copy of the config, which is not what they save.
-    known = [model.config, *(x for x in vars(model.config).values() if isinstance(x, PreTrainedConfig))]
-    for carrier in [config] if any(config is x for x in known) else [config, model.config]:
+    for carrier in [config] if any(config is x for x in parts_of(model.config)) else [config, model.config]:
         if spec is None:
             forget(carrier)
         else:

@@ -14,7 +14,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from attnswap.errors import AttnSwapError, CheckpointError
-from attnswap.surgery.attach import add_slot, child_of, connect, forget, guard, remove_hooks, unhook, write_spec
+from attnswap.surgery.attach import (
+    add_slot,
+    carrier_of,
+    child_of,
+    connect,
+    forget,
+    guard,
+    remove_hooks,
+    unhook,
+    write_spec,
+)
 from attnswap.surgery.module import SwapModule
 from attnswap.surgery.select import layer_info, owning_config
 from attnswap.surgery.spec import KEY, PatchSpec
@@ -54,12 +64,6 @@ def rebuild(model: PreTrainedModel) -> None:
     if not isinstance(model._init_weights, _InitWeights):
         # An instance attribute: transformers calls it for each module whose weights were not in the checkpoint.
         model._init_weights = _InitWeights(model, model._init_weights)  # type: ignore[method-assign]
-
-
-def carrier_of(config: PreTrainedConfig) -> PreTrainedConfig | None:
-    """Returns the config that holds a spec: the model's own, or that of one of its towers."""
-    parts = [config, *(x for x in vars(config).values() if isinstance(x, PreTrainedConfig))]
-    return next((part for part in parts if isinstance(getattr(part, KEY, None), dict)), None)
 
 
 def _find(model: PreTrainedModel, carrier: PreTrainedConfig, spec: PatchSpec) -> Modules:
