@@ -475,3 +475,18 @@ def test_config_classes_are_public_by_their_own_names():
     listed = attnswap.list_swaps()
     assert [s.name for s in listed] == sorted(REGISTRY)
     assert all(s.traits.paper for s in listed)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_long_bf16_query_is_scaled_to_the_same_bits_with_and_without_gradients(batch: int):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(batch, heads, 600, 16).bfloat16() for heads in (4, 2, 2))
+    scale = torch.rand(4) + 0.5
+
+    def run(scale: Tensor) -> Tensor:
+        return attnswap.attention(query, key, value, "ssmax", backend="folded", enable_gqa=True, scale=scale)
+
+    without = run(scale)
+    query.requires_grad_()
+    assert torch.equal(without, run(scale))
+    assert not torch.equal(without, run(scale * 1.1))
