@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import attnswap
-from attnswap.attention import chunked
+from attnswap.attention import chunked, folded
 from attnswap.attention.dispatch import BACKENDS
 from attnswap.attention.visibility import Visibility
 from attnswap.errors import ConfigError
@@ -478,15 +478,20 @@ def test_config_classes_are_public_by_their_own_names():
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_a_long_bf16_query_is_scaled_to_the_same_bits_with_and_without_gradients(batch: int):
+def test_a_long_bf16_query_is_scaled_head_by_head_to_the_same_bits(batch: int, monkeypatch: pytest.MonkeyPatch):
     torch.manual_seed(0)
     query, key, value = (torch.randn(batch, heads, 600, 16).bfloat16() for heads in (4, 2, 2))
     scale = torch.rand(4) + 0.5
 
-    def run(scale: Tensor) -> Tensor:
-        return attnswap.attention(query, key, value, "ssmax", backend="folded", enable_gqa=True, scale=scale)
+    def run(scale: Tensor) -> list[Tensor]:
+        q, s = query.clone().requires_grad_(), scale.clone().requires_grad_()
+        out = attnswap.attention(q, key, value, "ssmax", backend="folded", enable_gqa=True, scale=s)
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        assert q.grad is not None and s.grad is not None
+        return [out, q.grad, s.grad]
 
-    without = run(scale)
-    query.requires_grad_()
-    assert torch.equal(without, run(scale))
-    assert not torch.equal(without, run(scale * 1.1))
+    by_head, other = run(scale), run(scale * 1.1)
+    monkeypatch.setattr(folded, "_LONG", 1000)
+    for found, at_once, changed in zip(by_head, run(scale), other, strict=True):
+        assert torch.allclose(found, at_once, rtol=1e-5) and not torch.allclose(found, changed, rtol=1e-2)
+    assert torch.equal(by_head[0], run(scale)[0])

@@ -1,9 +1,11 @@
 """Swaps that are softmax over a scaled query, a biased key or a scaled value, on the stock kernel."""
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 from attnswap.attention.chunked import by_blocks
@@ -36,17 +38,40 @@ def _on_own_kernel(problem: Problem) -> bool:
     return problem.sinks is None or problem.terms.query_bias is None
 
 
+class _ByHead(torch.autograd.Function):
+    """Scales a 16-bit query in fp32 one head at a time: fp32 copies of all heads leave the cache and take memory."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, factor: Tensor) -> Tensor:
+        """Multiplies query (batch, heads, queries, head_dim) by factor (batch, heads, queries, 1)."""
+        ctx.save_for_backward(query, factor)
+        out = torch.empty_like(query)
+        for head in range(query.shape[1]):
+            out[:, head] = query[:, head].to(factor.dtype) * factor[:, head]
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Returns the gradients of query and factor."""
+        query, factor = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        of_query = torch.empty_like(query) if wanted[0] else None
+        of_factor = torch.empty_like(factor) if wanted[1] else None
+        for head in range(query.shape[1]):
+            one = grad[:, head].to(factor.dtype)
+            if of_query is not None:
+                of_query[:, head] = one * factor[:, head]
+            if of_factor is not None:
+                of_factor[:, head] = (one * query[:, head]).sum(-1, keepdim=True)
+        return of_query, of_factor
+
+
 def _scaled(query: Tensor, factor: Tensor) -> Tensor:
     """Multiplies in the dtype of the factor and rounds to that of the query."""
-    wanted = torch.is_grad_enabled() and (query.requires_grad or factor.requires_grad)
-    if query.dtype == factor.dtype or wanted or query.shape[2] < _LONG or torch.compiler.is_compiling():
+    if query.dtype == factor.dtype or query.shape[2] < _LONG or torch.compiler.is_compiling():
         return (query.to(factor.dtype) * factor).to(query.dtype)
-    # One head at a time: fp32 copies of all heads leave the cache, which a short bf16 call notices (1.18 against 1.07).
-    factor = factor.expand(*query.shape[:3], 1)
-    out = torch.empty_like(query)
-    for head in range(query.shape[1]):
-        out[:, head] = query[:, head].to(factor.dtype) * factor[:, head]
-    return out
+    return _ByHead.apply(query, factor.expand(*query.shape[:3], 1))
 
 
 def attend(problem: Problem) -> Tensor:
