@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from attnswap.adapters.register import installed, register
 from attnswap.attention import attention
 from attnswap.errors import AttnSwapError, CheckpointError, ConfigError, NumericsError, UnsupportedModelError
 from attnswap.surgery import (
@@ -18,7 +19,11 @@ from attnswap.swaps import Swap, config_classes, list_swaps
 
 __version__ = "0.1.0"
 
+if installed():
+    register()
+
 __all__ = [
+    "AttnSwapConfig",
     "AttnSwapError",
     "CheckpointError",
     "ConfigError",
@@ -45,6 +50,10 @@ def __getattr__(name: str) -> Any:
         from attnswap.evaluation import evaluate_perplexity
 
         return evaluate_perplexity
+    if name == "AttnSwapConfig":
+        from attnswap.adapters.config import AttnSwapConfig
+
+        return AttnSwapConfig
     classes = config_classes()
     if name in classes:
         return classes[name]

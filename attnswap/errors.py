@@ -35,6 +35,12 @@ class NumericsError(AttnSwapError):
     exit_code = 4
 
 
+class StoppedError(AttnSwapError):
+    """Training ended early because the process was asked to stop. Nothing is lost: a checkpoint was saved."""
+
+    exit_code = 143  # what a process returns that SIGTERM ends, so that schedulers queue it again
+
+
 def nearest(name: str, choices: list[str]) -> str:
     """Returns ``' Did you mean "x"?'`` for the choice closest to ``name``, or an empty string."""
     import difflib

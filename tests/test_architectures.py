@@ -12,6 +12,8 @@ from transformers import (
     BertForMaskedLM,
     CLIPConfig,
     CLIPModel,
+    DonutSwinConfig,
+    DonutSwinModel,
     FalconConfig,
     FalconForCausalLM,
     LEDConfig,
@@ -25,6 +27,8 @@ from transformers import (
     RoFormerModel,
     SwinConfig,
     SwinModel,
+    Swinv2Config,
+    Swinv2Model,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -249,10 +253,14 @@ def test_gates_over_time_are_refused_in_encoders_that_compute_attention_themselv
         attnswap.patch(RoFormerModel(RoFormerConfig(vocab_size=99, **sizes)).eval(), "forgetting-gate")
 
 
-def test_masks_that_hide_keys_only_nearly_are_refused():
-    config = SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[2], num_heads=[2], window_size=4)
+@pytest.mark.parametrize(
+    ("config", "model"), [(SwinConfig, SwinModel), (Swinv2Config, Swinv2Model), (DonutSwinConfig, DonutSwinModel)]
+)
+def test_masks_that_hide_keys_only_nearly_are_refused(config, model):
+    sizes = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [2], "num_heads": [2], "window_size": 4}
+    model = model(config(**sizes)).eval()
     with pytest.raises(UnsupportedModelError, match="-100"):
-        attnswap.patch(SwinModel(config).eval(), "softpick")
+        attnswap.patch(model, "softpick")
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

@@ -274,6 +274,7 @@ def test_unknown_feature_and_backend():
 
 
 GLOBAL_STATE = """
+import peft, peft.mapping, peft.tuners.lora
 import torch, torch._dynamo, torch.utils.checkpoint, transformers, transformers.generation.utils
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import cache_utils, masking_utils, modeling_utils
@@ -281,13 +282,15 @@ from transformers.models.llama import modeling_llama
 
 OWNERS = [PreTrainedModel, PreTrainedConfig, LlamaForCausalLM, modeling_llama.LlamaAttention, torch.nn.Module]
 OWNERS += [masking_utils, modeling_utils, cache_utils, modeling_llama, torch.nn.functional, torch]
-OWNERS += [transformers.generation.utils]
+OWNERS += [transformers.generation.utils, peft.mapping, peft.PeftModel, peft.LoraModel, peft.LoraConfig]
 
 def state():
     seen = {(o.__name__, k): id(v) for o in OWNERS for k, v in vars(o).items() if k != "__warningregistry__"}
     registries = [modeling_utils.AttentionInterface, masking_utils.AttentionMaskInterface]
     layers = [dict(cache_utils.DYNAMIC_LAYER_TYPE_MAPPING), dict(cache_utils.STATIC_LAYER_TYPE_MAPPING)]
-    return seen, [set(r._global_mapping) for r in registries], layers
+    tables = [peft.PeftType.__members__, peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING]
+    tables += [peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING, peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING]
+    return seen, [set(r._global_mapping) for r in registries] + [set(t) for t in tables], layers
 
 before = state()
 import attnswap
@@ -297,15 +300,17 @@ attnswap.patch(model, "forgetting-gate")
 model.generate(torch.arange(5)[None], max_new_tokens=3, do_sample=False)
 after = state()
 changed = {k for k in before[0] if after[0].get(k) != before[0][k]}
-print(sorted(changed), [sorted(a - b) for a, b in zip(after[1], before[1])], after[2] == before[2])
+added = [sorted(str(getattr(x, "value", x)) for x in a - b) for a, b in zip(after[1], before[1])]
+print(sorted(changed), added, after[2] == before[2])
 """
 
 
 def test_global_touches_are_the_listed_ones():
-    """Importing attnswap adds one name to two registries and wraps three methods; nothing else changes."""
+    """Importing attnswap adds one name to two registries and to peft's tables and wraps three methods; no more."""
     done = subprocess.run([sys.executable, "-c", GLOBAL_STATE], capture_output=True, text=True, check=True)
     wrapped = [("PreTrainedConfig", "to_dict"), ("PreTrainedModel", "__init__"), ("PreTrainedModel", "post_init")]
-    assert done.stdout.splitlines()[-1] == f"{wrapped} [['attnswap'], ['attnswap']] True"
+    names = [*[["attnswap"]] * 2, *[["ATTNSWAP"]] * 4]
+    assert done.stdout.splitlines()[-1] == f"{wrapped} {names} True"
 
 
 def test_gates_over_time_refuse_to_see_the_future():

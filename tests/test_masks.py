@@ -6,7 +6,7 @@ import torch
 from conftest import move_away, tiny
 from oracle import recording
 from test_surgery import LENGTH, check_layers, layout, slots_of
-from transformers import StaticCache
+from transformers import DataCollatorWithFlattening, StaticCache
 
 import attnswap
 from attnswap.attention import chunked
@@ -169,3 +169,33 @@ def test_a_cache_that_other_models_used_in_between(static, patched, tokens):
 def test_padding_inside_a_row_equals_the_oracle_at_every_layer(patched):
     model = patched("llama", "forgetting-gate")
     check_layers(model, "interior")
+
+
+@pytest.mark.parametrize("swap", ["ssmax", "softpick", "forgetting-gate"])
+def test_batches_without_padding(swap, patched):
+    """The collator's flattened documents give what each gives alone, with cumulative lengths and without."""
+    model = patched("llama", swap)
+    generator = torch.Generator().manual_seed(0)
+    documents = [torch.randint(3, 97, (length,), generator=generator) for length in (7, 1, 12)]
+    alone = torch.cat([model(ids[None]).logits[0] for ids in documents])
+    for lengths in (True, False):
+        collate = DataCollatorWithFlattening(return_flash_attn_kwargs=lengths, return_position_ids=True)
+        batch = collate([{"input_ids": ids.tolist()} for ids in documents])
+        batch.pop("labels")
+        assert ("cu_seq_lens_q" in batch) == lengths
+        assert torch.allclose(model(**batch, use_cache=False).logits[0], alone, atol=1e-5)
+    joined, ends = batch["input_ids"], torch.tensor([0, 7, 8, 20])
+    assert not torch.allclose(model(joined).logits[0], alone, atol=1e-3)
+    # RoPE knows differences of positions only, so lengths alone say enough.
+    assert torch.allclose(
+        model(joined, cu_seq_lens_q=ends, cu_seq_lens_k=ends, use_cache=False).logits[0], alone, atol=1e-5
+    )
+    for wrong in (
+        {"cu_seq_lens_q": torch.tensor([0, 6, 20])},
+        {"cu_seq_lens_q": ends[:-1]},
+        {"cu_seq_lens_k": ends[1:]},
+    ):
+        with pytest.raises(UnsupportedModelError, match="cu_seq_lens_q"):
+            model(**batch, **({"cu_seq_lens_q": ends} | wrong), use_cache=False)
+    with pytest.raises(UnsupportedModelError, match="without padding, cache"):
+        model(joined, attention_mask=torch.ones(1, 1, 20, 20).bool(), cu_seq_lens_q=ends, use_cache=False)

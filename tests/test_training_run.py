@@ -197,7 +197,7 @@ def test_a_run_resumed_ends_where_a_straight_one_does(tmp_path: Path, monkeypatc
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, **changes)
     checkpoint = tmp_path / "out.partial" / "checkpoint-6"
-    with pytest.raises(ConfigError, match=f"go on with training.resume_from_checkpoint={checkpoint}"):
+    with pytest.raises(ConfigError, match=r"go on with training\.resume_from_checkpoint=latest"):
         run(tmp_path, **changes)
     changes["training"] |= {"resume_from_checkpoint": str(checkpoint)}
     resumed = run(tmp_path, **changes)
@@ -269,7 +269,7 @@ def test_what_is_there_is_not_touched_by_mistake(tmp_path: Path) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     with pytest.raises(ConfigError, match="is not empty: name another one, or set overwrite=true"):
         run(tmp_path)
-    with pytest.raises(NumericsError, match=r"the loss is .* at step"):
+    with pytest.raises(NumericsError, match="not finite in 3 steps in a row"):
         run(tmp_path, overwrite=True, training={"learning_rate": 1e30, "max_grad_norm": 0.0})
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
     result = run(tmp_path, overwrite=True, swap="softpick", training={"max_steps": 2})

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from typing import Any, Literal
 
 import torch
@@ -77,8 +78,11 @@ class Case:
 
 SDPA = Case("sdpa", "sdpa")
 
-OPTIONS: dict[str, dict[str, Any]] = {"selective-temperature": {"value": False}}
-"""Options that differ from a swap's defaults."""
+OPTIONS: dict[str, Sequence[Mapping[str, Any]]] = {
+    "selective-temperature": [{"value": False}],
+    "entmax": [{}, {"alpha": 2.0}],  # the latter is sparsemax
+}
+"""Options that differ from a swap's defaults: one case for each choice of them."""
 
 FILLS: dict[str, Sequence[Mapping[str, float]]] = {
     "forgetting-gate": [{"log_forget": value} for value in (0.0, -1e-3, -0.7)]
@@ -97,10 +101,10 @@ def swap_cases(names: Sequence[str] | None = None) -> list[Case]:
     """
     found = []
     for name in swaps.names() if names is None else dict.fromkeys(names):
-        config = swaps.resolve({"name": name, **OPTIONS.get(name, {})}).to_dict()
-        options = "".join(f" {key}={value}" for key, value in OPTIONS.get(name, {}).items())
-        for fill in FILLS.get(name, [{}]):
+        for chosen, fill in product(OPTIONS.get(name, [{}]), FILLS.get(name, [{}])):
+            options = "".join(f" {key}={value}" for key, value in chosen.items())
             values = "".join(f" {key}={value:g}" for key, value in fill.items())
+            config = swaps.resolve({"name": name, **chosen}).to_dict()
             found.append(Case(f"{name}{options}{values}", "swap", config, fill))
     return found
 

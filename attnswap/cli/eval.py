@@ -13,6 +13,7 @@ from attnswap.cli.options import check_folder, parse_device, parse_dtype, parse_
 from attnswap.errors import ConfigError
 from attnswap.evaluation import Evaluation, evaluate_perplexity, table, write_report
 from attnswap.evaluation.corpus import read_dataset, read_text
+from attnswap.evaluation.processes import join, leave, place
 from attnswap.evaluation.report import full_report
 from attnswap.loading import load_model, load_tokenizer
 
@@ -43,7 +44,8 @@ def eval_command(
     if batch_size < 1:
         raise ConfigError(f"--batch-size must be at least 1, not {batch_size}")
     check_folder(out)
-    chosen_dtype, chosen_device = parse_dtype(dtype), parse_device(device)
+    shared = join(device)
+    chosen_dtype, chosen_device = parse_dtype(dtype), shared or parse_device(device)
     lengths = [parse_size(part) for part in contexts.split(",")]
     documents: str | list[str] | None = read_text(text) if text else read_dataset(dataset) if dataset else None
     chosen_stride = parse_size(stride) if stride else None
@@ -69,9 +71,13 @@ def eval_command(
     if baseline:
         is_report = Path(baseline).suffix == ".json"
         reference = Evaluation.load(baseline) if is_report else measure(baseline, None)
-        if out and not is_report:
+        if out and not is_report and place()[0] == 0:
             write_report(reference, out, name="baseline")
     found = measure(model, reference)
+    first = place()[0] == 0
+    leave()
+    if not first:
+        return
     if out:
         write_report(found, out, baseline=reference)
     if as_json:

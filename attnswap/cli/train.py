@@ -16,10 +16,14 @@ def train_command(
     ] = None,
 ) -> None:
     """Fine-tune a model with swapped attention from a recipe."""
+    from attnswap.evaluation.processes import leave
     from attnswap.training import load_config, train  # here, so that --help need not wait for torch
     from attnswap.training.summary import table
 
-    result = train(load_config(recipe, overrides or []))
+    try:
+        result = train(load_config(recipe, overrides or []))
+    finally:
+        leave()
     if _first_process():
         console = Console()
         console.print(table(result.summary))

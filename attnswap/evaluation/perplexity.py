@@ -19,6 +19,7 @@ from attnswap.errors import ConfigError, NumericsError
 from attnswap.evaluation.bootstrap import BLOCK, check_comparable, standard_error
 from attnswap.evaluation.corpus import load_corpus
 from attnswap.evaluation.estimate import Estimate, Progress, estimate, peak_memory
+from attnswap.evaluation.processes import gather, place
 from attnswap.evaluation.result import ContextMetrics, Evaluation, PositionNLL, mean_nll
 from attnswap.evaluation.scoring import Scorer
 from attnswap.evaluation.windows import Protocol, Window, plan
@@ -48,7 +49,8 @@ def evaluate_perplexity(
     At length L a window spans L tokens of text, the model reads BOS (if the tokenizer has one) and the first L - 1 of
     them, and the last half is scored. Scoring starts at half the largest context, so every length scores the same
     tokens, each exactly once and with at least half a window of text before it. The mean NLL is the summed NLL over
-    the summed count, accumulated in fp64 from an fp32 log-softmax. Logits are never held for a whole window.
+    the summed count, accumulated in fp64 from an fp32 log-softmax. Logits are never held for a whole window. Where
+    ``torch.distributed`` runs, the processes share the windows, and each returns the whole evaluation.
 
     Args:
         model: The model, in any dtype and on any device; its training mode is restored.
@@ -90,8 +92,12 @@ def evaluate_perplexity(
     notes = _notes(scorer.model, protocol)
     with scorer.ready():
         scorer.check(corpus.ids, protocol.contexts)
-        everything = [window for windows in jobs.values() for window in windows]
+        rank, count = place()
+        batches = {job: list(enumerate(_batches(windows, batch_size))) for job, windows in jobs.items()}
+        mine = {job: every[rank::count] for job, every in batches.items()}
+        everything = [window for every in mine.values() for _, batch in every for window in batch]
         forecast = estimate(scorer, corpus.ids, everything, protocol.prefix_id, batch_size)
+        quiet = quiet or rank > 0
         if not quiet:
             print("\n".join([str(forecast), *notes]), file=sys.stderr)
         progress = Progress(everything, forecast.window_seconds, show=not quiet and sys.stderr.isatty())
@@ -99,13 +105,14 @@ def evaluate_perplexity(
         seconds: dict[str, float] = {}
         try:
             with peak_memory(scorer.device) as peak:
-                for job, windows in jobs.items():
+                for job, every in mine.items():
                     started = time.perf_counter()
-                    losses[job] = []
-                    for batch in _batches(windows, batch_size):
-                        nll = scorer.score(corpus.ids, batch, protocol.prefix_id)
-                        losses[job].extend(nll.numpy())
+                    found: dict[int, np.ndarray] = {}
+                    for index, batch in every:
+                        found[index] = scorer.score(corpus.ids, batch, protocol.prefix_id).numpy()
                         progress.advance(job, batch)
+                    found = gather(found)
+                    losses[job] = [nll for index in sorted(found) for nll in found[index]]
                     seconds[job] = time.perf_counter() - started
         finally:
             progress.close()

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from attnswap.errors import CheckpointError, UnsupportedModelError
+from attnswap.errors import CheckpointError, ConfigError, UnsupportedModelError
 from attnswap.surgery.module import LayerSwap
 from attnswap.surgery.scores import intercept, release
 from attnswap.surgery.seam import Enter, Leave
@@ -42,6 +43,9 @@ def spec_of(model: PreTrainedModel) -> PatchSpec | None:
 def child_of(module: nn.Module) -> LayerSwap | None:
     """Returns the layer's swaps, through the wrapper of another library if there is one."""
     child = module._modules.get(KEY)
+    serving = getattr(child, "serving", None)  # of the adapters on this layer
+    if callable(serving):
+        return serving()
     while child is not None and not isinstance(child, LayerSwap):
         child = next(iter(child.children()), None)
     return child
@@ -50,7 +54,22 @@ def child_of(module: nn.Module) -> LayerSwap | None:
 def children_of(module: nn.Module) -> list[LayerSwap]:
     """Returns every copy of a layer's swaps; wrappers of other libraries keep a frozen and a trained one."""
     child = module._modules.get(KEY)
+    if hasattr(child, "serving"):
+        return [one] if (one := child_of(module)) else []
     return [] if child is None else [c for c in child.modules() if isinstance(c, LayerSwap)]
+
+
+def refuse_adapters(model: PreTrainedModel) -> None:
+    """Refuses to change swaps that belong to adapters.
+
+    Raises:
+        ConfigError: The model's swaps do.
+    """
+    if any(hasattr(module._modules.get(KEY), "serving") for module in model.modules()):
+        raise ConfigError(
+            "this model's swaps belong to peft adapters: add, switch and remove them with peft (unload() gives the "
+            "base model back)"
+        )
 
 
 def own_config(model: PreTrainedModel) -> Callable[[], None]:
@@ -102,7 +121,14 @@ def carrier_of(config: PreTrainedConfig) -> PreTrainedConfig | None:
 
 
 class Saved:
-    """The hook before a patched model's state is written: what would reload as softmax is not written."""
+    """The hook before a patched model's state is written: what would reload as softmax is not written.
+
+    Args:
+        loaded: The model came with its swaps from a checkpoint, which is the base that its adapters name.
+    """
+
+    def __init__(self, loaded: bool) -> None:
+        self.loaded = loaded
 
     def __call__(self, model: nn.Module, prefix: str, keep_vars: bool) -> None:
         """Raises CheckpointError if the model's config no longer names its swaps."""
@@ -111,6 +137,13 @@ class Saved:
             raise CheckpointError(
                 f"the config of {type(model).__name__} has lost its attnswap entry (was it edited or replaced?), so "
                 "what is saved would reload as softmax. Put the model's own config back, or call attnswap.unpatch"
+            )
+        adapters = getattr(model, "peft_config", {})
+        if not self.loaded and adapters and not any(config.peft_type == "ATTNSWAP" for config in adapters.values()):
+            warnings.warn(
+                "this model was patched in memory, which an adapter of plain peft does not say: on its stock base it "
+                "would load as softmax. Save the patched model as the adapter's base, or use attnswap.AttnSwapConfig",
+                stacklevel=2,
             )
 
 
@@ -138,13 +171,16 @@ class Present:
                 )
 
 
-def guard(model: PreTrainedModel) -> None:
-    """Makes a patched model check itself when its state is asked for and after its forward; parts leave that to it."""
+def guard(model: PreTrainedModel, loaded: bool = False) -> None:
+    """Makes a patched model check itself when its state is asked for and after its forward; parts leave that to it.
+
+    Args:
+        model: The model.
+        loaded: It comes with its swaps from a checkpoint.
+    """
     unguard(model, around=False)
-    model.register_state_dict_pre_hook(Saved())
-    model.register_forward_hook(
-        Present([n.removesuffix(f".{KEY}") for n, m in model.named_modules() if type(m) is LayerSwap])
-    )
+    model.register_state_dict_pre_hook(Saved(loaded))
+    model.register_forward_hook(Present([name for name, module in model.named_modules() if KEY in module._modules]))
 
 
 def unguard(model: PreTrainedModel, around: bool = True) -> None:

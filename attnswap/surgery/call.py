@@ -1,5 +1,6 @@
 """One forward of one attention module: what its pre-hook found, and what is known of the tokens before."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,9 @@ from attnswap.errors import UnsupportedModelError
 from attnswap.surgery.spec import Slot
 from attnswap.surgery.state import append
 from attnswap.swaps.base import ModelInfo
+
+Watching = Callable[["LayerCall", Tensor, Tensor, int], None]
+"""Takes the call, the query (batch, heads, queries, head_dim), the output and the dimension of its heads."""
 
 
 @dataclass
@@ -29,6 +33,7 @@ class LayerCall:
         probe: Multiplies each head's output, shape (heads,), while a patch is being verified.
         alone: No swap runs on the model's own kernel, which would prove nothing of ours.
         cross: The module attends to another sequence.
+        watch: Called with what attention took and gave; see :class:`attnswap.training.watch.Watch`.
         served: Set by the attention function.
         full: The features of all keys, for modules that call their attention function more than once.
     """
@@ -42,6 +47,7 @@ class LayerCall:
     probe: Tensor | None = None
     alone: bool = False
     cross: bool = False
+    watch: "Watching | None" = None
     served: bool = False
     full: dict[str, dict[str, Tensor]] | None = None
 

@@ -10,7 +10,7 @@ from attnswap.errors import CheckpointError
 from attnswap.loading import refuse_orphans
 from attnswap.surgery.attach import patched_modules, spec_of
 from attnswap.surgery.probe import verify
-from attnswap.surgery.seam import Enter, check_ramps
+from attnswap.surgery.seam import Enter, check_loaded
 from attnswap.surgery.select import owning_config
 from attnswap.surgery.spec import KEY
 
@@ -45,7 +45,7 @@ def from_pretrained(path: str | Path, *, auto_class: Any = AutoModelForCausalLM,
     modules = patched_modules(model)
     for _, module in modules.values():
         if KEY in module._modules:
-            check_ramps(module._modules[KEY])  # type: ignore[arg-type]
+            check_loaded(module._modules[KEY])  # type: ignore[arg-type]
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, Enter):
                 hook.unchecked = False

@@ -1,7 +1,7 @@
 """The mask function: transformers' description of a mask, turned into a compact one once per forward."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -14,7 +14,12 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
+from attnswap.attention.checks import ensure
 from attnswap.attention.visibility import Visibility
+from attnswap.errors import UnsupportedModelError
+
+NEARLY = -50.0
+"""A mask of 0 and one number from here down is meant to hide, as some vision models write it."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +196,41 @@ def recognise(mask_function: Callable, into: Pattern) -> bool:
     return False
 
 
+def with_lengths(visibility: Visibility, kwargs: Mapping[str, Any]) -> Visibility:
+    """Honours ``cu_seq_lens_q`` and ``cu_seq_lens_k``, which say where the documents of a padding-free batch begin.
+
+    Args:
+        visibility: What the model's mask shows; it may know the documents already, from positions that start anew.
+        kwargs: What the attention function received.
+
+    Raises:
+        UnsupportedModelError: They contradict the mask, or come with a batch or mask they cannot go with.
+    """
+    lengths = kwargs.get("cu_seq_lens_q")
+    if lengths is None:
+        return visibility
+    tokens = visibility.q_length
+    if visibility.k_length != tokens or not visibility.causal or visibility.dense is not None:
+        raise UnsupportedModelError(
+            "cu_seq_lens_q describes a causal batch without padding, cache or mask of its own; this is another"
+        )
+    lengths, others = lengths.long(), kwargs.get("cu_seq_lens_k")
+    position = torch.arange(tokens, device=lengths.device)
+    starts = lengths[torch.searchsorted(lengths, position, right=True) - 1][None].to(visibility.device)
+    agrees = (lengths[0] == 0) & (lengths[-1] == tokens)
+    if others is not None:
+        agrees = agrees & torch.tensor(torch.equal(lengths, others.long()), device=agrees.device)
+    if visibility.row_start is not None:
+        agrees = agrees & (visibility.row_start == starts).all().to(agrees.device)
+    ensure(
+        agrees,
+        "cu_seq_lens_q does not begin at 0 and end with the batch, or the documents are others than those of "
+        "cu_seq_lens_k or of the positions",
+        error=UnsupportedModelError,
+    )
+    return replace(visibility, row_start=starts)
+
+
 def document_starts(documents: Tensor) -> Tensor:
     """Returns the index at which each token's document begins.
 
@@ -204,3 +244,24 @@ def document_starts(documents: Tensor) -> Tensor:
     first = torch.ones_like(documents, dtype=torch.bool)
     first[:, 1:] = documents[:, 1:] != documents[:, :-1]
     return torch.where(first, index, 0).cummax(1).values
+
+
+def refuse_nearly(module: torch.nn.Module, bias: Tensor) -> None:
+    """Refuses a mask that hides keys from softmax and from nothing else.
+
+    Args:
+        module: The attention module, for the message.
+        bias: What is added to the scores, of any shape.
+
+    Raises:
+        UnsupportedModelError: It holds 0 and one other number, such as -100.
+    """
+    if not bias.numel():
+        return
+    lowest = bias.detach().amin()
+    ensure(
+        ~((lowest <= NEARLY) & ((bias == 0) | (bias == lowest)).all()),
+        f"the mask of {type(module).__name__} holds 0 and one number of {NEARLY:g} or less, such as -100, "
+        "which hides keys from softmax only: other swaps would still count them",
+        error=UnsupportedModelError,
+    )

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from attnswap.errors import ConfigError, UnsupportedModelError
+from attnswap.errors import CheckpointError, ConfigError, UnsupportedModelError
 from attnswap.loading import clear_dequantized_flags
 from attnswap.surgery import attach
 from attnswap.surgery.module import SwapModule
@@ -66,6 +66,7 @@ def patch(
     start = check_ramp(ramp)
     if isinstance(start, tuple):
         raise ConfigError(f"ramp must be one number here, not {ramp!r}; attnswap.set_ramp takes one per head")
+    attach.refuse_adapters(model)
     old = attach.spec_of(model)
     modules = attention_modules(model, part if old is None or part is not None else old.part)
     if old is not None and modules != attach.patched_modules(model):
@@ -130,8 +131,9 @@ def unpatch(model: PreTrainedModel) -> None:
         model: A patched model.
 
     Raises:
-        ConfigError: The model is not patched.
+        ConfigError: The model is not patched, or by adapters.
     """
+    attach.refuse_adapters(model)
     spec = _spec(model)
     modules = attach.patched_modules(model)
     attach.disconnect(model, owning_config(model, modules), modules, spec.before)
@@ -175,6 +177,31 @@ def set_ramp(model: PreTrainedModel, ramp: float | Iterable[float], *, layers: L
             spec = spec.with_slot(layer, name, moved)
             for child in attach.children_of(modules[layer][1]):
                 child.set_ramp(name, moved)
+    attach.write_spec(model, attach.config_of(model), spec)
+
+
+def follow(model: PreTrainedModel, other: PatchSpec) -> None:
+    """Moves lambda of every slot to where another spec of the same swaps has it.
+
+    Args:
+        model: A patched model.
+        other: The spec, such as that of a checkpoint of this model.
+
+    Raises:
+        CheckpointError: It names other swaps than the model has. Nothing is moved then.
+    """
+    spec, modules = _spec(model), attach.patched_modules(model)
+    ours, theirs = (
+        {(i, name, s.swap) for i, slots in x.layers.items() for name, s in slots.items()} for x in (spec, other)
+    )
+    if ours != theirs:
+        layer, name, _ = min(ours ^ theirs, key=lambda entry: entry[:2])
+        raise CheckpointError(f'the checkpoint and the model do not have the same swap "{name}" in layer {layer}')
+    for layer, slots in other.layers.items():
+        for name, slot in slots.items():
+            spec = spec.with_slot(layer, name, slot)
+            for child in attach.children_of(modules[layer][1]):
+                child.set_ramp(name, slot)
     attach.write_spec(model, attach.config_of(model), spec)
 
 

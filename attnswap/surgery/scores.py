@@ -20,6 +20,7 @@ from attnswap.attention.visibility import Visibility, split_mask
 from attnswap.errors import UnsupportedModelError
 from attnswap.surgery import combine
 from attnswap.surgery.call import LayerCall
+from attnswap.surgery.masks import refuse_nearly
 from attnswap.surgery.spec import KEY
 
 SOFTMAXES = {torch.softmax, Tensor.softmax, torch.nn.functional.softmax, torch.special.softmax}
@@ -108,6 +109,8 @@ class Within(TorchFunctionMode):
                 share = share * value_scale.repeat_interleave(share.shape[1] // value_scale.shape[1], 1)[..., None, :]
             chosen = torch.tensor(slot.heads or range(self.heads), device=share.device)
             result = result.to(share.dtype).index_copy(1, chosen, share)
+        if self.call.watch is not None:  # scores stand for the query here, and weights for the output
+            self.call.watch(self.call, scores, result, 1)
         return result if self.call.probe is None else result * self.call.probe[:, None, None]
 
     def _by_key_head(self, features: dict[str, dict[str, Tensor]], heads: int) -> dict[str, dict[str, Tensor]]:
@@ -152,6 +155,8 @@ class Within(TorchFunctionMode):
         previous = _Stock(query, key, value, attn_mask, options)
         features = self._by_key_head(self.call.all_features(layer.visibility), key.shape[1])
         out = combine.attend(layer, self.call.slots, features, previous, False)[0].transpose(1, 2)
+        if self.call.watch is not None:
+            self.call.watch(self.call, query, out, 1)
         return out if self.call.probe is None else out * self.call.probe[:, None, None].to(out.dtype)
 
 
@@ -197,6 +202,9 @@ class Answering:
                 f"{type(self.module).__name__} computes its attention itself, and torch.compile cannot trace how its "
                 "softmax is replaced; run this model without torch.compile"
             )
+        for mask in (*args[1:], *kwargs.values()):
+            if isinstance(mask, Tensor) and mask.ndim > 1 and mask.is_floating_point():
+                refuse_nearly(self.module, mask.masked_fill(mask <= HIDDEN, 0))
         with Within(self.module, call):
             return forward(*args, **kwargs)
 

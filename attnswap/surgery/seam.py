@@ -17,8 +17,8 @@ from attnswap.attention.checks import ensure
 from attnswap.attention.visibility import Visibility, split_mask
 from attnswap.errors import CheckpointError, UnsupportedModelError
 from attnswap.surgery import combine
-from attnswap.surgery.call import LayerCall
-from attnswap.surgery.masks import ForwardMask, compact_mask
+from attnswap.surgery.call import LayerCall, Watching
+from attnswap.surgery.masks import ForwardMask, compact_mask, refuse_nearly, with_lengths
 from attnswap.surgery.module import LayerSwap
 from attnswap.surgery.previous import Previous
 from attnswap.surgery.spec import KEY
@@ -44,13 +44,13 @@ BENIGN = {
     "is_causal",
     "position_bias",
     "key_value_states",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
     "deterministic",  # of the flash function's backward pass
 }
 """Keyword arguments that attention functions receive and that are either honoured here or change nothing."""
-
-
-NEARLY = -50.0
-"""A mask of 0 and one number from here down is meant to hide, as some vision models write it."""
 
 
 class Enter:
@@ -70,6 +70,7 @@ class Enter:
         self.layer, self.cross = 0, False
         self.unchecked = unchecked
         self.probe: Tensor | None = None
+        self.watch: Watching | None = None
         self.alone = False
 
     def __call__(
@@ -77,10 +78,11 @@ class Enter:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Computes the layer's features and adds the call to the kwargs."""
         call = LayerCall(self.before, self.layer, probe=self.probe, alone=self.alone, cross=self.cross)
+        call.watch = self.watch
         child = module._modules.get(KEY)
         if child is not None:
             if self.unchecked:
-                check_ramps(child)
+                check_loaded(child)
                 self.unchecked = torch.compiler.is_compiling()  # a graph checks whenever it runs
             config = getattr(module, "config", None)
             if config is not None and not isinstance(getattr(config, KEY, None), dict):
@@ -120,8 +122,15 @@ def _hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return found
 
 
-def check_ramps(child: nn.Module) -> None:
-    """Raises CheckpointError unless the lambda that was read from the weights is the one that config.json names."""
+def check_loaded(child: nn.Module) -> None:
+    """Raises CheckpointError unless what was read from the weights is whole, at the lambda that the config names."""
+    for name, parameter in child.named_parameters():
+        ensure(
+            parameter.is_meta or ~parameter.isnan().all(),
+            f'the tensor "{name}" of the swap was not in the checkpoint: it is incomplete. (To train the config of a '
+            "saved adapter afresh, set its spec to None)",
+            error=CheckpointError,
+        )
     for part in child.modules():
         for name, slot in part.slots.items() if isinstance(part, LayerSwap) else ():
             saved = part.get_submodule(name).get_buffer("ramp")
@@ -196,7 +205,7 @@ def attention_forward(
         query=query,
         key=key,
         value=value,
-        visibility=with_bias(visibility, kwargs.get("position_bias")),
+        visibility=with_bias(with_lengths(visibility, kwargs), kwargs.get("position_bias")),
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=kwargs.get("softcap"),
         sinks=sinks_of(kwargs),
@@ -205,7 +214,10 @@ def attention_forward(
     if not call.slots:
         return kept[0], combine.softmax_weights(layer)
     features = call.all_features(layer.visibility)
-    return _probed(combine.attend(layer, call.slots, features, previous, weights_wanted), call.probe)
+    result = combine.attend(layer, call.slots, features, previous, weights_wanted)
+    if call.watch is not None:
+        call.watch(call, query, result[0], 2)
+    return _probed(result, call.probe)
 
 
 def _probed(result: tuple[Tensor, Tensor | None], probe: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -226,14 +238,8 @@ def as_visibility(
         seen = mask.visibility
     elif mask is not None:
         dense, bias = split_mask(mask, (query.shape[0], query.shape[1], q_length, k_length))
-        if bias is not None and bias.numel():
-            lowest = bias.detach().amin()
-            ensure(
-                ~((lowest <= NEARLY) & ((bias == 0) | (bias == lowest)).all()),
-                f"the mask of {type(module).__name__} holds 0 and one number of {NEARLY:g} or less, such as -100, "
-                "which hides keys from softmax only: other swaps would still count them",
-                error=UnsupportedModelError,
-            )
+        if bias is not None:
+            refuse_nearly(module, bias)
         offset = call.offset(q_length, k_length)
         return Visibility(q_length, k_length, query.device, False, offset, dense=dense, bias=bias)
     else:

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 import attnswap
 
@@ -29,18 +30,23 @@ class Movement:
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.start: dict[str, Tensor] = {
-            name: parameter.detach().to("cpu", torch.float64, copy=True)
-            for name, parameter in attnswap.swap_parameters(model).items()
-        }
+        self.start = {name: _whole(p) for name, p in attnswap.swap_parameters(model).items()}
 
     def measure(self, model: torch.nn.Module) -> dict[str, Moved]:
         """Returns how far each parameter is from its start, by its full name."""
         moved = {}
         for name, parameter in attnswap.swap_parameters(model).items():
-            change = parameter.detach().to("cpu", torch.float64) - self.start[name]
+            change = _whole(parameter) - self.start[name]
             moved[name] = Moved(change.abs().max().item(), change.square().mean().sqrt().item())
         return moved
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """Returns a copy in fp64 on the CPU; one that is sharded over processes is gathered, by all of them."""
+    local = parameter.detach()
+    if isinstance(local, DTensor):
+        local = local.full_tensor()
+    return local.to("cpu", torch.float64, copy=True)
 
 
 def by_kind(moved: dict[str, Moved]) -> dict[str, Moved]:

@@ -10,6 +10,7 @@ import yaml
 
 from attnswap.errors import ConfigError
 from attnswap.training.config import TrainConfig, to_mapping
+from attnswap.training.durable import latest_checkpoint
 
 
 class Output:
@@ -48,11 +49,11 @@ class Output:
                     "(training.save_only_model leaves it out)"
                 )
             return
-        left = sorted(self.partial.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
-        if left and not self.overwrite:
+        left = latest_checkpoint(self.partial)
+        if left is not None and not self.overwrite:
             raise ConfigError(
-                f'output_dir: an unfinished run has left "{left[-1]}": '
-                + (f"go on with training.resume_from_checkpoint={left[-1]}, or " if _resumable(left[-1]) else "")
+                f'output_dir: an unfinished run has left "{left}": '
+                + ("go on with training.resume_from_checkpoint=latest, or " if _resumable(left) else "")
                 + "start anew with overwrite=true"
             )
 

@@ -1,7 +1,7 @@
 """A whole training run: load, patch, train, save."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,17 @@ from transformers import PreTrainedModel, TrainingArguments, default_data_collat
 from transformers.integrations import get_available_reporting_integrations
 
 import attnswap
-from attnswap.errors import ConfigError
+from attnswap.errors import ConfigError, StoppedError
 from attnswap.loading import load_model, load_tokenizer
 from attnswap.training.config import TrainConfig
 from attnswap.training.data import load_data
+from attnswap.training.durable import latest_checkpoint
 from attnswap.training.lora import add_lora
 from attnswap.training.loss import chunked_loss
 from attnswap.training.movement import Moved, as_json
 from attnswap.training.output import Output
 from attnswap.training.packing import check_separation
+from attnswap.training.protect import protect
 from attnswap.training.summary import summarise
 from attnswap.training.trainer import StepLog, SwapTrainer
 
@@ -54,12 +56,17 @@ def train(config: TrainConfig) -> TrainResult:
     Raises:
         ConfigError: The recipe asks for what does not exist or cannot be, or its output directory is taken.
         UnsupportedModelError: The model cannot be patched, or its loss not be computed in chunks.
-        NumericsError: The loss stopped being finite.
+        NumericsError: The loss or a gradient was not finite for three steps in a row.
+        StoppedError: A signal asked for the end; a checkpoint was saved.
     """
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
     output = Output(Path(config.output_dir), overwrite=config.overwrite)
+    if config.training.get("resume_from_checkpoint") in ("latest", True):
+        latest = latest_checkpoint(output.partial)
+        resumed = {**config.training, "resume_from_checkpoint": None if latest is None else str(latest)}
+        config = replace(config, training=resumed)
     output.check(config.training.get("resume_from_checkpoint"))
     args = training_arguments(config, output.partial)
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.reference)
@@ -92,13 +99,20 @@ def train(config: TrainConfig) -> TrainResult:
             callbacks=[steps],
             swap_lr_multiplier=config.optimizer.swap_lr_multiplier,
         )
+        protection = protect(trainer)
         trained = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        if protection.stop.received is not None:
+            raise StoppedError(
+                f"stopped by {protection.stop.received.name} after step {trainer.state.global_step}; go on with "
+                "training.resume_from_checkpoint=latest"
+            )
         after = _held_out_after(trainer)
     movement = trainer.movement.measure(model)
     if adapters is not None:
         adapters.merge_and_unload()
     model.config.use_cache = use_cache  # Trainer turns it off, and the saved model should generate as before
     summary = summarise(config, trainer, trained.metrics, after, movement, steps.seconds, trainable)
+    summary["skipped_steps"] = protection.finite.skipped
     trainer.save_model(str(output.partial))
     if trainer.is_world_process_zero():
         output.publish(config, trainer.state.log_history, as_json(movement), summary)

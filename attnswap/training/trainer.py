@@ -1,16 +1,19 @@
 """``transformers.Trainer`` with the swap's parameters in a group of their own and losses weighed by token."""
 
+import copy
 import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 import attnswap
-from attnswap.errors import ConfigError, NumericsError
+from attnswap.errors import ConfigError
 from attnswap.training.movement import Movement, by_kind
 
 
@@ -66,19 +69,22 @@ class SwapTrainer(Trainer):
             self.optimizer = kind(groups, **kwargs)
         return self.optimizer
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Runs forward and backward.
-
-        Raises:
-            NumericsError: The loss is not finite. The weights are still those of the step before.
-        """
-        loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
-            raise NumericsError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}: lower training.learning_rate or "
-                "optimizer.swap_lr_multiplier, or start the swap at a smaller ramp"
-            )
-        return loss
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the model; one that FSDP shards is put together, except in checkpoints to resume from."""
+        if not self.is_fsdp_enabled or _internal_call:
+            super().save_model(output_dir, _internal_call)
+            return
+        whole = {}
+        for name, tensor in self.model.state_dict().items():
+            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # by all processes together
+            if self.args.should_save:
+                whole[name] = full.detach().cpu()
+        if self.args.should_save:
+            sharded, self.model = self.model, _unsharded(self.model, whole)
+            try:
+                self._save(output_dir)
+            finally:
+                self.model = sharded
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Logs, with the largest change of each kind of swap parameter."""
@@ -100,6 +106,18 @@ class SwapTrainer(Trainer):
         nll, tokens = (part.astype("float64").sum() for part in output.predictions)
         mean = {f"{metric_key_prefix}_loss": float(nll / tokens), f"{metric_key_prefix}_tokens": int(tokens)}
         return output._replace(metrics={**(output.metrics or {}), **mean})
+
+
+def _unsharded(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> PreTrainedModel:
+    """Returns an ordinary model with a state that was gathered from the parts of a sharded one."""
+    kind = next(base for base in type(model).__mro__ if not issubclass(base, FSDPModule))
+    with torch.device("meta"):
+        plain = kind(copy.deepcopy(model.config))  # type: ignore[call-arg]
+    assert isinstance(plain, PreTrainedModel)
+    plain.load_state_dict(state, assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    return plain
 
 
 class StepLog(TrainerCallback):

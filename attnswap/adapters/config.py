@@ -1,0 +1,74 @@
+"""The config of a swap adapter: LoRA's own, with the swap beside it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import LoraConfig
+from peft.utils.constants import DUMMY_TARGET_MODULES
+
+from attnswap.adapters.register import peft_type
+from attnswap.errors import ConfigError
+from attnswap.surgery.patch import check_ramp
+from attnswap.swaps import Swap, resolve
+
+
+@dataclass
+class AttnSwapConfig(LoraConfig):
+    """Configures an adapter that swaps the attention normalizer and, if wanted, carries low-rank weights too.
+
+    ``get_peft_model(model, AttnSwapConfig(swap="ssmax", r=8, target_modules=["q_proj", "v_proj"]))`` takes everything
+    ``LoraConfig`` takes. Without ``target_modules`` there are no low-rank weights: the adapter is the swap alone.
+
+    Args:
+        swap: A name, config or mapping with a name; or a mapping of several to their heads, as for
+            :func:`attnswap.patch`.
+        part: Which attention, in a model that has several.
+        layers: Index, slice string or list of indices; default: all.
+        heads: Query heads; default: all.
+        ramp: lambda from 0 to 1.
+        spec: What the adapter did to its base, layer by layer. Written when it is saved; not for you to give.
+        fingerprint: What tells its base from other models. Written when it is made; ``None`` skips the check.
+
+    Raises:
+        ConfigError: There is no such swap, or a value does not fit.
+    """
+
+    swap: Any = field(default=None, metadata={"help": "The attention normalizer, as for attnswap.patch."})
+    part: str | None = field(default=None, metadata={"help": "Which attention, in a model that has several."})
+    layers: Any = field(default=None, metadata={"help": "Layers to swap: index, slice string or list."})
+    heads: Any = field(default=None, metadata={"help": "Query heads to swap; default: all."})
+    ramp: float = field(default=1.0, metadata={"help": "lambda: 0 is softmax, 1 the swap."})
+    spec: dict[str, Any] | None = field(default=None, metadata={"help": "What was done, layer by layer."})
+    fingerprint: dict[str, Any] | None = field(default=None, metadata={"help": "What tells the base apart."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = peft_type()
+        if self.swap is None:
+            raise ConfigError(
+                'AttnSwapConfig wants a swap, such as swap="ssmax"; for low-rank weights alone there is LoraConfig'
+            )
+        self.swap = _plain(self.swap)
+        if callable(self.layers) or isinstance(self.layers, range):
+            raise ConfigError("layers of an adapter are written to a file: give an index, a slice string or a list")
+        if isinstance(check_ramp(self.ramp), tuple):
+            raise ConfigError(f"ramp must be one number here, not {self.ramp!r}")
+        if self.target_modules is None and not self.target_parameters:
+            # peft would adapt its own choice of modules instead.
+            self.target_modules = DUMMY_TARGET_MODULES
+
+    def swaps(self) -> Any:
+        """Returns the swap as :func:`attnswap.patch` takes it."""
+        if isinstance(self.swap, list):
+            return {resolve(entry["swap"]): entry["heads"] for entry in self.swap}
+        return resolve(self.swap)
+
+
+def _plain(swap: Any) -> Any:
+    """Returns a swap as JSON holds it."""
+    if isinstance(swap, Mapping) and "name" not in swap:
+        return [{"swap": resolve(one).to_dict(), "heads": heads} for one, heads in swap.items()]
+    if isinstance(swap, list):
+        return [{"swap": resolve(entry["swap"]).to_dict(), "heads": entry["heads"]} for entry in swap]
+    return swap.to_dict() if isinstance(swap, Swap) else resolve(swap).to_dict()

@@ -1,0 +1,209 @@
+"""The tuner: LoRA's, which puts swaps into its base before low-rank weights and takes them out after."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from peft import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from attnswap.adapters.config import AttnSwapConfig
+from attnswap.adapters.fingerprint import check, fingerprint
+from attnswap.adapters.wrapper import Book, SwapAdapters
+from attnswap.errors import ConfigError, UnsupportedModelError
+from attnswap.surgery import attach
+from attnswap.surgery.module import LayerSwap
+from attnswap.surgery.patch import patch, swap_parameters, unpatch
+from attnswap.surgery.probe import verify
+from attnswap.surgery.rebuild import rebuild
+from attnswap.surgery.select import layer_info, owning_config
+from attnswap.surgery.spec import KEY, PatchSpec
+from attnswap.surgery.stacks import attention_modules
+
+
+class AttnSwapModel(LoraModel):
+    """A model with swap adapters; made by ``get_peft_model`` and ``PeftModel.from_pretrained``.
+
+    ``merge_and_unload()`` merges the low-rank weights and leaves a patched model, which saves and reloads as such;
+    ``unload()`` gives the base back; ``disable_adapter()`` computes what the base computed; ``set_adapter`` switches
+    the swap with the weights.
+    """
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Adds an adapter: its swaps, then its low-rank weights.
+
+        Raises:
+            ConfigError: The base is patched already, is not the one of a saved adapter, or does not fit.
+            UnsupportedModelError: The base cannot take the swap. In both cases it is as it was.
+        """
+        config = cast(AttnSwapConfig, self.peft_config[adapter_name])
+        try:
+            if not isinstance(model, PreTrainedModel):
+                raise UnsupportedModelError(f"{type(model).__name__} is no transformers model")
+            undo = add_swaps(model, adapter_name, config)
+        except BaseException:
+            self._forget(adapter_name)
+            raise
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            undo()
+            self._forget(adapter_name)
+            raise
+
+    def _forget(self, adapter_name: str) -> None:
+        if len(self.peft_config) > 1:
+            del self.peft_config[adapter_name]
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        # Asked for whenever an adapter is saved, which is when its config has to know where lambda has got to.
+        wrapper = next((m for m in model.modules() if isinstance(m, SwapAdapters)), None)
+        if wrapper is not None and isinstance(config, AttnSwapConfig):
+            config.spec = wrapper.book.spec(adapter_name).to_dict()
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge and adapter_names is not None:
+            self.set_adapter(adapter_names)
+        super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        model: PreTrainedModel = self.model
+        for _, module in attach.patched_modules(model).values():
+            swaps = attach.child_of(module)
+            if swaps is not None and not swaps.slots:
+                del module._modules[KEY]
+        spec = attach.spec_of(model)
+        if not merge or spec is None or not spec.layers:
+            unpatch(model)
+        else:
+            attach.guard(attach.outermost(model))
+        return model
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, SwapAdapters):  # no weight to hand on
+            parent.add_module(child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuses: there is no mean of two normalizers.
+
+        Raises:
+            UnsupportedModelError: Always.
+        """
+        raise UnsupportedModelError("adapters with swaps cannot be averaged into a new one")
+
+
+def add_swaps(model: PreTrainedModel, name: str, config: AttnSwapConfig) -> Callable[[], None]:
+    """Puts an adapter's swaps into a model, beside those of other adapters.
+
+    Args:
+        model: The base.
+        name: The adapter's name.
+        config: Its config, which learns what its base is.
+
+    Returns:
+        A function that takes them out again.
+
+    Raises:
+        ConfigError: The base is patched already, is not the one of a saved adapter, or does not fit.
+        UnsupportedModelError: The base cannot take the swap.
+    """
+    others = next((m.book for m in model.modules() if isinstance(m, SwapAdapters)), None)
+    if others is None and attach.spec_of(model) is not None:
+        raise ConfigError(
+            "the base is patched already, by attnswap.patch or when it was loaded: call attnswap.unpatch first, or "
+            'train its swap with LoraConfig(modules_to_save=["attnswap"])'
+        )
+    found = fingerprint(model)
+    check(config.fingerprint, found)
+    trained = {p: p.requires_grad for p in model.parameters()}
+    if not any(isinstance(m, BaseTunerLayer) for m in model.modules()):
+        model.requires_grad_(False)  # peft will take our wrappers for an earlier adapter, and freeze nothing
+    if others is not None:
+        others.lift()
+    try:
+        spec = _patch(model, config)
+        if others is not None and (spec.part, spec.seam) != (others.empty.part, others.empty.seam):
+            unpatch(model)
+            raise ConfigError(f"part={spec.part!r}: all adapters of a model swap one part, here {others.empty.part!r}")
+    except BaseException:
+        if others is not None:
+            others.seat()
+        _restore(trained)
+        raise
+    book = others or Book([model], replace(spec, layers={}))
+    modules = attach.patched_modules(model)
+    for layer, (_, module) in modules.items():
+        info = layer_info(owning_config(model, modules), module)
+        swaps = module._modules.pop(KEY, None)
+        wrapper = book.wrappers.get(layer) or SwapAdapters(book, layer, LayerSwap(info))
+        wrapper.put(name, swaps if isinstance(swaps, LayerSwap) else LayerSwap(info))
+        wrapper.train(module.training)
+    book.seat()
+    config.fingerprint = found
+
+    def undo() -> None:
+        for wrapper in book.wrappers.values():
+            wrapper.delete_adapter(name)
+        if others is None:
+            book.lift()
+        _restore(trained)
+
+    return undo
+
+
+def _patch(model: PreTrainedModel, config: AttnSwapConfig) -> PatchSpec:
+    """Patches a model as a config says: anew, or exactly as a saved adapter was."""
+    if config.spec is None:
+        patch(model, config.swaps(), part=config.part, layers=config.layers, heads=config.heads, ramp=config.ramp)
+    else:
+        _patch_again(model, config)
+    spec = attach.spec_of(model)
+    assert spec is not None
+    return spec
+
+
+def _patch_again(model: PreTrainedModel, config: AttnSwapConfig) -> None:
+    spec = PatchSpec.from_dict(config.spec or {})
+    wanted = config.swaps()
+    names = {swap.name for swap in (wanted if isinstance(wanted, dict) else (wanted,))}
+    saved = {slot.swap.name for slots in spec.layers.values() for slot in slots.values()}
+    if names != saved:
+        raise ConfigError(f"the adapter's config asks for {sorted(names)}, but what was saved swapped {sorted(saved)}")
+    give_back = attach.own_config(model)
+    try:
+        modules = attention_modules(model, spec.part)
+        attach.write_spec(model, owning_config(model, modules), spec)
+        rebuild(model)
+        attached = attach.spec_of(model)
+        assert attached is not None
+        verify(model, attach.config_of(model), attach.patched_modules(model), attached.before)
+        for parameter in swap_parameters(model).values():
+            parameter.data.fill_(torch.nan)  # until it is read: transformers only prints what an adapter lacks
+    except BaseException:
+        if attach.spec_of(model) is not None:
+            unpatch(model)
+        give_back()
+        raise
+
+
+def _restore(trained: dict[nn.Parameter, bool]) -> None:
+    for parameter, was in trained.items():
+        parameter.requires_grad_(was)

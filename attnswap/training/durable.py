@@ -1,0 +1,200 @@
+"""Checkpoints that are either whole or not there.
+
+A checkpoint is written into a hidden folder, forced to the disk, marked as complete, and only then renamed to the name
+under which it is looked for; older ones are removed after that. So whenever a process is killed, the latest
+checkpoint is the last one that was finished.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from attnswap.errors import CheckpointError
+from attnswap.training.ramp import follow_checkpoint
+
+MARKER = "complete.json"
+WRITING, REPLACED, REMOVED = ".writing", ".replaced-", ".removed-"
+
+
+class DurableCheckpoints(TrainerCallback):
+    """Makes a trainer write whole checkpoints or none, and reload them with the lambda they were saved at.
+
+    ``trainer.add_callback(DurableCheckpoints(trainer))``; works with ``transformers.Trainer`` and its subclasses, in
+    one process or several.
+
+    Args:
+        trainer: Changed in place: this instance alone saves and loads differently.
+
+    Raises:
+        CheckpointError: The trainer has no ``_save_checkpoint`` to wrap.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        for name in ("_save_checkpoint", "_load_from_checkpoint", "_load_best_model", "_get_output_dir"):
+            if not callable(getattr(trainer, name, None)):
+                raise CheckpointError(
+                    f"{type(trainer).__name__} has no {name}: this version of transformers is unknown"
+                )
+        self.trainer = trainer
+        self._save, self._load, self._best = (
+            trainer._save_checkpoint,
+            trainer._load_from_checkpoint,
+            trainer._load_best_model,
+        )
+        trainer._save_checkpoint = self.save  # type: ignore[method-assign]
+        trainer._load_from_checkpoint = self.load  # type: ignore[method-assign]
+        trainer._load_best_model = self.load_best  # type: ignore[method-assign]
+
+    def save(self, model: Any, trial: Any = None) -> None:
+        """Saves as the trainer would, but aside, and puts the result in its place once it is on the disk."""
+        trainer = self.trainer
+        folder = Path(trainer._get_output_dir(trial=trial))
+        aside = folder / WRITING
+        name = f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
+        writes = trainer.args.should_save
+        if writes:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        _wait()
+        with _elsewhere(trainer, aside):
+            self._save(model, trial)
+        _wait()
+        best = trainer.state.best_model_checkpoint
+        if best is not None and Path(best).parent == aside:
+            trainer.state.best_model_checkpoint = str(folder / name)
+        if writes:
+            if best != trainer.state.best_model_checkpoint:
+                trainer.state.save_to_json(str(aside / name / TRAINER_STATE_NAME))
+            seal(aside / name)
+            _put(aside / name, folder / name)
+            shutil.rmtree(aside)
+            _rotate(folder, trainer)
+        _wait()
+
+    def load(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Loads a checkpoint after a look whether it is whole, at the lambda it was saved at.
+
+        Raises:
+            CheckpointError: A file is missing or cut short.
+        """
+        check(Path(resume_from_checkpoint))
+        follow_checkpoint(self.trainer.model, Path(resume_from_checkpoint))
+        self._load(resume_from_checkpoint, model)
+
+    def load_best(self) -> None:
+        """Loads the best checkpoint at the end, at the lambda it was saved at."""
+        if self.trainer.state.best_model_checkpoint is not None:
+            follow_checkpoint(self.trainer.model, Path(self.trainer.state.best_model_checkpoint))
+        self._best()
+
+
+def latest_checkpoint(folder: str | Path) -> Path | None:
+    """Returns the newest complete checkpoint of a run, or None.
+
+    Args:
+        folder: The trainer's ``output_dir``. A checkpoint whose replacement was interrupted is put back.
+    """
+    folder = Path(folder)
+    for old in folder.glob(f"{REPLACED}*"):
+        place = folder / old.name.removeprefix(REPLACED)
+        if not place.exists():
+            os.replace(old, place)
+    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
+    whole = [path for path in found if _missing(path) == []]
+    return max(whole, key=_step, default=None)
+
+
+def check(checkpoint: Path) -> None:
+    """Checks that a checkpoint is whole; one without a marker was written by others and is taken as it is.
+
+    Raises:
+        CheckpointError: A file is missing or cut short.
+    """
+    missing = _missing(checkpoint)
+    if missing:
+        raise CheckpointError(
+            f'"{checkpoint}" is incomplete ({missing[0]} is missing or cut short): resume from an older checkpoint'
+        )
+
+
+def seal(folder: Path) -> None:
+    """Forces everything in a folder to the disk and lists it in a marker."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARKER)
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    (folder / MARKER).write_text(json.dumps({"files": sizes}, indent=1) + "\n", encoding="utf-8")
+    for path in [*files, folder / MARKER, *(path for path in folder.rglob("*") if path.is_dir()), folder]:
+        _sync(path)
+
+
+def _missing(checkpoint: Path) -> list[str] | None:
+    """Returns the files that are not as the marker says; None without a marker."""
+    try:
+        sizes = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, KeyError):
+        return [MARKER]
+    return [n for n, size in sizes.items() if not (checkpoint / n).is_file() or (checkpoint / n).stat().st_size != size]
+
+
+def _put(new: Path, place: Path) -> None:
+    old = place.with_name(REPLACED + place.name)
+    if place.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(place, old)
+    os.replace(new, place)
+    _sync(place.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _rotate(folder: Path, trainer: Trainer) -> None:
+    """Removes checkpoints beyond ``save_total_limit``, under another name first: none is ever half there."""
+    limit, best = trainer.args.save_total_limit, trainer.state.best_model_checkpoint
+    if not limit or limit < 0:
+        return
+    every = sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=_step)
+    kept = {every[-1], *([Path(best)] if best else [])}
+    surplus = len(every) - max(limit, len(kept))
+    for path in [path for path in every if path not in kept][: max(surplus, 0)]:
+        gone = path.with_name(REMOVED + path.name)
+        os.replace(path, gone)
+        shutil.rmtree(gone)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _wait() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
+@contextmanager
+def _elsewhere(trainer: Trainer, folder: Path) -> Iterator[None]:
+    """Makes a trainer write its next checkpoint into another folder."""
+    before: Callable[..., str] | None = trainer.__dict__.get("_get_output_dir")
+    trainer._get_output_dir = lambda *args, **kwargs: str(folder)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del trainer._get_output_dir
+        if before is not None:
+            trainer._get_output_dir = before  # type: ignore[method-assign]

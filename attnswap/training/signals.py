@@ -1,0 +1,69 @@
+"""Stop between two steps when asked to: by SIGTERM, as cluster schedulers do before they kill."""
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class StopOnSignal(TrainerCallback):
+    """On SIGTERM finishes the step, saves a checkpoint and ends training. A second SIGTERM acts as without it.
+
+    In a run of several processes it is enough that one of them gets the signal.
+
+    Args:
+        signals: What to listen to.
+
+    Attributes:
+        received: The signal that came, or None.
+        step: The step after which training ended for it.
+    """
+
+    def __init__(self, signals: tuple[signal.Signals, ...] = (signal.SIGTERM,)) -> None:
+        self.signals = signals
+        self.received: signal.Signals | None = None
+        self.step: int | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begins to listen, where Python lets us: in the main thread."""
+        self.received, self.step = None, None
+        if threading.current_thread() is threading.main_thread():
+            self._before = {one: signal.signal(one, self._hear) for one in self.signals}
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ends training if any process was asked to."""
+        number = _largest(int(self.received or 0), args.device)
+        if number:
+            self.received, self.step = signal.Signals(number), state.global_step
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Gives the signals back."""
+        self._restore()
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+        self._restore()
+
+    def _restore(self) -> None:
+        for one, before in self._before.items():
+            signal.signal(one, before)
+        self._before = {}
+
+
+def _largest(value: int, device: torch.device) -> int:
+    """Returns the largest value of all processes."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    shared = torch.tensor(value, device=device)
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return int(shared)

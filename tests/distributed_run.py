@@ -1,0 +1,83 @@
+"""One process of a training run: python tests/distributed_run.py ENGINE RECIPE [key=value ...].
+
+ENGINE is "ddp" or "fsdp2". accelerate offers FSDP2 where there are accelerators only; torch's shards on a CPU just as
+well, so this lets accelerate take the processes for ones with a GPU.
+"""
+
+import os
+import signal
+import sys
+
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+
+
+def stop_at(step: int) -> None:
+    """Lets this process get SIGTERM in the middle of a step."""
+    from transformers import TrainerCallback
+
+    from attnswap.training import run
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step + 1 == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    protect = run.protect
+
+    def protected(trainer):
+        trainer.add_callback(Stop())
+        return protect(trainer)
+
+    run.protect = protected
+
+
+def tell_engine() -> None:
+    """Prints how the weights are kept when training ends."""
+    from transformers import TrainerCallback
+
+    from attnswap.training import run
+
+    class Tell(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            kinds = {type(p.data).__name__ for p in kwargs["model"].parameters()}
+            os.write(1, f"weights are {' '.join(sorted(kinds))}\n".encode())  # whole, beside those of others
+
+    protect = run.protect
+
+    def protected(trainer):
+        trainer.add_callback(Tell())
+        return protect(trainer)
+
+    run.protect = protected
+
+
+def main() -> None:
+    engine, sys.argv[1:] = sys.argv[1], sys.argv[2:]
+    state = PartialState(cpu=True)
+    if engine == "fsdp2":
+        os.environ |= {
+            "ACCELERATE_USE_FSDP": "true",
+            "FSDP_VERSION": "2",
+            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+            "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+            "FSDP_RESHARD_AFTER_FORWARD": "true",
+            "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+        }
+        create = AcceleratorState.__init__
+
+        def with_accelerators(self, *args, **kwargs):
+            PartialState().distributed_type = DistributedType.MULTI_GPU
+            create(self, *args, **kwargs)
+
+        AcceleratorState.__init__ = with_accelerators
+    from attnswap.cli import main as cli
+
+    if "STOP_AT" in os.environ and state.process_index == 0:
+        stop_at(int(os.environ["STOP_AT"]))
+    tell_engine()
+    sys.argv.insert(1, "train")
+    cli()
+
+
+if __name__ == "__main__":
+    main()

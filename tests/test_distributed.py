@@ -1,0 +1,150 @@
+"""Runs of several processes: the losses of one process, whole checkpoints, and a resume on fewer."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from training_helpers import recipe
+
+import attnswap
+from attnswap.training import latest_checkpoint, parse_config, train
+
+ROOT = Path(__file__).parent.parent
+IDS = torch.arange(4, 60)[None]
+STEPS = 20
+
+
+def launch(processes: int, engine: str, path: Path, *overrides: str, stop_at: int | None = None) -> Any:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+    command += ["--main_process_port", "0", "tests/distributed_run.py", engine, str(path), *overrides]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment |= {} if stop_at is None else {"STOP_AT": str(stop_at)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    assert stop_at is not None or done.returncode == 0, done.stderr[-6000:]
+    assert done.stdout.count(f"weights are {'DTensor' if engine == 'fsdp2' else 'Tensor'}") == processes
+    return done
+
+
+def logged(folder: Path, key: str) -> list[float]:
+    return [entry[key] for entry in map(json.loads, (folder / "steps.jsonl").open()) if key in entry]
+
+
+def write(tmp_path: Path, swap: Any, **training: Any) -> Path:
+    chosen = {
+        "max_steps": STEPS,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "lr_scheduler_type": "linear",
+    } | training
+    # Short windows, so that no epoch ends: its last batches are other ones for other numbers of processes.
+    values = recipe(tmp_path, swap=swap, training=chosen, data={"sequence_length": 12, "eval_fraction": 0.05})
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def logits(folder: Path) -> torch.Tensor:
+    with torch.no_grad():
+        return attnswap.from_pretrained(str(folder))(IDS).logits
+
+
+CASES = [
+    pytest.param("ddp", 2, "forgetting-gate", {}),
+    pytest.param("fsdp2", 2, "forgetting-gate", {}),
+    pytest.param("ddp", 4, "ssmax", {}, marks=pytest.mark.slow),
+    pytest.param("fsdp2", 4, "ssmax", {}, marks=pytest.mark.slow),
+    pytest.param("fsdp2", 2, "softpick", {"gradient_checkpointing": True}, marks=pytest.mark.slow),
+    pytest.param(
+        "ddp",
+        2,
+        "softpick",
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        marks=pytest.mark.slow,
+    ),
+    pytest.param("fsdp2", 2, "sigmoid", {"gradient_accumulation_steps": 2}, marks=pytest.mark.slow),
+    pytest.param("fsdp2", 4, "selective-temperature", {}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("engine", "processes", "swap", "training"), CASES)
+def test_the_losses_of_one_process(engine, processes, swap, training, tmp_path):
+    """Twenty steps on the same global batch."""
+    path = write(tmp_path, swap, per_device_train_batch_size=4, **training)
+    single = train(parse_config(yaml.safe_load(path.read_text())))
+    share = 4 // processes
+    launch(processes, engine, path, f"training.per_device_train_batch_size={share}", f"output_dir={tmp_path}/many")
+    summary = json.loads((tmp_path / "many" / "summary.json").read_text())
+    assert summary["processes"] == processes
+    assert summary["windows_per_step"] == single.summary["windows_per_step"]
+    one, many = logged(single.output_dir, "loss"), logged(tmp_path / "many", "loss")
+    assert len(one) == len(many) == STEPS
+    assert max(abs(a - b) for a, b in zip(one, many, strict=True)) <= 1e-5
+    assert one[-1] < one[0] - 0.1
+    torch.testing.assert_close(logits(tmp_path / "many"), logits(single.output_dir), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("engine", "first", "second"),
+    [
+        pytest.param("fsdp2", 4, 2, marks=pytest.mark.slow),
+        pytest.param("ddp", 4, 2, marks=pytest.mark.slow),
+        pytest.param("fsdp2", 2, 2),
+    ],
+)
+def test_a_checkpoint_resumes_on_other_numbers_of_processes(engine, first, second, tmp_path):
+    """Ten steps, then ten more on fewer processes, end where twenty on one process do."""
+    options = {"save_strategy": "steps", "save_steps": 5, "save_total_limit": 2, "per_device_train_batch_size": 4}
+    path = write(tmp_path, "forgetting-gate", **options)
+    single = train(parse_config(yaml.safe_load(path.read_text())))
+    out, size = f"output_dir={tmp_path}/many", "training.per_device_train_batch_size"
+    stopped = launch(first, engine, path, f"{size}={4 // first}", out, stop_at=10)
+    assert stopped.returncode != 0 and "stopped by SIGTERM after step 10" in stopped.stderr
+    partial = tmp_path / "many.partial"
+    assert latest_checkpoint(partial) == partial / "checkpoint-10"
+    assert sorted(path.name for path in partial.glob("*checkpoint*")) == ["checkpoint-10", "checkpoint-5"]
+    launch(second, engine, path, f"{size}={4 // second}", out, "training.resume_from_checkpoint=latest")
+    one, many = logged(single.output_dir, "loss"), logged(tmp_path / "many", "loss")
+    assert len(many) == STEPS
+    assert max(abs(a - b) for a, b in zip(one, many, strict=True)) <= 1e-5
+    torch.testing.assert_close(logits(tmp_path / "many"), logits(single.output_dir), atol=1e-3, rtol=0)
+
+
+def test_evaluation_over_two_processes(tmp_path):
+    """The report is that of one process, to the last bit of every loss."""
+    path = write(tmp_path, "softpick", max_steps=2)
+    trained = train(parse_config(yaml.safe_load(path.read_text()))).output_dir
+    text = tmp_path / "text.txt"
+    options = [
+        "eval",
+        str(trained),
+        "--contexts",
+        "32,64",
+        "--text",
+        str(text),
+        "--max-tokens",
+        "512",
+        "--device",
+        "cpu",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    many = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    for command, name in (([sys.executable], "one"), ([*many, "--main_process_port", "0"], "two")):
+        module = ["--module", "attnswap.cli"] if name == "two" else ["-m", "attnswap.cli"]
+        done = subprocess.run(
+            [*command, *module, *options, "--out", str(tmp_path / name)],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("64") >= 1
+    one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two"))
+    assert one["metrics"] == two["metrics"]
