@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import tiny
 from training_helpers import recipe
 
 import attnswap
@@ -148,3 +150,32 @@ def test_evaluation_over_two_processes(tmp_path):
         assert done.stdout.count("64") >= 1
     one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two"))
     assert one["metrics"] == two["metrics"]
+
+
+def test_tensor_parallelism_computes_the_swap_or_refuses(tmp_path):
+    """Two processes with half of the heads each; a swap without tensors works, all else raises."""
+    cases = {
+        "softpick": ({"swap": "softpick"}, "differs by"),
+        "ssmax": ({"swap": "ssmax"}, "ConfigError"),
+        "forgetting-gate": ({"swap": "forgetting-gate"}, "ConfigError"),
+        "chosen-heads": ({"swap": "softpick", "heads": [0, 1]}, "UnsupportedModelError: .*tensor parallelism"),
+    }
+    for name, (options, _) in cases.items():
+        model = tiny("llama")
+        attnswap.patch(model, **options)
+        model.save_pretrained(tmp_path / name)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, "tests/tensor_parallel_run.py", str(tmp_path), *cases],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, (_, outcome) in cases.items():
+        lines = [line.removeprefix(f"{name} ") for line in done.stdout.splitlines() if line.startswith(f"{name} ")]
+        assert len(lines) == 2 and all(re.match(outcome, line) for line in lines), lines
+        if outcome == "differs by":
+            assert all(float(line.rpartition(" ")[2]) < 1e-5 for line in lines)

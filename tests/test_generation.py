@@ -8,6 +8,8 @@ from conftest import SWAPS, move_away, tiny
 from transformers import CompileConfig, DynamicCache
 
 import attnswap
+from attnswap.coverage import tiny_model
+from attnswap.coverage.columns import move_away as away
 from attnswap.surgery import state
 
 KINDS = ["llama", "mistral", "gemma2", "qwen3", "gpt_oss"]
@@ -148,3 +150,14 @@ def test_quantized_caches(swap, tokens):
     rough = difference(model, tokens, "dynamic", cache_implementation="quantized", cache_config=FP8)
     usual = difference(stock, tokens, "dynamic", cache_implementation="quantized", cache_config=FP8)
     assert 0 < rough < 10 * usual
+
+
+@pytest.mark.parametrize("mode", ["static", "chunked prefill", "beam", "prompt lookup"])
+@pytest.mark.parametrize("swap", ["softpick", "forgetting-gate", "ssmax"])
+@pytest.mark.parametrize("kind", ["bloom", "falcon", "gptj", "codegen", "xglm"])
+def test_models_that_compute_attention_themselves(kind, swap, mode):
+    tokens = torch.randint(3, 30, (1 if mode == "prompt lookup" else 2, 20), generator=torch.Generator().manual_seed(5))
+    model = tiny_model(kind).eval()
+    attnswap.patch(model, swap)
+    away(model)
+    assert difference(model, tokens, mode) < TOLERANCE

@@ -180,3 +180,33 @@ def test_exported_programs(swap, patched, tokens):
     model = patched("llama", swap)
     program = torch.export.export(model, (tokens,), {"use_cache": False}, strict=False)
     assert torch.allclose(program.module()(tokens, use_cache=False).logits, logits(model, tokens), atol=1e-4)
+
+
+class Logits(torch.nn.Module):
+    """A model that takes tokens and gives logits, as ONNX wants it."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens):
+        return self.model(tokens, use_cache=False).logits
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("swap", [*SWAPS, "sigmoid", "selective-temperature"])
+def test_onnx(swap, patched, tokens, tmp_path):
+    """What is exported computes the swap, by plain operations."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = patched("llama", swap)
+    file = tmp_path / "model.onnx"
+    torch.onnx.export(Logits(model), (tokens,), dynamo=True, verbose=False).save(file)
+    session = onnxruntime.InferenceSession(file)
+    (found,) = session.run(None, {session.get_inputs()[0].name: tokens.numpy()})
+    assert torch.allclose(torch.tensor(found), logits(model, tokens), atol=1e-4)
+    assert not torch.allclose(torch.tensor(found), logits(tiny("llama"), tokens), atol=1e-2)
+
+
+def test_onnx_refuses_what_it_has_no_form_for(patched, tokens):
+    with pytest.raises(torch.onnx.errors.OnnxExporterError, match="convert"):
+        torch.onnx.export(Logits(patched("llama", "entmax")), (tokens,), dynamo=True, verbose=False)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from attnswap.attention import chunked, dense, folded, native, tiled, triton
@@ -37,6 +38,12 @@ BACKENDS: dict[str, Backend] = {
 """In order of preference: ``backend="auto"`` takes the first that is fast for a call, else the first that serves."""
 
 
+def _left_out() -> set[str]:
+    """Returns what cannot be exported: ONNX has no form for kernels of our own."""
+    exporting = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+    return {"native", "triton", "tiled"} if exporting else set()
+
+
 def choose(problem: Problem, backend: str = "auto") -> Backend:
     """Returns the backend for a call.
 
@@ -44,8 +51,9 @@ def choose(problem: Problem, backend: str = "auto") -> Backend:
         ConfigError: The backend is unknown, or was asked for by name and cannot compute the call (the reason is given).
     """
     if backend == "auto":
-        fast = (b for b in BACKENDS.values() if b.fast(problem) and b.refusal(problem) is None)
-        return next(fast, None) or next(b for b in BACKENDS.values() if b.refusal(problem) is None)
+        backends = [backend for name, backend in BACKENDS.items() if name not in _left_out()]
+        fast = (b for b in backends if b.fast(problem) and b.refusal(problem) is None)
+        return next(fast, None) or next(b for b in backends if b.refusal(problem) is None)
     if backend not in BACKENDS:
         raise ConfigError(
             f'unknown backend "{backend}".{nearest(backend, list(BACKENDS))} Backends: auto, {", ".join(BACKENDS)}'

@@ -200,6 +200,7 @@ def attention_forward(
                 f'{type(module).__name__} passes "{name}" to its attention function; attnswap does not know what it '
                 "changes and will not guess. Unpatch the layer, or report the architecture"
             )
+    check_heads(module, call, query.shape[1])
     visibility = as_visibility(module, attention_mask, query, key, call, kwargs.get("is_causal"))
     layer = combine.LayerInputs(
         query=query,
@@ -218,6 +219,19 @@ def attention_forward(
     if call.watch is not None:
         call.watch(call, query, result[0], 2)
     return _probed(result, call.probe)
+
+
+def check_heads(module: nn.Module, call: LayerCall, heads: int) -> None:
+    """Refuses some heads of a module that has not got all of its heads, as under tensor parallelism.
+
+    Raises:
+        UnsupportedModelError: Heads were chosen by number, which are other heads here.
+    """
+    if call.info is not None and heads != call.info.heads and any(s.heads is not None for s in call.slots.values()):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} attends with {heads} of {call.info.heads} heads here (tensor parallelism?), so "
+            "the heads that were chosen for a swap cannot be told; swap all heads, or run without a tp_plan"
+        )
 
 
 def _probed(result: tuple[Tensor, Tensor | None], probe: Tensor | None) -> tuple[Tensor, Tensor | None]:
