@@ -80,3 +80,30 @@ def test_generation_with_and_without_a_cache(model, batch, swap):
     recomputed = model.generate(**inputs, use_cache=False, **options)
     attnswap.unpatch(model)
     assert torch.equal(cached, recomputed)
+
+
+def test_an_adapter_is_small_and_exact(batch, tmp_path):
+    """ssmax with r=8 on the query and value projections: under 3 MB, the same logits again, also merged."""
+    from peft import PeftModel, get_peft_model
+
+    config = attnswap.AttnSwapConfig(swap="ssmax", r=8, target_modules=["q_proj", "v_proj"])
+    stock = load_model("embedded")
+    before = logits(stock, batch)
+    adapted = get_peft_model(stock, config).eval()
+    torch.manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.01)
+    move_away(adapted.get_base_model(), LENGTH)
+    expected = logits(adapted, batch)
+    assert (expected - before).abs().max() > 1e-2
+    adapted.save_pretrained(tmp_path)
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 3e6
+    again = PeftModel.from_pretrained(load_model("embedded"), tmp_path)
+    assert (logits(again, batch) - expected).abs().max() <= 1e-6
+    with again.disable_adapter():
+        assert torch.equal(logits(again, batch), before)
+    # Merging rounds weights anew, which this model enlarges to 1e-2 in fp32; its norms stay fp32 in any dtype.
+    again.double()
+    exact = logits(again, batch)
+    assert (logits(again.merge_and_unload(), batch) - exact).abs().max() <= 1e-4
