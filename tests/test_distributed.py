@@ -71,6 +71,8 @@ CASES = [
     ),
     pytest.param("fsdp2", 2, "sigmoid", {"gradient_accumulation_steps": 2}, marks=pytest.mark.slow),
     pytest.param("fsdp2", 4, "selective-temperature", {}, marks=pytest.mark.slow),
+    pytest.param("fsdp2", 2, "forgetting-gate", {"bf16": True}, marks=pytest.mark.slow),
+    pytest.param("ddp", 2, "softpick", {"bf16": True}, marks=pytest.mark.slow),
 ]
 
 
@@ -86,9 +88,10 @@ def test_the_losses_of_one_process(engine, processes, swap, training, tmp_path):
     assert summary["windows_per_step"] == single.summary["windows_per_step"]
     one, many = logged(single.output_dir, "loss"), logged(tmp_path / "many", "loss")
     assert len(one) == len(many) == STEPS
-    assert max(abs(a - b) for a, b in zip(one, many, strict=True)) <= 1e-5
+    half = training.get("bf16", False)  # which rounds other shapes of batches otherwise
+    assert max(abs(a - b) for a, b in zip(one, many, strict=True)) <= (3e-2 if half else 1e-5)
     assert one[-1] < one[0] - 0.1
-    torch.testing.assert_close(logits(tmp_path / "many"), logits(single.output_dir), atol=1e-3, rtol=0)
+    torch.testing.assert_close(logits(tmp_path / "many"), logits(single.output_dir), atol=0.3 if half else 1e-3, rtol=0)
 
 
 @pytest.mark.parametrize(

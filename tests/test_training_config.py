@@ -1,6 +1,9 @@
 """Recipes are strict: what is not meant is refused with the key's full path, and nothing but ConfigError escapes."""
 
+import inspect
 import re
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,8 @@ from attnswap.training import load_config, parse_config
 from attnswap.training.config import to_mapping
 from attnswap.training.strict import MAX_BYTES, parse_yaml, read_yaml
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 BASE = {"output_dir": "out", "swap": "ssmax"}
 
 SECTIONS = [
@@ -179,3 +183,22 @@ def test_a_reporter_that_is_not_installed(tmp_path):
     config = parse_config({**BASE, "training": {"report_to": "wandb"}})
     with pytest.raises(ConfigError, match="wandb is not installed"):
         training_arguments(config, tmp_path)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_its_configs(path):
+    """accelerate refuses keys it does not know; DeepSpeed's options are compared with accelerate's own names."""
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.utils import DeepSpeedPlugin
+
+    config = load_config_from_file(str(path))
+    assert config.mixed_precision in ("bf16", "no")
+    known = set(inspect.signature(DeepSpeedPlugin).parameters) | {"deepspeed_config_file"}
+    assert set(getattr(config, "deepspeed_config", {}) or {}) <= known
+
+
+def test_the_scaling_page_shows_what_its_script_prints():
+    printed = subprocess.run(
+        [sys.executable, "recipes/scaling.py"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert printed.stdout.strip() in (ROOT / "recipes" / "scaling.md").read_text()
