@@ -4,8 +4,10 @@ import itertools
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import attnswap
 from attnswap.cli import main
 from attnswap.errors import ConfigError, NumericsError
-from attnswap.training import SwapTrainer, TrainResult, load_config, load_data, parse_config, train
+from attnswap.training import (
+    SwapTrainer,
+    TrainResult,
+    latest_checkpoint,
+    load_config,
+    load_data,
+    parse_config,
+    train,
+)
 from attnswap.training.config import to_mapping
 
 ROOT = Path(__file__).parent.parent
@@ -340,3 +350,31 @@ def test_chat_data_trains_on_the_answers_alone(tmp_path: Path) -> None:
     result = run(tmp_path, data={"files": [str(tmp_path / "talk.jsonl")], "kind": "chat", "documents": "file"})
     assert result.summary["held_out_tokens"] == 2 * len("yes yes yes </s>".replace("</s>", "#"))
     assert result.summary["held_out_loss"] < result.summary["held_out_loss_before"] - 1
+
+
+def test_sigterm_ends_the_command_with_its_own_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """A scheduler that sends SIGTERM finds a checkpoint, and the same command goes on from it."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe(tmp_path, swap="ssmax")))
+    step = SwapTrainer.training_step
+
+    def killed(self: SwapTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args, **kwargs)
+
+    command = ["attnswap", "train", str(path), "training.resume_from_checkpoint=latest"]
+    monkeypatch.setattr(sys, "argv", command)
+    with monkeypatch.context() as patch:
+        patch.setattr(SwapTrainer, "training_step", killed)
+        with pytest.raises(SystemExit) as ended:
+            main()
+    assert ended.value.code == 143
+    assert "stopped by SIGTERM after step 4" in capsys.readouterr().err
+    assert latest_checkpoint(tmp_path / "out.partial") == tmp_path / "out.partial" / "checkpoint-4"
+    with suppress(SystemExit):
+        main()
+    straight = run(tmp_path, swap="ssmax", output_dir=str(tmp_path / "straight"))
+    assert torch.equal(logits(tmp_path / "out"), logits(straight.output_dir))

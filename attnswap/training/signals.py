@@ -28,6 +28,7 @@ class StopOnSignal(TrainerCallback):
         self.received: signal.Signals | None = None
         self.step: int | None = None
         self._before: dict[signal.Signals, Any] = {}
+        self._limit: int | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -43,11 +44,15 @@ class StopOnSignal(TrainerCallback):
         if number:
             self.received, self.step = signal.Signals(number), state.global_step
             control.should_save = control.should_training_stop = True
+            # With a limit of one, Trainer ends by removing all but the best checkpoint, this one included.
+            self._limit, args.save_total_limit = args.save_total_limit, None
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Gives the signals back."""
+        if self.step is not None:
+            args.save_total_limit = self._limit
         self._restore()
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
