@@ -12,12 +12,15 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
+from tqdm import tqdm
 from training_helpers import tiny_llama
 from transformers import Trainer, TrainingArguments
 
@@ -57,6 +60,13 @@ def train(folder: Path) -> None:
     trainer.train(resume_from_checkpoint=None if latest is None else str(latest))
 
 
+def begun(aside: Path) -> bool:
+    """Whether a file of a checkpoint has been written."""
+    with suppress(FileNotFoundError):  # renamed while we look
+        return any(path.is_file() for path in aside.rglob("*"))
+    return False
+
+
 def kill_one(folder: Path, chance: random.Random) -> bool:
     """Runs a child until it writes, kills it, and returns whether that was before the rename."""
     aside = folder / WRITING
@@ -75,10 +85,12 @@ def kill_one(folder: Path, chance: random.Random) -> bool:
         skip -= 1
         while skip and aside.exists():
             time.sleep(0.0005)
-    time.sleep(chance.random() * 0.03)
+    while aside.exists() and not begun(aside):
+        time.sleep(0.0002)
+    time.sleep(chance.random() * 0.012)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return aside.exists()
+    return begun(aside)
 
 
 def look(folder: Path) -> int:
@@ -100,6 +112,7 @@ def look(folder: Path) -> int:
 
 def main(folder: Path, kills: int) -> None:
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is shared with the children, which may be killed while they hold it
     chance = random.Random(0)
     for kill in range(kills):
         between = kill_one(folder, chance)

@@ -182,3 +182,17 @@ def test_tensor_parallelism_computes_the_swap_or_refuses(tmp_path):
         assert len(lines) == 2 and all(re.match(outcome, line) for line in lines), lines
         if outcome == "differs by":
             assert all(float(line.rpartition(" ")[2]) < 1e-5 for line in lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_low_rank_adapters_of_a_recipe(engine, tmp_path):
+    """They are trained beside the swap and merged in the end, sharded or not."""
+    path = write(tmp_path, "ssmax", per_device_train_batch_size=4)
+    values = yaml.safe_load(path.read_text()) | {"lora": {"r": 4, "alpha": 8, "target_modules": ["q_proj", "v_proj"]}}
+    path.write_text(yaml.safe_dump(values))
+    single = train(parse_config(values))
+    launch(2, engine, path, "training.per_device_train_batch_size=2", f"output_dir={tmp_path}/many")
+    one, many = logged(single.output_dir, "loss"), logged(tmp_path / "many", "loss")
+    assert max(abs(a - b) for a, b in zip(one, many, strict=True)) <= 1e-5
+    torch.testing.assert_close(logits(tmp_path / "many"), logits(single.output_dir), atol=1e-3, rtol=0)

@@ -158,6 +158,8 @@ def _put(new: Path, place: Path) -> None:
 
 def _rotate(folder: Path, trainer: Trainer) -> None:
     """Removes checkpoints beyond ``save_total_limit``, under another name first: none is ever half there."""
+    for gone in folder.glob(f"{REMOVED}*"):  # of a process that was killed
+        shutil.rmtree(gone)
     limit, best = trainer.args.save_total_limit, trainer.state.best_model_checkpoint
     if not limit or limit < 0:
         return
