@@ -65,9 +65,10 @@ class SwapModule(nn.Module):
         """
         with torch.autocast(hidden_states.device.type, enabled=False):
             gate_names = self.swap.gate_parameters()
-            features: dict[str, Tensor] = {k: self.get_parameter(k) for k in self.starts if k not in gate_names}
+            # FSDP2 hands out 16-bit copies of its fp32 parameters where its policy says so.
+            features = {k: self.get_parameter(k).float() for k in self.starts if k not in gate_names}
             if gate_names:
-                gates = {k: self.get_parameter(k) for k in gate_names}
+                gates = {k: self.get_parameter(k).float() for k in gate_names}
                 features |= self.swap.gates(hidden_states.float(), gates)
         return {**features, "ramp": self.ramp}
 
