@@ -72,7 +72,7 @@ CASES = [
     pytest.param("fsdp2", 2, "sigmoid", {"gradient_accumulation_steps": 2}, marks=pytest.mark.slow),
     pytest.param("fsdp2", 4, "selective-temperature", {}, marks=pytest.mark.slow),
     pytest.param("fsdp2", 2, "forgetting-gate", {"bf16": True}, marks=pytest.mark.slow),
-    pytest.param("ddp", 2, "softpick", {"bf16": True}, marks=pytest.mark.slow),
+    pytest.param("ddp", 2, "ssmax", {"bf16": True}, marks=pytest.mark.slow),
 ]
 
 
