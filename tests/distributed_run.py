@@ -1,7 +1,7 @@
 """One process of a training run: python tests/distributed_run.py ENGINE RECIPE [key=value ...].
 
-ENGINE is "ddp" or "fsdp2". accelerate offers FSDP2 where there are accelerators only; torch's shards on a CPU just as
-well, so this lets accelerate take the processes for ones with a GPU.
+ENGINE is "ddp", "fsdp2" or "fsdp2 checkpointing". accelerate offers FSDP2 where there are accelerators only; torch's
+shards on a CPU just as well, so this lets accelerate take the processes for ones with a GPU.
 """
 
 import os
@@ -54,7 +54,7 @@ def tell_engine() -> None:
 def main() -> None:
     engine, sys.argv[1:] = sys.argv[1], sys.argv[2:]
     state = PartialState(cpu=True)
-    if engine == "fsdp2":
+    if engine != "ddp":
         os.environ |= {
             "ACCELERATE_USE_FSDP": "true",
             "FSDP_VERSION": "2",
@@ -62,6 +62,7 @@ def main() -> None:
             "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
             "FSDP_RESHARD_AFTER_FORWARD": "true",
             "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+            "FSDP_ACTIVATION_CHECKPOINTING": str(engine.endswith("checkpointing")).lower(),
         }
         create = AcceleratorState.__init__
 

@@ -420,3 +420,79 @@ def test_plain_lora_on_a_model_patched_in_memory_says_what_it_leaves_out(stock, 
     lora = get_peft_model(model, LoraConfig(**LORA))
     with pytest.warns(UserWarning, match="AttnSwapConfig"):
         lora.save_pretrained(tmp_path)
+
+
+def test_names_that_peft_would_take_for_those_of_tensors(stock, tokens):
+    base = load(stock)
+    refuse(
+        ConfigError,
+        "choose another",
+        base,
+        lambda: get_peft_model(base, AttnSwapConfig(swap="ssmax"), adapter_name="ssmax"),
+        tokens,
+    )
+    model = get_peft_model(base, AttnSwapConfig(swap="ssmax"), adapter_name="a").eval()
+    config = AttnSwapConfig(swap="softpick")
+    refuse(ConfigError, "choose another", model, lambda: model.add_adapter("scale", config), tokens)
+    refuse(ConfigError, "choose another", model, lambda: model.add_adapter("softpick", config), tokens)
+    model.add_adapter("forgetting_gate", AttnSwapConfig(swap="softpick"))
+    refuse(
+        ConfigError,
+        "choose another",
+        model,
+        lambda: model.add_adapter("b", AttnSwapConfig(swap="forgetting-gate")),
+        tokens,
+    )
+
+
+@pytest.mark.parametrize("through", [PeftModel.from_pretrained, lambda base, path: (base.load_adapter(path), base)[1]])
+def test_an_adapter_without_its_low_rank_tensors(through, stock, tokens, tmp_path):
+    adapted(stock, "ssmax", **LORA).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if "lora_B" not in k}, file, {"format": "pt"})
+    try:
+        model = through(load(stock), tmp_path)
+    except CheckpointError as error:
+        assert "incomplete" in str(error)
+    else:
+        assert logits(model, tokens).isnan().all()  # what transformers loads by itself it only warns of
+
+
+def test_deleting_adapters_without_low_rank_weights(stock, tokens):
+    model = get_peft_model(load(stock), AttnSwapConfig(swap="ssmax"), adapter_name="a").eval()
+    model.add_adapter("b", AttnSwapConfig(swap="softpick"))
+    model.add_adapter("c", AttnSwapConfig(swap="sigmoid"))
+    with_a = logits(model, tokens)
+    model.delete_adapter("c")
+    assert model.active_adapters == ["a"]
+    assert torch.equal(logits(model, tokens), with_a)
+    model.add_adapter("c", AttnSwapConfig(swap="sigmoid"))
+    model.set_adapter("b")
+    with_b = logits(model, tokens)
+    model.set_adapter("a")
+    model.delete_adapter("a")
+    assert model.active_adapters == [model.active_adapter] == ["b"]
+    assert torch.equal(logits(model, tokens), with_b)
+
+
+def test_low_rank_weights_that_can_be_placed_only_in_part(stock, tokens):
+    model = load(stock)
+    bad = AttnSwapConfig(swap="ssmax", target_modules=["q_proj", "mlp"])
+    refuse(ValueError, "mlp|MLP", model, lambda: get_peft_model(model, bad), tokens)
+    assert spec_of(model) is None
+
+
+def test_a_config_takes_what_patch_takes(stock, tmp_path):
+    model = get_peft_model(load(stock), AttnSwapConfig(swap="softpick", heads=range(2), layers=torch.tensor(1), ramp=1))
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["heads"] == [0, 1]
+
+
+def test_a_base_that_was_trained_on_is_another_base(stock, tmp_path):
+    adapted(stock, "ssmax").save_pretrained(tmp_path)
+    base = load(stock)
+    with torch.no_grad():
+        for p in base.parameters():
+            p.mul_(1 + 0.02 * torch.randn_like(p))
+    with pytest.raises(ConfigError, match="other weights"):
+        PeftModel.from_pretrained(base, tmp_path)

@@ -29,7 +29,7 @@ def launch(processes: int, engine: str, path: Path, *overrides: str, stop_at: in
     environment |= {} if stop_at is None else {"STOP_AT": str(stop_at)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
     assert stop_at is not None or done.returncode == 0, done.stderr[-6000:]
-    assert done.stdout.count(f"weights are {'DTensor' if engine == 'fsdp2' else 'Tensor'}") == processes
+    assert done.stdout.count(f"weights are {'Tensor' if engine == 'ddp' else 'DTensor'}") == processes
     return done
 
 
@@ -72,6 +72,7 @@ CASES = [
     pytest.param("fsdp2", 2, "sigmoid", {"gradient_accumulation_steps": 2}, marks=pytest.mark.slow),
     pytest.param("fsdp2", 4, "selective-temperature", {}, marks=pytest.mark.slow),
     pytest.param("fsdp2", 2, "forgetting-gate", {"bf16": True}, marks=pytest.mark.slow),
+    pytest.param("fsdp2 checkpointing", 2, "forgetting-gate", {}, marks=pytest.mark.slow),
     pytest.param("ddp", 2, "ssmax", {"bf16": True}, marks=pytest.mark.slow),
 ]
 

@@ -368,3 +368,44 @@ def test_in_trl(tmp_path):
     protect(resumed)
     resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-4"))
     assert same(state(whole), state(resumed))
+
+
+def test_a_new_run_in_a_folder_with_old_checkpoints_keeps_its_own(tmp_path):
+    (tmp_path / "checkpoint-1000").mkdir()
+    (tmp_path / "checkpoint-best").mkdir()
+    trainer = trainer_of(tmp_path, save_total_limit=1)
+    protect(trainer)
+    trainer.train()
+    assert (tmp_path / "checkpoint-6").is_dir()
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
+
+
+def test_sigterm_in_the_last_step_changes_nothing(tmp_path):
+    trainer = trainer_of(tmp_path, callbacks=(At(lambda model: os.kill(os.getpid(), signal.SIGTERM), 6),))
+    stop = protect(trainer).stop
+    trainer.train()
+    assert stop.step is None and trainer.state.global_step == 6
+
+
+@pytest.mark.parametrize("strategy", ["best", "epoch"])
+def test_sigterm_with_other_ways_to_save(strategy, tmp_path):
+    twice = At(lambda model: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)], 4)
+    options = {"eval_strategy": "steps", "eval_steps": 2} if strategy == "best" else {}
+    options |= {"metric_for_best_model": "eval_loss"} if strategy == "best" else {}
+    trainer = trainer_of(tmp_path, callbacks=(twice,), save_strategy=strategy, **options)
+    trainer.evaluate = lambda *args, **kwargs: {"eval_loss": 1.0}
+    stop = protect(trainer).stop
+    trainer.train()
+    assert stop.step == 4
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+
+
+def test_models_without_swaps_are_protected_too(tmp_path):
+    def spoil(model: Any) -> None:
+        hook = model.lm_head.register_forward_hook(lambda m, i, o: (hook.remove(), o * torch.nan)[1])
+
+    trainer = trainer_of(tmp_path, callbacks=(At(spoil, 2),))
+    attnswap.unpatch(trainer.model)
+    finite = protect(trainer).finite
+    trainer.train()
+    assert finite.skipped == [2]

@@ -10,6 +10,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from attnswap.adapters.register import peft_type
 from attnswap.errors import ConfigError
 from attnswap.surgery.patch import check_ramp
+from attnswap.surgery.select import whole_numbers
 from attnswap.swaps import Swap, resolve
 
 
@@ -50,10 +51,15 @@ class AttnSwapConfig(LoraConfig):
                 'AttnSwapConfig wants a swap, such as swap="ssmax"; for low-rank weights alone there is LoraConfig'
             )
         self.swap = _plain(self.swap)
-        if callable(self.layers) or isinstance(self.layers, range):
+        if callable(self.layers):
             raise ConfigError("layers of an adapter are written to a file: give an index, a slice string or a list")
-        if isinstance(check_ramp(self.ramp), tuple):
+        ramp = check_ramp(self.ramp)
+        if isinstance(ramp, tuple):
             raise ConfigError(f"ramp must be one number here, not {self.ramp!r}")
+        self.ramp = ramp
+        if not isinstance(self.layers, str | None):
+            self.layers = whole_numbers(self.layers, "a layer index")
+        self.heads = _heads(self.heads)
         if self.target_modules is None and not self.target_parameters:
             # peft would adapt its own choice of modules instead.
             self.target_modules = DUMMY_TARGET_MODULES
@@ -65,10 +71,14 @@ class AttnSwapConfig(LoraConfig):
         return resolve(self.swap)
 
 
+def _heads(heads: Any) -> list[int] | None:
+    return None if heads is None else whole_numbers(heads, "a head")
+
+
 def _plain(swap: Any) -> Any:
     """Returns a swap as JSON holds it."""
     if isinstance(swap, Mapping) and "name" not in swap:
-        return [{"swap": resolve(one).to_dict(), "heads": heads} for one, heads in swap.items()]
+        return [{"swap": resolve(one).to_dict(), "heads": _heads(heads)} for one, heads in swap.items()]
     if isinstance(swap, list):
-        return [{"swap": resolve(entry["swap"]).to_dict(), "heads": entry["heads"]} for entry in swap]
+        return [{"swap": resolve(entry["swap"]).to_dict(), "heads": _heads(entry["heads"])} for entry in swap]
     return swap.to_dict() if isinstance(swap, Swap) else resolve(swap).to_dict()

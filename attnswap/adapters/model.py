@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from peft import LoraModel
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -13,12 +14,12 @@ from transformers import PreTrainedModel
 from attnswap.adapters.config import AttnSwapConfig
 from attnswap.adapters.fingerprint import check, fingerprint
 from attnswap.adapters.wrapper import Book, SwapAdapters
-from attnswap.errors import ConfigError, UnsupportedModelError
+from attnswap.errors import CheckpointError, ConfigError, UnsupportedModelError
 from attnswap.surgery import attach
 from attnswap.surgery.module import LayerSwap
 from attnswap.surgery.patch import patch, swap_parameters, unpatch
 from attnswap.surgery.probe import verify
-from attnswap.surgery.rebuild import rebuild
+from attnswap.surgery.rebuild import Unresolved, rebuild
 from attnswap.surgery.select import layer_info, owning_config
 from attnswap.surgery.spec import KEY, PatchSpec
 from attnswap.surgery.stacks import attention_modules
@@ -51,8 +52,45 @@ class AttnSwapModel(LoraModel):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
             undo()
+            self._take_out(adapter_name)
             self._forget(adapter_name)
             raise
+        if config.spec is not None:  # until they are read: transformers only prints what an adapter lacks
+            for name, parameter in model.named_parameters():
+                if self.prefix in name and adapter_name in name.split("."):
+                    parameter.data.fill_(torch.nan)
+
+    def _take_out(self, adapter_name: str) -> None:
+        """Removes the low-rank weights of an adapter of which only some could be placed."""
+        for key, module in list(self.model.named_modules()):
+            if isinstance(module, LoraLayer) and adapter_name in module.lora_A:
+                module.delete_adapter(adapter_name)
+                if not module.lora_A:
+                    parent = self.model.get_submodule(key.rpartition(".")[0])
+                    setattr(parent, key.rpartition(".")[2], module.get_base_layer())
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter; if it was the active one, the first of the others takes its place."""
+        was_active = adapter_name in self.active_adapters
+        kept = [name for name in self.active_adapters if name != adapter_name]
+        super().delete_adapter(adapter_name)
+        if was_active and not kept and self.peft_config:
+            kept = [next(iter(self.peft_config))]
+        self.set_adapter(kept) if kept else None
+        self.active_adapter = kept
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        mine = [n for n, _ in model.named_parameters() if cls.prefix in n and adapter_name in n.split(".")]
+        missing = [name for name in mine if name not in found]
+        if missing:
+            raise CheckpointError(
+                f"the adapter lacks {missing[0]} and {len(missing) - 1} other tensors: it is incomplete"
+            )
+        return found
 
     def _forget(self, adapter_name: str) -> None:
         if len(self.peft_config) > 1:
@@ -131,6 +169,7 @@ def add_swaps(model: PreTrainedModel, name: str, config: AttnSwapConfig) -> Call
             "the base is patched already, by attnswap.patch or when it was loaded: call attnswap.unpatch first, or "
             'train its swap with LoraConfig(modules_to_save=["attnswap"])'
         )
+    _check_name(name, config, others)
     found = fingerprint(model)
     check(config.fingerprint, found)
     trained = {p: p.requires_grad for p in model.parameters()}
@@ -169,6 +208,27 @@ def add_swaps(model: PreTrainedModel, name: str, config: AttnSwapConfig) -> Call
     return undo
 
 
+def _check_name(name: str, config: AttnSwapConfig, others: Book | None) -> None:
+    """Refuses a name that is also that of a tensor, which peft could not tell from it in a file.
+
+    Raises:
+        ConfigError: It is.
+    """
+    wanted = config.swaps()
+    swaps = list(wanted) if isinstance(wanted, dict) else [wanted]
+    names = {name, *(others.names() if others is not None else ())}
+    swaps += [slot.swap for slot in others.slots()] if others is not None else []
+    words = {"ramp", "original_module", "modules_to_save"}
+    words |= {
+        word for swap in swaps for word in (swap.name.replace("-", "_"), *swap.features(), *swap.gate_parameters())
+    }
+    taken = sorted(names & words)
+    if taken:
+        raise ConfigError(
+            f'an adapter cannot be called "{taken[0]}", which is the name of something in a swap: choose another'
+        )
+
+
 def _patch(model: PreTrainedModel, config: AttnSwapConfig) -> PatchSpec:
     """Patches a model as a config says: anew, or exactly as a saved adapter was."""
     if config.spec is None:
@@ -198,6 +258,7 @@ def _patch_again(model: PreTrainedModel, config: AttnSwapConfig) -> None:
         for parameter in swap_parameters(model).values():
             parameter.data.fill_(torch.nan)  # until it is read: transformers only prints what an adapter lacks
     except BaseException:
+        attach.remove_hooks(list(model.modules()), "_forward_pre_hooks", Unresolved)
         if attach.spec_of(model) is not None:
             unpatch(model)
         give_back()

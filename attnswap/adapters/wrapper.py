@@ -12,7 +12,7 @@ from attnswap.errors import UnsupportedModelError
 from attnswap.surgery import attach
 from attnswap.surgery.module import LayerSwap
 from attnswap.surgery.select import owning_config
-from attnswap.surgery.spec import KEY, PatchSpec
+from attnswap.surgery.spec import KEY, PatchSpec, Slot
 from attnswap.surgery.stacks import attention_modules
 
 
@@ -36,6 +36,14 @@ class Book:
         """Returns what an adapter does to its base; without a name, nothing."""
         slots = {layer: w.slots_of(name) for layer, w in self.wrappers.items()} if name is not None else {}
         return replace(self.empty, layers={layer: found for layer, found in slots.items() if found})
+
+    def names(self) -> set[str]:
+        """Returns the names of the adapters."""
+        return {name for wrapper in self.wrappers.values() for name in wrapper.modules_to_save}
+
+    def slots(self) -> list[Slot]:
+        """Returns the slots of all adapters."""
+        return [s for w in self.wrappers.values() for swaps in w.modules_to_save.values() for s in swaps.slots.values()]
 
     def write(self, name: str | None) -> None:
         """Enters what an adapter does into the model's config."""
@@ -126,6 +134,16 @@ class SwapAdapters(ModulesToSaveWrapper, BaseTunerLayer):
     def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> LayerSwap:
         """Returns the swaps that serve, which are no longer an adapter's then."""
         return self.serving()
+
+    @property
+    def weight(self) -> Any:
+        """There is none, which tuner layers otherwise look for inside."""
+        raise AttributeError("weight")
+
+    @property
+    def bias(self) -> Any:
+        """There is none."""
+        raise AttributeError("bias")
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Does nothing: a swap is no weight, and stays as it is when low-rank weights are merged."""

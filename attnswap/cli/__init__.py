@@ -62,6 +62,7 @@ def quieten() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    who = "" if rank == "0" else f" (process {rank})"
+    print(f"error{who}: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(code)

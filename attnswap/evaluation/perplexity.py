@@ -92,10 +92,11 @@ def evaluate_perplexity(
     notes = _notes(scorer.model, protocol)
     with scorer.ready():
         scorer.check(corpus.ids, protocol.contexts)
-        rank, count = place()
+        rank, count = place(scorer.model)
         batches = {job: list(enumerate(_batches(windows, batch_size))) for job, windows in jobs.items()}
         mine = {job: every[rank::count] for job, every in batches.items()}
         everything = [window for every in mine.values() for _, batch in every for window in batch]
+        everything = everything or [window for windows in jobs.values() for window in windows]  # none is left for us
         forecast = estimate(scorer, corpus.ids, everything, protocol.prefix_id, batch_size)
         quiet = quiet or rank > 0
         if not quiet:
@@ -111,7 +112,7 @@ def evaluate_perplexity(
                     for index, batch in every:
                         found[index] = scorer.score(corpus.ids, batch, protocol.prefix_id).numpy()
                         progress.advance(job, batch)
-                    found = gather(found)
+                    found = gather(found, count)
                     losses[job] = [nll for index in sorted(found) for nll in found[index]]
                     seconds[job] = time.perf_counter() - started
         finally:

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
@@ -31,16 +32,21 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def place() -> tuple[int, int]:
-    """Returns the index of this process and how many there are."""
+def place(model: torch.nn.Module | None = None) -> tuple[int, int]:
+    """Returns the index of this process and how many share the work.
+
+    Args:
+        model: One that is itself split over processes has to see the same windows in all of them: they share nothing.
+    """
+    if model is not None and any(isinstance(p, DTensor) for p in model.parameters()):
+        return 0, 1
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
-def gather(mine: dict[Any, T]) -> dict[Any, T]:
-    """Returns the entries of all processes, to each of them."""
-    _, count = place()
+def gather(mine: dict[Any, T], count: int) -> dict[Any, T]:
+    """Returns the entries of ``count`` processes, to each of them."""
     if count == 1:
         return mine
     parts: list[dict[Any, T]] = [{}] * count

@@ -163,12 +163,26 @@ class Present:
         for name in self.names:
             module: nn.Module | None = model
             for word in name.split("."):
-                module = None if module is None else module._modules.get(word)
+                module = None if module is None else _part(module, word)
+            module = None if module is None else _inside(module)
             if module is None or KEY not in module._modules:
                 raise UnsupportedModelError(
                     f"{type(model).__name__}.{name} is no longer the attention module that was patched: it was "
                     "replaced, and its swap with it. Unpatch, make the change first, and patch again"
                 )
+
+
+WRAPPING = ("_checkpoint_wrapped_module", "_orig_mod")
+"""Where FSDP's activation checkpointing and torch.compile keep the module that they take the place of."""
+
+
+def _inside(module: nn.Module) -> nn.Module:
+    inner = next((module._modules[name] for name in WRAPPING if name in module._modules), None)
+    return module if inner is None else _inside(inner)
+
+
+def _part(module: nn.Module, word: str) -> nn.Module | None:
+    return _inside(module)._modules.get(word)
 
 
 def guard(model: PreTrainedModel, loaded: bool = False) -> None:

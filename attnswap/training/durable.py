@@ -19,7 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from attnswap.errors import CheckpointError
-from attnswap.training.ramp import follow_checkpoint
+from attnswap.training.ramp import follow_checkpoint, note_ramps
 
 MARKER = "complete.json"
 WRITING, REPLACED, REMOVED = ".writing", ".replaced-", ".removed-"
@@ -74,10 +74,11 @@ class DurableCheckpoints(TrainerCallback):
         if writes:
             if best != trainer.state.best_model_checkpoint:
                 trainer.state.save_to_json(str(aside / name / TRAINER_STATE_NAME))
+            note_ramps(trainer.model, aside / name)
             seal(aside / name)
             _put(aside / name, folder / name)
             shutil.rmtree(aside)
-            _rotate(folder, trainer)
+            _rotate(folder / name, trainer)
         _wait()
 
     def load(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -108,8 +109,7 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
         place = folder / old.name.removeprefix(REPLACED)
         if not place.exists():
             os.replace(old, place)
-    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
-    whole = [path for path in found if _missing(path) == []]
+    whole = [path for path in _numbered(folder) if _missing(path) == []]
     return max(whole, key=_step, default=None)
 
 
@@ -132,7 +132,7 @@ def seal(folder: Path) -> None:
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
     (folder / MARKER).write_text(json.dumps({"files": sizes}, indent=1) + "\n", encoding="utf-8")
     for path in [*files, folder / MARKER, *(path for path in folder.rglob("*") if path.is_dir()), folder]:
-        _sync(path)
+        sync(path)
 
 
 def _missing(checkpoint: Path) -> list[str] | None:
@@ -152,31 +152,42 @@ def _put(new: Path, place: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
         os.replace(place, old)
     os.replace(new, place)
-    _sync(place.parent)
+    sync(place.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _rotate(folder: Path, trainer: Trainer) -> None:
-    """Removes checkpoints beyond ``save_total_limit``, under another name first: none is ever half there."""
+def _rotate(newest: Path, trainer: Trainer) -> None:
+    """Removes checkpoints beyond ``save_total_limit``, under another name first: none is ever half there.
+
+    Args:
+        newest: The one just written, which stays whatever its number.
+        trainer: Knows the limit and the best one, which stays too.
+    """
+    folder = newest.parent
     for gone in folder.glob(f"{REMOVED}*"):  # of a process that was killed
         shutil.rmtree(gone)
     limit, best = trainer.args.save_total_limit, trainer.state.best_model_checkpoint
     if not limit or limit < 0:
         return
-    every = sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=_step)
-    kept = {every[-1], *([Path(best)] if best else [])}
+    every = sorted(_numbered(folder), key=_step)
+    kept = {newest.resolve(), *([Path(best).resolve()] if best else [])}
     surplus = len(every) - max(limit, len(kept))
-    for path in [path for path in every if path not in kept][: max(surplus, 0)]:
+    for path in [path for path in every if path.resolve() not in kept][: max(surplus, 0)]:
         gone = path.with_name(REMOVED + path.name)
         os.replace(path, gone)
         shutil.rmtree(gone)
+
+
+def _numbered(folder: Path) -> list[Path]:
+    return [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
 
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Forces a file or a folder's list of names to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

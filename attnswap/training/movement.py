@@ -1,5 +1,6 @@
 """How far training moved each of the swap's parameters: a swap that never moved was never used."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import attnswap
+from attnswap.surgery.attach import WRAPPING
 
 
 @dataclass(frozen=True)
@@ -30,15 +32,21 @@ class Movement:
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.start = {name: _whole(p) for name, p in attnswap.swap_parameters(model).items()}
+        self.start = {name: _whole(p) for name, p in _named(model)}
 
     def measure(self, model: torch.nn.Module) -> dict[str, Moved]:
         """Returns how far each parameter is from its start, by its full name."""
         moved = {}
-        for name, parameter in attnswap.swap_parameters(model).items():
+        for name, parameter in _named(model):
             change = _whole(parameter) - self.start[name]
             moved[name] = Moved(change.abs().max().item(), change.square().mean().sqrt().item())
         return moved
+
+
+def _named(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yields the swap's parameters under the names they have in the bare model."""
+    for name, parameter in attnswap.swap_parameters(model).items():
+        yield ".".join(word for word in name.split(".") if word not in WRAPPING), parameter
 
 
 def _whole(parameter: Tensor) -> Tensor:

@@ -51,16 +51,17 @@ class SkipNonFinite(TrainerCallback):
             NumericsError: For the third time in a row.
         """
         optimizer, step = kwargs["optimizer"], state.global_step + 1
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        scaled = getattr(optimizer, "scaler", None) is not None  # fp16: that leaves out such gradients itself
+        parameters = [] if scaled else [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         fine = self._all_finite(gradients, args.device)
         self._loss_is_finite = None
         if fine:
             self._row = 0
             self._stop_watching()
             return
-        if getattr(optimizer, "scaler", None) is None:  # that of fp16 leaves such steps out itself
-            for gradient in (p for group in optimizer.param_groups for p in group["params"]):
-                gradient.grad = None
+        for parameter in parameters:
+            parameter.grad = None
         self.skipped.append(step)
         self._row += 1
         if self._row >= self.patience:

@@ -10,7 +10,7 @@ import yaml
 
 from attnswap.errors import ConfigError
 from attnswap.training.config import TrainConfig, to_mapping
-from attnswap.training.durable import latest_checkpoint
+from attnswap.training.durable import latest_checkpoint, sync
 
 
 class Output:
@@ -74,17 +74,23 @@ class Output:
             movement: How far each swap parameter moved.
             summary: The figures of the run.
         """
-        for checkpoint in self.partial.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
         (self.partial / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml says the same in words
         (self.partial / "recipe.yaml").write_text(yaml.safe_dump(to_mapping(config), sort_keys=False), encoding="utf-8")
         for name, content in (("training_log", log), ("movement", movement), ("summary", summary)):
             text = json.dumps(content, indent=2) + "\n"
             (self.partial / f"{name}.json").write_text(text, encoding="utf-8")
+        for path in self.partial.iterdir():
+            if path.is_file():
+                sync(path)
+        sync(self.partial)
         aside = self.final.with_name(self.final.name + ".replaced")
         if self.final.is_dir():
             os.replace(self.final, aside)
         os.replace(self.partial, self.final)
+        sync(self.final.parent)
+        # Only now: until the result has its name, a run that is killed goes on from them.
+        for checkpoint in [*self.final.glob("checkpoint-*"), *self.final.glob(".*-checkpoint-*")]:
+            shutil.rmtree(checkpoint)
         shutil.rmtree(aside, ignore_errors=True)
 
 

@@ -1,5 +1,6 @@
 """Everything that keeps a long run's work, on any trainer."""
 
+import warnings
 from dataclasses import dataclass
 
 from transformers import Trainer
@@ -38,5 +39,8 @@ def protect(trainer: Trainer) -> Protection:
     """
     protection = Protection(DurableCheckpoints(trainer), StopOnSignal(), SkipNonFinite())
     for callback in (protection.finite, protection.stop, protection.checkpoints):
+        if callback is protection.finite and getattr(trainer, "is_deepspeed_enabled", False):
+            warnings.warn("DeepSpeed steps before a gradient can be looked at: steps are not left out", stacklevel=2)
+            continue
         trainer.add_callback(callback)
     return protection

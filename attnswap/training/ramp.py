@@ -13,6 +13,8 @@ from attnswap.surgery.attach import spec_of
 from attnswap.surgery.patch import follow
 from attnswap.surgery.spec import KEY, PatchSpec
 
+SPEC = "attnswap.json"
+
 
 class RampSchedule(TrainerCallback):
     """Moves lambda of every swap with the step. A resumed run goes on at the value of its step.
@@ -63,7 +65,17 @@ def follow_checkpoint(model: Any, checkpoint: Path) -> None:
         follow(base, PatchSpec.from_dict(values))
 
 
+def note_ramps(model: Any, checkpoint: Path) -> None:
+    """Writes what the swaps of a model are into a checkpoint: those of sharded models hold no config."""
+    base = base_of(model)
+    spec = spec_of(base) if isinstance(base, PreTrainedModel) else None
+    if spec is not None:
+        (checkpoint / SPEC).write_text(json.dumps(spec.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+
 def _spec_in(checkpoint: Path, adapter: str | None) -> dict[str, Any] | None:
+    if (checkpoint / SPEC).is_file():
+        return _read(checkpoint / SPEC)
     for folder in (checkpoint / str(adapter), checkpoint):
         if (folder / "adapter_config.json").is_file():
             return _read(folder / "adapter_config.json").get("spec")

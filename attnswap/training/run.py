@@ -100,10 +100,13 @@ def train(config: TrainConfig) -> TrainResult:
             swap_lr_multiplier=config.optimizer.swap_lr_multiplier,
         )
         protection = protect(trainer)
-        trained = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-        if protection.stop.received is not None:
+        try:
+            trained = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        finally:
+            protection.stop.restore()
+        if protection.stop.step is not None and protection.stop.received is not None:
             raise StoppedError(
-                f"stopped by {protection.stop.received.name} after step {trainer.state.global_step}; go on with "
+                f"stopped by {protection.stop.received.name} after step {protection.stop.step}; go on with "
                 "training.resume_from_checkpoint=latest"
             )
         after = _held_out_after(trainer)

@@ -11,9 +11,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class StopOnSignal(TrainerCallback):
-    """On SIGTERM finishes the step, saves a checkpoint and ends training. A second SIGTERM acts as without it.
+    """On SIGTERM finishes the step, saves a checkpoint and ends training.
 
-    In a run of several processes it is enough that one of them gets the signal.
+    In a run of several processes it is enough that one of them gets the signal. Launchers and schedulers often send it
+    twice, so until training has ended repeats change nothing.
 
     Args:
         signals: What to listen to.
@@ -41,9 +42,10 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ends training if any process was asked to."""
         number = _largest(int(self.received or 0), args.device)
-        if number:
+        if number and state.global_step < state.max_steps:  # else it ends by itself
             self.received, self.step = signal.Signals(number), state.global_step
             control.should_save = control.should_training_stop = True
+            control.should_evaluate = False  # there may not be time, and "best" would decide whether to save
             # With a limit of one, Trainer ends by removing all but the best checkpoint, this one included.
             self._limit, args.save_total_limit = args.save_total_limit, None
 
@@ -53,13 +55,13 @@ class StopOnSignal(TrainerCallback):
         """Gives the signals back."""
         if self.step is not None:
             args.save_total_limit = self._limit
-        self._restore()
+        self.restore()
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
-        self._restore()
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
+        """Gives the signals back; done at the end of training, and to be done where that raises."""
         for one, before in self._before.items():
             signal.signal(one, before)
         self._before = {}

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnswap.surgery.attach import patched_modules
+from attnswap.surgery.attach import patched_modules, spec_of
 from attnswap.surgery.patch import swap_parameters
 from attnswap.surgery.seam import Enter
 
@@ -24,7 +24,7 @@ class Watch:
         self.bad: dict[tuple[int, str], Tensor] = {}
         self.parameters: dict[str, Tensor] = {}
         self.swaps: dict[int, dict[str, list[int] | None]] = {}
-        modules = patched_modules(model).items()
+        modules = patched_modules(model).items() if spec_of(model) is not None else ()
         hooks = [(layer, h) for layer, (_, m) in modules for h in m._forward_pre_hooks.values() if isinstance(h, Enter)]
         self._enters = [hook for _, hook in hooks]
         for _, hook in hooks:
