@@ -51,6 +51,17 @@ class LayerCall:
     served: bool = False
     full: dict[str, dict[str, Tensor]] | None = None
 
+    def find_layer(self, key: Tensor) -> None:
+        """Sets the layer of the cache that this call wrote to: some models run one module several times over.
+
+        Args:
+            key: The keys as the cache returned them.
+        """
+        layers = [] if self.cache is None or torch.compiler.is_compiling() else self.cache.layers
+        own = layers[self.layer] if self.layer < len(layers) else None
+        if getattr(own, "keys", None) is not key:
+            self.layer = next((i for i, one in enumerate(layers) if getattr(one, "keys", None) is key), self.layer)
+
     def offset(self, queries: int, keys: int) -> Any:
         """Returns the key index of the first query.
 

@@ -201,6 +201,7 @@ def attention_forward(
                 "changes and will not guess. Unpatch the layer, or report the architecture"
             )
     check_heads(module, call, query.shape[1])
+    call.find_layer(key)
     visibility = as_visibility(module, attention_mask, query, key, call, kwargs.get("is_causal"))
     layer = combine.LayerInputs(
         query=query,
