@@ -184,6 +184,18 @@ def test_resuming_is_bitwise(swap, tmp_path):
     assert len(drawn) == 20 and resumed == losses
 
 
+def test_resuming_at_the_end_takes_no_further_step(tmp_path):
+    """A run that is killed between its last step and its end."""
+    trainer = trainer_of(tmp_path, "softpick", (RampSchedule(lambda step: step / 10),))
+    protect(trainer)
+    trainer.train()
+    again = trainer_of(tmp_path, "softpick", (RampSchedule(lambda step: step / 10),))
+    protect(again)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert again.state.global_step == 6
+    assert same(state(again), state(trainer))
+
+
 def test_resuming_needs_the_same_swaps(tmp_path):
     trainer = trainer_of(tmp_path)
     protect(trainer)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -45,6 +45,7 @@ class DurableCheckpoints(TrainerCallback):
                     f"{type(trainer).__name__} has no {name}: this version of transformers is unknown"
                 )
         self.trainer = trainer
+        self._over = False
         self._save, self._load, self._best = (
             trainer._save_checkpoint,
             trainer._load_from_checkpoint,
@@ -53,6 +54,25 @@ class DurableCheckpoints(TrainerCallback):
         trainer._save_checkpoint = self.save  # type: ignore[method-assign]
         trainer._load_from_checkpoint = self.load  # type: ignore[method-assign]
         trainer._load_best_model = self.load_best  # type: ignore[method-assign]
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Notes a step too many: resumed at its last step in mid-epoch, Trainer would take another one."""
+        self._over = 0 < state.max_steps <= state.global_step
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Gives the optimizer nothing to do in such a step."""
+        for group in kwargs["optimizer"].param_groups if self._over else ():
+            for parameter in group["params"]:
+                parameter.grad = None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Does not count it."""
+        if self._over:
+            state.global_step = state.max_steps
 
     def save(self, model: Any, trial: Any = None) -> None:
         """Saves as the trainer would, but aside, and puts the result in its place once it is on the disk."""

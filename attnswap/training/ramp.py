@@ -39,6 +39,8 @@ class RampSchedule(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Sets the value of the step to come."""
+        if 0 < state.max_steps <= state.global_step:  # resumed at the end
+            return
         attnswap.set_ramp(base_of(kwargs["model"]), self.at(state.global_step + 1))
 
 
