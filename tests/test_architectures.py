@@ -289,3 +289,24 @@ def test_a_failed_second_patch_leaves_the_halves_of_t5_as_they_were(monkeypatch)
     with pytest.raises(UnsupportedModelError, match="no"):
         attnswap.patch(model, "softpick", heads=[2, 3])
     assert model.encoder.config.attnswap == model.config.attnswap == before
+
+
+def test_layers_tied_by_name_have_swaps_of_their_own(tmp_path):
+    """Zamba uses one attention block in several layers, whose weights transformers ties by a pattern of names."""
+    model = tiny_model("zamba").eval()
+    patterns = [
+        dict(m._tied_weights_keys) for m in model.modules() if isinstance(getattr(m, "_tied_weights_keys", None), dict)
+    ]
+    attnswap.patch(model, "ssmax")
+    move_away(model)
+    model.tie_weights()
+    scales = [p for name, p in attnswap.swap_parameters(model).items() if name.endswith("scale")]
+    assert len(scales) > 1 and not torch.equal(scales[0], scales[1])
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert torch.equal(run(again), run(model))
+    attnswap.unpatch(model)
+    now = [
+        dict(m._tied_weights_keys) for m in model.modules() if isinstance(getattr(m, "_tied_weights_keys", None), dict)
+    ]
+    assert now == patterns

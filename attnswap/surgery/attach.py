@@ -16,7 +16,7 @@ from attnswap.surgery.scores import intercept, release
 from attnswap.surgery.seam import Enter, Leave
 from attnswap.surgery.select import layer_info, owning_config
 from attnswap.surgery.spec import KEY, PatchSpec, Slot
-from attnswap.surgery.stacks import Modules, attention_modules, is_cross, seam_of, siblings
+from attnswap.surgery.stacks import Modules, attention_modules, is_cross, retie, seam_of, siblings, untie
 
 
 def config_of(model: PreTrainedModel) -> PreTrainedConfig:
@@ -217,6 +217,7 @@ def connect(
         loading: The swaps' tensors are yet to be read; the first forward then checks them.
     """
     through_interface, cross = dispatches_all(modules), is_cross(model, modules)
+    untie(model, modules)
     if through_interface:
         config._attn_implementation_internal = KEY
     elif config._attn_implementation == KEY:
@@ -237,6 +238,7 @@ def connect(
 def disconnect(model: PreTrainedModel, config: PreTrainedConfig, modules: Modules, before: str) -> None:
     """Undoes :func:`connect` and removes every slot."""
     unhook(siblings(model, modules))
+    retie(model)
     config._attn_implementation_internal = before
     write_spec(model, config, None)
 

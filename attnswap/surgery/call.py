@@ -58,7 +58,7 @@ class LayerCall:
             key: The keys as the cache returned them.
         """
         layers = [] if self.cache is None or torch.compiler.is_compiling() else self.cache.layers
-        own = layers[self.layer] if self.layer < len(layers) else None
+        own = layers[self.layer] if 0 <= self.layer < len(layers) else None
         if getattr(own, "keys", None) is not key:
             self.layer = next((i for i, one in enumerate(layers) if getattr(one, "keys", None) is key), self.layer)
 

@@ -22,7 +22,7 @@ from attnswap.surgery.select import (
     select_layers,
 )
 from attnswap.surgery.spec import KEY, PatchSpec, Slot
-from attnswap.surgery.stacks import Modules, attention_modules, is_cross, refuse_tied
+from attnswap.surgery.stacks import Modules, attention_modules, is_cross
 from attnswap.swaps import Swap, SwapLike, resolve
 from attnswap.swaps.base import ModelInfo
 
@@ -74,7 +74,6 @@ def patch(
             f"part={part!r}: another attention of this model is patched already, and only one can be at a time; call "
             "attnswap.unpatch first"
         )
-    refuse_tied(model, modules)
     config = owning_config(model, modules)
     chosen = select_layers(layers, list(modules))
     info = layer_info(config, modules[chosen[0]][1])

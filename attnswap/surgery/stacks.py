@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from attnswap.errors import ConfigError, UnsupportedModelError
+from attnswap.surgery.spec import KEY
 
 Modules = dict[int, tuple[str, nn.Module]]
 """Attention modules with their names, by layer index."""
@@ -18,6 +19,8 @@ Modules = dict[int, tuple[str, nn.Module]]
 CROSS = re.compile(r"cross|encoder_attn|EncDec", re.IGNORECASE)
 """How modules that attend to another sequence are named."""
 
+_BUT_SWAPS = rf"(?!.*\.{KEY}\.)"
+"""Put behind a pattern of tied names, so that it takes no swap's."""
 
 SENSES = re.compile("vision|image|img|visual|audio|speech")
 """How towers that read no text are named."""
@@ -135,18 +138,25 @@ def is_cross(model: nn.Module, modules: Modules) -> bool:
     return any(stack.cross and any(id(m) in chosen for _, m in stack.modules.values()) for stack in stacks(model))
 
 
-def refuse_tied(model: nn.Module, modules: Modules) -> None:
-    """Raises UnsupportedModelError for models whose layers share the weights of their attention by name."""
+def untie(model: nn.Module, modules: Modules) -> None:
+    """Keeps swaps out of what a model ties by name: layers that share one attention have swaps of their own."""
     chosen = {id(module) for _, module in modules.values()}
     for owner in model.modules():
         tied = getattr(owner, "_tied_weights_keys", None)
-        patterns = list(tied) if isinstance(tied, dict) else []
-        for name, module in owner.named_modules() if patterns else ():
-            if id(module) in chosen and any(re.search(pattern, f"{name}.attnswap") for pattern in patterns):
-                raise UnsupportedModelError(
-                    f"{type(model).__name__} uses one attention in several layers ({name} is tied to another), and "
-                    "attnswap keeps parameters and gates for each layer"
-                )
+        if not isinstance(tied, dict) or any(pattern.endswith(_BUT_SWAPS) for pattern in tied):
+            continue
+        names = [f"{name}.{KEY}." for name, module in owner.named_modules() if id(module) in chosen]
+        if any(re.search(f"^{pattern}", name) for pattern in tied for name in names):
+            owner._tied_weights_keys = {to + _BUT_SWAPS: source + _BUT_SWAPS for to, source in tied.items()}  # type: ignore[assignment]
+
+
+def retie(model: nn.Module) -> None:
+    """Undoes :func:`untie`."""
+    for owner in model.modules():
+        tied = getattr(owner, "_tied_weights_keys", None)
+        if isinstance(tied, dict) and any(pattern.endswith(_BUT_SWAPS) for pattern in tied):
+            plain = {to.removesuffix(_BUT_SWAPS): source.removesuffix(_BUT_SWAPS) for to, source in tied.items()}
+            owner._tied_weights_keys = plain  # type: ignore[assignment]
 
 
 def siblings(model: nn.Module, modules: Modules) -> list[nn.Module]:
