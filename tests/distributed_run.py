@@ -77,7 +77,15 @@ def main() -> None:
         stop_at(int(os.environ["STOP_AT"]))
     tell_engine()
     sys.argv.insert(1, "train")
-    cli()
+    try:
+        cli()
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 1
+    else:
+        code = 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # gloo's threads may abort a process on a loaded machine while Python tears it down
 
 
 if __name__ == "__main__":

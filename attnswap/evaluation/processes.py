@@ -1,5 +1,6 @@
 """The windows of one evaluation over several processes, as ``accelerate launch`` starts them."""
 
+import gc
 import os
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ def join(device: str | None) -> str | None:
 def leave() -> None:
     """Leaves the other processes: one that ends while threads of its own still talk to them may abort."""
     if dist.is_available() and dist.is_initialized():
+        gc.collect()  # a sharded model and its trainer hold on to the group, in cycles
         dist.destroy_process_group()
 
 
