@@ -9,46 +9,40 @@ import signal
 import sys
 
 from accelerate.state import AcceleratorState, DistributedType, PartialState
+from transformers import TrainerCallback
+
+from attnswap.cli import main as cli
+from attnswap.training import run
 
 
-def stop_at(step: int) -> None:
+def with_callback(callback: TrainerCallback) -> None:
+    """Adds a callback to the trainer that the run makes."""
+    protect = run.protect
+
+    def protected(trainer):
+        trainer.add_callback(callback)
+        return protect(trainer)
+
+    run.protect = protected
+
+
+class StopAt(TrainerCallback):
     """Lets this process get SIGTERM in the middle of a step."""
-    from transformers import TrainerCallback
 
-    from attnswap.training import run
+    def __init__(self, step: int) -> None:
+        self.step = step
 
-    class Stop(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step + 1 == step:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    protect = run.protect
-
-    def protected(trainer):
-        trainer.add_callback(Stop())
-        return protect(trainer)
-
-    run.protect = protected
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
-def tell_engine() -> None:
+class TellEngine(TrainerCallback):
     """Prints how the weights are kept when training ends."""
-    from transformers import TrainerCallback
 
-    from attnswap.training import run
-
-    class Tell(TrainerCallback):
-        def on_train_end(self, args, state, control, **kwargs):
-            kinds = {type(p.data).__name__ for p in kwargs["model"].parameters()}
-            os.write(1, f"weights are {' '.join(sorted(kinds))}\n".encode())  # whole, beside those of others
-
-    protect = run.protect
-
-    def protected(trainer):
-        trainer.add_callback(Tell())
-        return protect(trainer)
-
-    run.protect = protected
+    def on_train_end(self, args, state, control, **kwargs):
+        kinds = {type(p.data).__name__ for p in kwargs["model"].parameters()}
+        os.write(1, f"weights are {' '.join(sorted(kinds))}\n".encode())  # whole, beside those of others
 
 
 def main() -> None:
@@ -71,11 +65,9 @@ def main() -> None:
             create(self, *args, **kwargs)
 
         AcceleratorState.__init__ = with_accelerators
-    from attnswap.cli import main as cli
-
     if "STOP_AT" in os.environ and state.process_index == 0:
-        stop_at(int(os.environ["STOP_AT"]))
-    tell_engine()
+        with_callback(StopAt(int(os.environ["STOP_AT"])))
+    with_callback(TellEngine())
     sys.argv.insert(1, "train")
     try:
         cli()

@@ -1,10 +1,7 @@
 """Runs of several processes: the losses of one process, whole checkpoints, and a resume on fewer."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +9,21 @@ import pytest
 import torch
 import yaml
 from conftest import tiny
-from training_helpers import recipe
+from training_helpers import accelerate, logged, recipe, spawn
 
 import attnswap
 from attnswap.training import latest_checkpoint, parse_config, train
 
-ROOT = Path(__file__).parent.parent
 IDS = torch.arange(4, 60)[None]
 STEPS = 20
 
 
 def launch(processes: int, engine: str, path: Path, *overrides: str, stop_at: int | None = None) -> Any:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-    command += ["--main_process_port", "0", "tests/distributed_run.py", engine, str(path), *overrides]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    environment |= {} if stop_at is None else {"STOP_AT": str(stop_at)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    environment = {} if stop_at is None else {"STOP_AT": str(stop_at)}
+    done = accelerate(processes, "tests/distributed_run.py", engine, str(path), *overrides, **environment)
     assert stop_at is not None or done.returncode == 0, done.stderr[-6000:]
     assert done.stdout.count(f"weights are {'Tensor' if engine == 'ddp' else 'DTensor'}") == processes
     return done
-
-
-def logged(folder: Path, key: str) -> list[float]:
-    return [entry[key] for entry in map(json.loads, (folder / "steps.jsonl").open()) if key in entry]
 
 
 def write(tmp_path: Path, swap: Any, **training: Any) -> Path:
@@ -140,18 +129,12 @@ def test_evaluation_over_two_processes(tmp_path):
         "--device",
         "cpu",
     ]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    many = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    for command, name in (([sys.executable], "one"), ([*many, "--main_process_port", "0"], "two")):
-        module = ["--module", "attnswap.cli"] if name == "two" else ["-m", "attnswap.cli"]
-        done = subprocess.run(
-            [*command, *module, *options, "--out", str(tmp_path / name)],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+    for name in ("one", "two"):
+        command = [*options, "--out", str(tmp_path / name)]
+        if name == "one":
+            done = spawn("-m", "attnswap.cli", *command)
+        else:
+            done = accelerate(2, "--module", "attnswap.cli", *command)
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("64") >= 1
     one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two"))
@@ -170,15 +153,8 @@ def test_tensor_parallelism_computes_the_swap_or_refuses(tmp_path):
         model = tiny("llama")
         attnswap.patch(model, **options)
         model.save_pretrained(tmp_path / name)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, "tests/tensor_parallel_run.py", str(tmp_path), *cases],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = spawn(*launch, "tests/tensor_parallel_run.py", str(tmp_path), *cases)
     assert done.returncode == 0, done.stderr[-3000:]
     for name, (_, outcome) in cases.items():
         lines = [line.removeprefix(f"{name} ") for line in done.stdout.splitlines() if line.startswith(f"{name} ")]

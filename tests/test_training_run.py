@@ -5,7 +5,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from training_helpers import byte_tokenizer, recipe, tiny_llama, write_model
+from training_helpers import accelerate, byte_tokenizer, logged, recipe, tiny_llama, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import attnswap
@@ -38,10 +37,6 @@ IDS = torch.arange(4, 44)[None]
 
 def run(tmp_path: Path, **changes: Any) -> TrainResult:
     return train(parse_config(recipe(tmp_path, **changes)))
-
-
-def logged(directory: Path, key: str) -> list[float]:
-    return [entry[key] for entry in map(json.loads, (directory / "steps.jsonl").open()) if key in entry]
 
 
 def logits(directory: Path) -> torch.Tensor:
@@ -115,22 +110,7 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     single = run(tmp_path, **changes)
     changes["training"] |= {"per_device_train_batch_size": 1}
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(recipe(tmp_path, **changes)))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    done = subprocess.run(
-        [
-            *launch,
-            "--main_process_port",
-            "0",
-            "recipes/train.py",
-            str(tmp_path / "two.yaml"),
-            f"output_dir={tmp_path}/two",
-        ],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = accelerate(2, "recipes/train.py", str(tmp_path / "two.yaml"), f"output_dir={tmp_path}/two")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("held-out loss") == 1, "the table is printed once"
     summary = json.loads((tmp_path / "two" / "summary.json").read_text())

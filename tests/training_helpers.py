@@ -1,5 +1,9 @@
 """What the training tests share: a byte-level tokenizer, tiny models, documents and a recipe."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+ROOT = Path(__file__).parent.parent
 VOCABULARY = 260
 
 
@@ -104,3 +109,23 @@ def recipe(tmp_path: Path, **changes: Any) -> dict[str, Any]:
         "training": training | changes.get("training", {}),
         "data": data | changes.get("data", {}),
     }
+
+
+def logged(directory: Path, key: str) -> list[float]:
+    """Returns what a run logged under a key."""
+    return [entry[key] for entry in map(json.loads, (directory / "steps.jsonl").open()) if key in entry]
+
+
+def spawn(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a python command in a process of its own, from the repository's root."""
+    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    whole = [sys.executable, *command]
+    return subprocess.run(
+        whole, cwd=ROOT, env=os.environ | own | environment, capture_output=True, text=True, timeout=400
+    )
+
+
+def accelerate(processes: int, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a script and its arguments in several processes."""
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+    return spawn(*launch, "--main_process_port", "0", *command, **environment)

@@ -9,7 +9,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 
 from attnswap.adapters.register import peft_type
 from attnswap.errors import ConfigError
-from attnswap.surgery.patch import check_ramp
+from attnswap.surgery.patch import check_one_ramp
 from attnswap.surgery.select import whole_numbers
 from attnswap.swaps import Swap, resolve
 
@@ -53,10 +53,7 @@ class AttnSwapConfig(LoraConfig):
         self.swap = _plain(self.swap)
         if callable(self.layers):
             raise ConfigError("layers of an adapter are written to a file: give an index, a slice string or a list")
-        ramp = check_ramp(self.ramp)
-        if isinstance(ramp, tuple):
-            raise ConfigError(f"ramp must be one number here, not {self.ramp!r}")
-        self.ramp = ramp
+        self.ramp = check_one_ramp(self.ramp)
         if not isinstance(self.layers, str | None):
             self.layers = whole_numbers(self.layers, "a layer index")
         self.heads = _heads(self.heads)

@@ -56,9 +56,14 @@ class AttnSwapModel(LoraModel):
             self._forget(adapter_name)
             raise
         if config.spec is not None:  # until they are read: transformers only prints what an adapter lacks
-            for name, parameter in model.named_parameters():
-                if self.prefix in name and adapter_name in name.split("."):
-                    parameter.data.fill_(torch.nan)
+            for parameter in self._low_rank(model, adapter_name).values():
+                parameter.data.fill_(torch.nan)
+
+    @classmethod
+    def _low_rank(cls, model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
+        """Returns an adapter's low-rank weights by their names in the model."""
+        found = model.named_parameters()
+        return {name: p for name, p in found if cls.prefix in name and adapter_name in name.split(".")}
 
     def _take_out(self, adapter_name: str) -> None:
         """Removes the low-rank weights of an adapter of which only some could be placed."""
@@ -76,7 +81,8 @@ class AttnSwapModel(LoraModel):
         super().delete_adapter(adapter_name)
         if was_active and not kept and self.peft_config:
             kept = [next(iter(self.peft_config))]
-        self.set_adapter(kept) if kept else None
+        if kept:
+            self.set_adapter(kept)
         self.active_adapter = kept
 
     @classmethod
@@ -84,8 +90,7 @@ class AttnSwapModel(LoraModel):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        mine = [n for n, _ in model.named_parameters() if cls.prefix in n and adapter_name in n.split(".")]
-        missing = [name for name in mine if name not in found]
+        missing = [name for name in cls._low_rank(model, adapter_name) if name not in found]
         if missing:
             raise CheckpointError(
                 f"the adapter lacks {missing[0]} and {len(missing) - 1} other tensors: it is incomplete"

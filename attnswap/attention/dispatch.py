@@ -51,7 +51,8 @@ def choose(problem: Problem, backend: str = "auto") -> Backend:
         ConfigError: The backend is unknown, or was asked for by name and cannot compute the call (the reason is given).
     """
     if backend == "auto":
-        backends = [backend for name, backend in BACKENDS.items() if name not in _left_out()]
+        left_out = _left_out()
+        backends = [backend for name, backend in BACKENDS.items() if name not in left_out]
         fast = (b for b in backends if b.fast(problem) and b.refusal(problem) is None)
         return next(fast, None) or next(b for b in backends if b.refusal(problem) is None)
     if backend not in BACKENDS:

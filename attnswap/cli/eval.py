@@ -13,9 +13,9 @@ from attnswap.cli.options import check_folder, parse_device, parse_dtype, parse_
 from attnswap.errors import ConfigError
 from attnswap.evaluation import Evaluation, evaluate_perplexity, table, write_report
 from attnswap.evaluation.corpus import read_dataset, read_text
-from attnswap.evaluation.processes import join, leave, place
 from attnswap.evaluation.report import full_report
 from attnswap.loading import load_model, load_tokenizer
+from attnswap.processes import join, leave, place
 
 
 def eval_command(

@@ -16,7 +16,7 @@ def train_command(
     ] = None,
 ) -> None:
     """Fine-tune a model with swapped attention from a recipe."""
-    from attnswap.evaluation.processes import leave
+    from attnswap.processes import leave
     from attnswap.training import load_config, train  # here, so that --help need not wait for torch
     from attnswap.training.summary import table
 

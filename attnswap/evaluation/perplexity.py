@@ -19,10 +19,10 @@ from attnswap.errors import ConfigError, NumericsError
 from attnswap.evaluation.bootstrap import BLOCK, check_comparable, standard_error
 from attnswap.evaluation.corpus import load_corpus
 from attnswap.evaluation.estimate import Estimate, Progress, estimate, peak_memory
-from attnswap.evaluation.processes import gather, place
 from attnswap.evaluation.result import ContextMetrics, Evaluation, PositionNLL, mean_nll
 from attnswap.evaluation.scoring import Scorer
 from attnswap.evaluation.windows import Protocol, Window, plan
+from attnswap.processes import gather, place
 
 CONTEXTS = (512, 1024, 2048, 4096, 8192)
 

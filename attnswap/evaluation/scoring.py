@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from attnswap.errors import ConfigError, NumericsError, UnsupportedModelError
 from attnswap.evaluation.windows import Window
+from attnswap.surgery.attach import base_of
 
 CHUNK_ELEMENTS = 1 << 24
 """Logits held at once: 64 MiB in fp32."""
@@ -35,8 +36,7 @@ class Scorer:
     """
 
     def __init__(self, model: nn.Module, chunk_elements: int = CHUNK_ELEMENTS) -> None:
-        unwrap = getattr(model, "get_base_model", None)
-        unwrapped = unwrap() if callable(unwrap) else model
+        unwrapped = base_of(model)
         if not isinstance(unwrapped, PreTrainedModel) or unwrapped.base_model is unwrapped:
             raise UnsupportedModelError(
                 f"{type(unwrapped).__name__} is not a transformers model with a language model head: "

@@ -19,6 +19,12 @@ from attnswap.surgery.spec import KEY, PatchSpec, Slot
 from attnswap.surgery.stacks import Modules, attention_modules, is_cross, retie, seam_of, siblings, untie
 
 
+def base_of(model: nn.Module) -> Any:
+    """Returns the model inside a peft model, or the model itself."""
+    unwrap = getattr(model, "get_base_model", None)
+    return unwrap() if callable(unwrap) else model
+
+
 def config_of(model: PreTrainedModel) -> PreTrainedConfig:
     """Returns the config that carries (or will carry) the model's spec."""
     return owning_config(model, patched_modules(model))

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from attnswap.surgery.rebuild import rebuild
-from attnswap.surgery.spec import KEY, PatchSpec
+from attnswap.surgery.spec import KEY, PatchSpec, with_towers
 
 PREFIX = "AttnSwap"
 """Before the names of a patched model's ``architectures`` in config.json.
@@ -61,8 +61,7 @@ def settle(config: Any) -> None:
 
 def rename(values: dict[str, Any]) -> dict[str, Any]:
     """Marks the architecture names of a config's values, if it or a part of it has a spec."""
-    parts = [values, *(part for part in values.values() if isinstance(part, dict))]
     names = values.get("architectures")
-    if isinstance(names, list) and any(isinstance(part.get(KEY), dict) for part in parts):
+    if isinstance(names, list) and any(isinstance(part.get(KEY), dict) for part in with_towers(values)):
         values["architectures"] = [name if name.startswith(PREFIX) else PREFIX + name for name in names]
     return values

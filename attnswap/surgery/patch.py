@@ -63,9 +63,7 @@ def patch(
         UnsupportedModelError: The model's attention cannot be served exactly. In both cases the model is as before.
     """
     wanted = _pairs(swap, heads)
-    start = check_ramp(ramp)
-    if isinstance(start, tuple):
-        raise ConfigError(f"ramp must be one number here, not {ramp!r}; attnswap.set_ramp takes one per head")
+    start = check_one_ramp(ramp)
     attach.refuse_adapters(model)
     old = attach.spec_of(model)
     modules = attention_modules(model, part if old is None or part is not None else old.part)
@@ -247,6 +245,18 @@ def check_ramp(ramp: Any) -> float | tuple[float, ...]:
     if isinstance(values, str) or not isinstance(values, Iterable):
         return _one_ramp(values)
     return tuple(_one_ramp(value) for value in values)
+
+
+def check_one_ramp(ramp: Any) -> float:
+    """Returns a ramp as a number.
+
+    Raises:
+        ConfigError: It is none in [0, 1], or one per head.
+    """
+    value = check_ramp(ramp)
+    if isinstance(value, tuple):
+        raise ConfigError(f"ramp must be one number here, not {ramp!r}; attnswap.set_ramp takes one per head")
+    return value
 
 
 def _one_ramp(value: Any) -> float:

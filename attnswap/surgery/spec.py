@@ -16,6 +16,11 @@ KEY = "attnswap"
 """The name of everything attnswap adds to a model: config entry, child module, attention implementation, kwarg."""
 
 
+def with_towers(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns a config's values and those of its towers, any of which may hold a spec."""
+    return [values, *(part for part in values.values() if isinstance(part, dict))]
+
+
 @dataclass(frozen=True)
 class Slot:
     """One swap on some heads of one layer.

@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from attnswap.errors import CheckpointError
+from attnswap.processes import wait
 from attnswap.training.ramp import follow_checkpoint, note_ramps
 
 MARKER = "complete.json"
@@ -65,9 +65,8 @@ class DurableCheckpoints(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Gives the optimizer nothing to do in such a step."""
-        for group in kwargs["optimizer"].param_groups if self._over else ():
-            for parameter in group["params"]:
-                parameter.grad = None
+        if self._over:
+            kwargs["optimizer"].zero_grad(set_to_none=True)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Does not count it."""
@@ -84,10 +83,10 @@ class DurableCheckpoints(TrainerCallback):
         if writes:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-        _wait()
+        wait()
         with _elsewhere(trainer, aside):
             self._save(model, trial)
-        _wait()
+        wait()
         best = trainer.state.best_model_checkpoint
         if best is not None and Path(best).parent == aside:
             trainer.state.best_model_checkpoint = str(folder / name)
@@ -99,7 +98,7 @@ class DurableCheckpoints(TrainerCallback):
             _put(aside / name, folder / name)
             shutil.rmtree(aside)
             _rotate(folder / name, trainer)
-        _wait()
+        wait()
 
     def load(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Loads a checkpoint after a look whether it is whole, at the lambda it was saved at.
@@ -213,11 +212,6 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _wait() -> None:
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
 
 
 @contextmanager

@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 import attnswap
+from attnswap.processes import whole
 from attnswap.surgery.attach import WRAPPING
 
 
@@ -32,13 +32,13 @@ class Movement:
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.start = {name: _whole(p) for name, p in _named(model)}
+        self.start = {name: _copy(p) for name, p in _named(model)}
 
     def measure(self, model: torch.nn.Module) -> dict[str, Moved]:
         """Returns how far each parameter is from its start, by its full name."""
         moved = {}
         for name, parameter in _named(model):
-            change = _whole(parameter) - self.start[name]
+            change = _copy(parameter) - self.start[name]
             moved[name] = Moved(change.abs().max().item(), change.square().mean().sqrt().item())
         return moved
 
@@ -49,12 +49,9 @@ def _named(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield ".".join(word for word in name.split(".") if word not in WRAPPING), parameter
 
 
-def _whole(parameter: Tensor) -> Tensor:
-    """Returns a copy in fp64 on the CPU; one that is sharded over processes is gathered, by all of them."""
-    local = parameter.detach()
-    if isinstance(local, DTensor):
-        local = local.full_tensor()
-    return local.to("cpu", torch.float64, copy=True)
+def _copy(parameter: Tensor) -> Tensor:
+    """Returns a copy in fp64 on the CPU."""
+    return whole(parameter.detach()).to("cpu", torch.float64, copy=True)
 
 
 def by_kind(moved: dict[str, Moved]) -> dict[str, Moved]:

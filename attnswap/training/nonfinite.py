@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from attnswap.errors import NumericsError
-from attnswap.training.ramp import base_of
+from attnswap.processes import largest, share
+from attnswap.surgery.attach import base_of
 from attnswap.training.watch import Watch
 
 
@@ -52,16 +52,16 @@ class SkipNonFinite(TrainerCallback):
         """
         optimizer, step = kwargs["optimizer"], state.global_step + 1
         scaled = getattr(optimizer, "scaler", None) is not None  # fp16: that leaves out such gradients itself
-        parameters = [] if scaled else [p for group in optimizer.param_groups for p in group["params"]]
-        gradients = [p.grad for p in parameters if p.grad is not None]
+        groups = [] if scaled else optimizer.param_groups
+        gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
         fine = self._all_finite(gradients, args.device)
         self._loss_is_finite = None
         if fine:
             self._row = 0
             self._stop_watching()
             return
-        for parameter in parameters:
-            parameter.grad = None
+        if not scaled:
+            optimizer.zero_grad(set_to_none=True)
         self.skipped.append(step)
         self._row += 1
         if self._row >= self.patience:
@@ -88,18 +88,14 @@ class SkipNonFinite(TrainerCallback):
             self._loss_is_finite = finite if self._loss_is_finite is None else self._loss_is_finite & finite
 
     def _all_finite(self, gradients: list[Tensor], device: torch.device) -> bool:
-        local = [gradient.to_local() if hasattr(gradient, "to_local") else gradient for gradient in gradients]
+        local = [share(gradient) for gradient in gradients]
         fine = torch.ones((), device=device, dtype=torch.bool)
         if self._loss_is_finite is not None:
             fine = fine & self._loss_is_finite.to(device)
         if local:
             norms = torch.stack([norm.to(device) for norm in torch._foreach_norm(local)])
             fine = fine & torch.isfinite(norms).all()
-        if dist.is_available() and dist.is_initialized():
-            shared = fine.int()
-            dist.all_reduce(shared, dist.ReduceOp.MIN)
-            fine = shared.bool()
-        return bool(fine)
+        return not largest(int(~fine), device)
 
     def _stop_watching(self) -> None:
         if self._watch is not None:

@@ -9,9 +9,9 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 import attnswap
 from attnswap.errors import CheckpointError
-from attnswap.surgery.attach import spec_of
+from attnswap.surgery.attach import base_of, spec_of
 from attnswap.surgery.patch import follow
-from attnswap.surgery.spec import KEY, PatchSpec
+from attnswap.surgery.spec import KEY, PatchSpec, with_towers
 
 SPEC = "attnswap.json"
 
@@ -42,11 +42,6 @@ class RampSchedule(TrainerCallback):
         if 0 < state.max_steps <= state.global_step:  # resumed at the end
             return
         attnswap.set_ramp(base_of(kwargs["model"]), self.at(state.global_step + 1))
-
-
-def base_of(model: Any) -> Any:
-    """Returns the ``transformers`` model inside a peft model, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def follow_checkpoint(model: Any, checkpoint: Path) -> None:
@@ -83,8 +78,7 @@ def _spec_in(checkpoint: Path, adapter: str | None) -> dict[str, Any] | None:
             return _read(folder / "adapter_config.json").get("spec")
     if not (checkpoint / "config.json").is_file():
         return None
-    values = _read(checkpoint / "config.json")
-    parts = [values, *(part for part in values.values() if isinstance(part, dict))]
+    parts = with_towers(_read(checkpoint / "config.json"))
     return next((part[KEY] for part in parts if isinstance(part.get(KEY), dict)), None)
 
 

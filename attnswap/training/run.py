@@ -114,8 +114,9 @@ def train(config: TrainConfig) -> TrainResult:
     if adapters is not None:
         adapters.merge_and_unload()
     model.config.use_cache = use_cache  # Trainer turns it off, and the saved model should generate as before
-    summary = summarise(config, trainer, trained.metrics, after, movement, steps.seconds, trainable)
-    summary["skipped_steps"] = protection.finite.skipped
+    summary = summarise(
+        config, trainer, trained.metrics, after, movement, steps.seconds, trainable, protection.finite.skipped
+    )
     trainer.save_model(str(output.partial))
     if trainer.is_world_process_zero():
         output.publish(config, trainer.state.log_history, as_json(movement), summary)

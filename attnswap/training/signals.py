@@ -5,9 +5,9 @@ import threading
 from types import FrameType
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from attnswap.processes import largest
 
 
 class StopOnSignal(TrainerCallback):
@@ -41,7 +41,7 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ends training if any process was asked to."""
-        number = _largest(int(self.received or 0), args.device)
+        number = largest(int(self.received or 0), args.device)
         if number and state.global_step < state.max_steps:  # else it ends by itself
             self.received, self.step = signal.Signals(number), state.global_step
             control.should_save = control.should_training_stop = True
@@ -65,12 +65,3 @@ class StopOnSignal(TrainerCallback):
         for one, before in self._before.items():
             signal.signal(one, before)
         self._before = {}
-
-
-def _largest(value: int, device: torch.device) -> int:
-    """Returns the largest value of all processes."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return value
-    shared = torch.tensor(value, device=device)
-    dist.all_reduce(shared, dist.ReduceOp.MAX)
-    return int(shared)

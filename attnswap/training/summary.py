@@ -21,6 +21,7 @@ def summarise(
     movement: dict[str, Moved],
     seconds: list[float],
     trainable: int,
+    skipped: list[int],
 ) -> dict[str, Any]:
     """Returns what ``summary.json`` holds.
 
@@ -32,6 +33,7 @@ def summarise(
         movement: How far each swap parameter moved.
         seconds: Duration of each step.
         trainable: Number of weights trained.
+        skipped: The steps that were left out.
     """
     args, state = trainer.args, trainer.state
     before = next((entry for entry in state.log_history if "eval_loss" in entry and entry["step"] == 0), None)
@@ -49,6 +51,7 @@ def summarise(
         "windows_per_step": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
         "processes": args.world_size,
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else config.model.dtype,
+        "skipped_steps": skipped,
         "seconds": metrics["train_runtime"],
         "seconds_per_step": statistics.median(seconds) if seconds else None,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),

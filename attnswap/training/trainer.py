@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 import attnswap
 from attnswap.errors import ConfigError
+from attnswap.processes import whole
 from attnswap.training.movement import Movement, by_kind
 
 
@@ -74,13 +74,13 @@ class SwapTrainer(Trainer):
         if not self.is_fsdp_enabled or _internal_call:
             super().save_model(output_dir, _internal_call)
             return
-        whole = {}
+        state = {}
         for name, tensor in self.model.state_dict().items():
-            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # by all processes together
+            full = whole(tensor)
             if self.args.should_save:
-                whole[name] = full.detach().cpu()
+                state[name] = full.detach().cpu()
         if self.args.should_save:
-            sharded, self.model = self.model, _unsharded(self.model, whole)
+            sharded, self.model = self.model, _unsharded(self.model, state)
             try:
                 self._save(output_dir)
             finally:

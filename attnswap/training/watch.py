@@ -3,8 +3,9 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from attnswap.processes import share
 from attnswap.surgery.attach import patched_modules, spec_of
 from attnswap.surgery.patch import swap_parameters
 from attnswap.surgery.seam import Enter
@@ -24,10 +25,9 @@ class Watch:
         self.bad: dict[tuple[int, str], Tensor] = {}
         self.parameters: dict[str, Tensor] = {}
         self.swaps: dict[int, dict[str, list[int] | None]] = {}
-        modules = patched_modules(model).items() if spec_of(model) is not None else ()
-        hooks = [(layer, h) for layer, (_, m) in modules for h in m._forward_pre_hooks.values() if isinstance(h, Enter)]
-        self._enters = [hook for _, hook in hooks]
-        for _, hook in hooks:
+        modules = patched_modules(model).values() if spec_of(model) is not None else ()
+        self._enters = [h for _, m in modules for h in m._forward_pre_hooks.values() if isinstance(h, Enter)]
+        for hook in self._enters:
             hook.watch = self
         own = swap_parameters(model)
         self._handles = [
@@ -35,7 +35,6 @@ class Watch:
             for name, p in model.named_parameters()
             if p.requires_grad
         ]
-        self._model: nn.Module = model
 
     def remove(self) -> None:
         """Stops looking."""
@@ -71,7 +70,7 @@ class Watch:
 
     def _parameter(self, name: str, own: bool) -> Any:
         def note(gradient: Tensor) -> None:
-            local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+            local = share(gradient)
             finite = torch.isfinite(local.detach())
             # A swap's parameters go by heads first.
             self.parameters[name] = ~(

@@ -1,4 +1,4 @@
-"""The windows of one evaluation over several processes, as ``accelerate launch`` starts them."""
+"""Several processes that work together, as ``accelerate launch`` starts them."""
 
 import gc
 import os
@@ -6,9 +6,40 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
+
+
+def together() -> bool:
+    """Whether this process is one of several."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def wait() -> None:
+    """Waits until all processes are here."""
+    if together():
+        dist.barrier()
+
+
+def largest(value: int, device: torch.device) -> int:
+    """Returns the largest value of all processes."""
+    if not together():
+        return value
+    shared = torch.tensor(value, device=device)
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return int(shared)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Returns a tensor that may be sharded over processes as one, gathered by all of them."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def share(tensor: Tensor) -> Tensor:
+    """Returns what this process holds of a tensor that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def join(device: str | None) -> str | None:
@@ -29,7 +60,7 @@ def join(device: str | None) -> str | None:
 
 def leave() -> None:
     """Leaves the other processes: one that ends while threads of its own still talk to them may abort."""
-    if dist.is_available() and dist.is_initialized():
+    if together():
         gc.collect()  # a sharded model and its trainer hold on to the group, in cycles
         dist.destroy_process_group()
 
@@ -42,7 +73,7 @@ def place(model: torch.nn.Module | None = None) -> tuple[int, int]:
     """
     if model is not None and any(isinstance(p, DTensor) for p in model.parameters()):
         return 0, 1
-    if dist.is_available() and dist.is_initialized():
+    if together():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
