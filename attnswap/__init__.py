@@ -7,6 +7,7 @@ from attnswap.attention import attention
 from attnswap.errors import AttnSwapError, CheckpointError, ConfigError, NumericsError, UnsupportedModelError
 from attnswap.surgery import (
     PatchReport,
+    bypassed,
     describe,
     from_pretrained,
     parameter_groups,
@@ -32,6 +33,7 @@ __all__ = [
     "Swap",
     "UnsupportedModelError",
     "attention",
+    "bypassed",
     "describe",
     "evaluate_perplexity",
     "from_pretrained",

@@ -422,6 +422,8 @@ def check_gradients(swap: Swap) -> None:
     for mask, queries, keys, ramp in (("causal", 3, 4, 1.0), ("additive", 4, 3, 0.5)):
         case = Case(batch=1, kv_heads=1, groups=2, queries=queries, keys=keys, width=2, value_width=2, mask=mask)
         config = bound(swap, case)
+        if config.needs_logsumexp and ramp < 1:
+            continue  # it is detached, which a formula written by hand knows and a numerical difference does not
         inputs = draw(config, case)
         everything = {**inputs.tensors, **inputs.features}
         # The released position factor is held in fp32, which numerical differences cannot resolve; its gradient is

@@ -111,6 +111,14 @@ def row_weights(swap, p, z, n, lam, sink, head, kv_head, hidden, i, keys, real):
         rest = 0.0 if sink is None else abs(np.exp(sink) - lam)
         total = np.abs(np.exp(z) - lam).sum() + rest + lam * swap.eps
         return np.maximum(np.exp(z) - lam, 0) / total, ones
+    if swap.name == "softmax-1":
+        rest = lam * np.exp(p["sink"][head]) + (0.0 if sink is None else np.exp(sink))
+        return np.exp(z) / (np.exp(z).sum() + rest), ones
+    if swap.name == "sigmoid" and swap.bias == "predicted":
+        known = np.log(np.exp(z).sum() + (0.0 if sink is None else np.exp(sink)))
+        told = p["weight"][head] @ hidden[i] + p["offset"][head] + p["slope"][head] * np.log(n)
+        e = np.exp(z - (1 - lam) * known - lam * told)
+        return e / (1 + lam * e), ones
     if swap.name == "sigmoid":
         bias = (
             p["bias"][head]

@@ -78,7 +78,17 @@ def softpick_row(z, bias, keys, f, swap, ramp, own):
     return torch.relu(difference) / total, torch.ones_like(z)
 
 
+def softmax_one_row(z, bias, keys, f, swap, ramp, own):
+    s = torch.cat([z + bias, (torch.log(ramp) + f["sink"])[None]])
+    return softmax(s)[:-1], torch.ones_like(z)
+
+
 def sigmoid_row(z, bias, keys, f, swap, ramp, own):
+    if swap.bias == "predicted":
+        known = (z + bias).detach().logsumexp(0)
+        level = (1 - ramp) * known + ramp * (f["level"] + f["offset"] + f["slope"] * math.log(len(keys)))
+        x = z + bias - level
+        return torch.exp(x - torch.nn.functional.softplus(x + torch.log(ramp))), torch.ones_like(z)
     constant = (
         f["bias"] if swap.bias == "learned" else -math.log(swap.max_positions) if swap.bias is None else swap.bias
     )
@@ -111,6 +121,7 @@ ROWS: dict[str, Row] = {
     "ssmax": ssmax_row,
     "softpick": softpick_row,
     "sigmoid": sigmoid_row,
+    "softmax-1": softmax_one_row,
     "selective-temperature": selective_temperature_row,
     "forgetting-gate": forgetting_gate_row,
 }

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import attnswap
 from attnswap.errors import ConfigError
+from attnswap.healing.experiment import Experiment, _as_control
 from attnswap.training import load_config, parse_config
 from attnswap.training.config import to_mapping
 from attnswap.training.strict import MAX_BYTES, parse_yaml, read_yaml
@@ -59,6 +60,25 @@ def test_shipped_recipes_are_valid_and_name_their_command(path: Path) -> None:
 def test_every_shipped_recipe_trains_on_the_same_data_as_the_control() -> None:
     assert len({repr(load_config(path).data) for path in RECIPES}) == 1
     assert {path.stem for path in RECIPES} == {"control", *attnswap.swaps.names()}
+
+
+HEALING = sorted((ROOT / "recipes" / "heal").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", HEALING, ids=lambda path: path.stem)
+def test_healing_recipes_are_valid_and_share_one_control(path: Path) -> None:
+    config = load_config(path)
+    assert (config.swap or {})["name"] == path.stem
+    assert f"attnswap heal recipes/heal/{path.name}" in path.read_text()
+    experiment, first = (
+        Experiment(config=load_config(p, ["output_dir=out"]), out=Path("out")) for p in (path, HEALING[0])
+    )
+    ours, theirs = (_as_control(to_mapping(e.control_config)) for e in (experiment, first))
+    assert ours == theirs
+
+
+def test_there_is_a_healing_recipe_for_every_swap() -> None:
+    assert {path.stem for path in HEALING} == set(attnswap.swaps.names())
 
 
 def test_ssmax_and_control_differ_in_nothing_but_the_swap() -> None:

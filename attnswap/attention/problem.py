@@ -97,8 +97,14 @@ class Problem:
         return x.reshape(-1, *([1] * trailing)) if x.ndim else x
 
     @lazy
-    def terms(self) -> Terms:
-        """The swap's terms for all queries and keys."""
+    def logsumexp(self) -> Tensor:
+        """The logsumexp of each query's scores, (batch, heads, queries), without gradients."""
+        from attnswap.attention.logsumexp import logsumexp
+
+        return logsumexp(self)
+
+    def call(self, *, with_logsumexp: bool = False) -> Call:
+        """Returns what the swap sees of this call; ``with_logsumexp`` also where its terms do without."""
         features = {}
         for name, declared in self.swap.features().items():
             value = self.features[name]
@@ -109,13 +115,19 @@ class Problem:
             valid = self.visibility.token_valid if declared.per == "key" else None
             features[name] = value if valid is None else value.masked_fill(~valid[:, None], declared.padding)
         last = self.visibility.k_length - 1
-        call = Call(
+        wanted = with_logsumexp or (self.swap.needs_logsumexp and not self.whole)
+        return Call(
             n=self.visibility.n.to(self.dtype),
             features=features,
             ramp=self.per_head(self.ramp),
             position=self.visibility.positions().clamp(0, last) if last >= 0 else self.visibility.positions() * 0,
+            logsumexp=self.logsumexp if wanted else None,
         )
-        terms = self.swap.terms(call)
+
+    @lazy
+    def terms(self) -> Terms:
+        """The swap's terms for all queries and keys."""
+        terms = self.swap.terms(self.call())
         bias = terms.key_bias
         # A gate that is shut leaves the stock kernel as it was, bit for bit.
         if bias is None or bias.requires_grad or torch.compiler.is_compiling():

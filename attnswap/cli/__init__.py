@@ -9,6 +9,7 @@ from attnswap.cli.bench import bench_command
 from attnswap.cli.coverage import coverage_command
 from attnswap.cli.doctor import doctor_command
 from attnswap.cli.eval import eval_command
+from attnswap.cli.heal import heal_command
 from attnswap.cli.patch import patch_command
 from attnswap.cli.show import describe_command, list_command
 from attnswap.cli.train import train_command
@@ -24,6 +25,7 @@ app.command("list")(list_command)
 app.command("describe")(describe_command)
 app.command("patch")(patch_command)
 app.command("train")(train_command)
+app.command("heal")(heal_command)
 app.command("eval")(eval_command)
 app.command("bench")(bench_command)
 app.command("coverage")(coverage_command)

@@ -1,5 +1,6 @@
 """The seam to transformers: patch, undo, save and reload."""
 
+from attnswap.surgery.bypass import bypassed
 from attnswap.surgery.checkpoint import from_pretrained
 from attnswap.surgery.install import install
 from attnswap.surgery.patch import describe, parameter_groups, patch, set_ramp, swap_parameters, unpatch
@@ -13,6 +14,7 @@ install()
 __all__ = [
     "KEY",
     "PatchReport",
+    "bypassed",
     "describe",
     "from_pretrained",
     "parameter_groups",

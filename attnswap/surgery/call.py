@@ -9,11 +9,15 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from attnswap.attention.checks import ensure
+from attnswap.attention.problem import Problem
 from attnswap.attention.visibility import Visibility
 from attnswap.errors import UnsupportedModelError
 from attnswap.surgery.spec import Slot
 from attnswap.surgery.state import append
 from attnswap.swaps.base import ModelInfo
+
+Observing = Callable[["LayerCall", str, Problem], None]
+"""Takes the call, the name of a slot and its attention problem."""
 
 Watching = Callable[["LayerCall", Tensor, Tensor, int], None]
 """Takes the call, the query (batch, heads, queries, head_dim), the output and the dimension of its heads."""
@@ -34,6 +38,7 @@ class LayerCall:
         alone: No swap runs on the model's own kernel, which would prove nothing of ours.
         cross: The module attends to another sequence.
         watch: Called with what attention took and gave; see :class:`attnswap.training.watch.Watch`.
+        observe: Called with each slot's problem; see :func:`attnswap.training.regression.regressing`.
         served: Set by the attention function.
         full: The features of all keys, for modules that call their attention function more than once.
     """
@@ -48,8 +53,14 @@ class LayerCall:
     alone: bool = False
     cross: bool = False
     watch: "Watching | None" = None
+    observe: "Observing | None" = None
     served: bool = False
     full: dict[str, dict[str, Tensor]] | None = None
+
+    def observed(self, slot: str, problem: Problem) -> None:
+        """Shows the observer a slot's problem."""
+        if self.observe is not None:
+            self.observe(self, slot, problem)
 
     def find_layer(self, key: Tensor) -> None:
         """Sets the layer of the cache that this call wrote to: some models run one module several times over.

@@ -27,6 +27,7 @@ from attnswap.swaps import Swap, SwapLike, resolve
 from attnswap.swaps.base import ModelInfo
 
 HeadsLike = Iterable[int] | int | None
+RampLike = float | Iterable[float]
 
 
 def patch(
@@ -149,26 +150,32 @@ def describe(model: PreTrainedModel) -> PatchReport:
     return build_report(model, modules, spec, [])
 
 
-def set_ramp(model: PreTrainedModel, ramp: float | Iterable[float], *, layers: LayersLike = None) -> None:
+def set_ramp(model: PreTrainedModel, ramp: RampLike | Mapping[int, RampLike], *, layers: LayersLike = None) -> None:
     """Moves lambda of every swap of the selected layers.
 
     Args:
         model: A patched model.
-        ramp: One value in [0, 1], or one per head of each slot.
-        layers: As in :func:`patch`; default: every patched layer.
+        ramp: One value in [0, 1], or one per head of each slot; or a mapping of such from the index of a layer.
+        layers: As in :func:`patch`; default: every patched layer, or those of the mapping.
 
     Raises:
         ConfigError: The model is not patched, a value is out of range, or the number of values does not fit.
     """
     spec, modules = _spec(model), attach.patched_modules(model)
-    value = check_ramp(ramp)
-    patched = select_layers(layers, sorted(spec.layers))
-    info = layer_info(owning_config(model, modules), modules[patched[0]][1])
-    for layer in patched:
+    if isinstance(ramp, Mapping):
+        if layers is not None:
+            raise ConfigError("give layers either as keys of ramp or as layers=, not both")
+        chosen = select_layers(list(ramp), sorted(spec.layers))
+        values = {layer: check_ramp(ramp[layer]) for layer in chosen}
+    else:
+        value = check_ramp(ramp)
+        values = dict.fromkeys(select_layers(layers, sorted(spec.layers)), value)
+    info = layer_info(owning_config(model, modules), modules[next(iter(values))][1])
+    for layer, value in values.items():
         for slot in spec.layers[layer].values():
             if isinstance(value, tuple):
                 _check_values(value, slot, info, layer)
-    for layer in patched:
+    for layer, value in values.items():
         for name, slot in spec.layers[layer].items():
             moved = Slot(slot.swap, slot.heads, value)
             spec = spec.with_slot(layer, name, moved)

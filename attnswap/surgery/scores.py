@@ -103,6 +103,7 @@ class Within(TorchFunctionMode):
             if slot.phase == "before":
                 continue
             problem = combine.slot_problem(layer, slot, features[name])
+            self.call.observed(name, problem)
             _, share = combine.dense_part(problem, problem.query)
             value_scale = problem.regular().terms.value_scale
             if value_scale is not None:
@@ -154,7 +155,7 @@ class Within(TorchFunctionMode):
         options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
         previous = _Stock(query, key, value, attn_mask, options)
         features = self._by_key_head(self.call.all_features(layer.visibility), key.shape[1])
-        out = combine.attend(layer, self.call.slots, features, previous, False)[0].transpose(1, 2)
+        out = combine.attend(layer, self.call.slots, features, previous, False, self.call.observed)[0].transpose(1, 2)
         if self.call.watch is not None:
             self.call.watch(self.call, query, out, 1)
         return out if self.call.probe is None else out * self.call.probe[:, None, None].to(out.dtype)

@@ -17,7 +17,7 @@ from attnswap.attention.checks import ensure
 from attnswap.attention.visibility import Visibility, split_mask
 from attnswap.errors import CheckpointError, UnsupportedModelError
 from attnswap.surgery import combine
-from attnswap.surgery.call import LayerCall, Watching
+from attnswap.surgery.call import LayerCall, Observing, Watching
 from attnswap.surgery.masks import ForwardMask, compact_mask, refuse_nearly, with_lengths
 from attnswap.surgery.module import LayerSwap
 from attnswap.surgery.previous import Previous
@@ -63,14 +63,17 @@ class Enter:
     Attributes:
         layer: Index of the layer.
         cross: It attends to another sequence: what is cached there are no tokens of this one.
+        bypass: The layer's swaps are passed by; see :func:`attnswap.bypassed`.
     """
 
     def __init__(self, before: str, unchecked: bool = False) -> None:
         self.before = before
         self.layer, self.cross = 0, False
+        self.bypass = False
         self.unchecked = unchecked
         self.probe: Tensor | None = None
         self.watch: Watching | None = None
+        self.observe: Observing | None = None
         self.alone = False
 
     def __call__(
@@ -78,9 +81,9 @@ class Enter:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Computes the layer's features and adds the call to the kwargs."""
         call = LayerCall(self.before, self.layer, probe=self.probe, alone=self.alone, cross=self.cross)
-        call.watch = self.watch
+        call.watch, call.observe = self.watch, self.observe
         child = module._modules.get(KEY)
-        if child is not None:
+        if child is not None and not self.bypass:
             if self.unchecked:
                 check_loaded(child)
                 self.unchecked = torch.compiler.is_compiling()  # a graph checks whenever it runs
@@ -216,7 +219,7 @@ def attention_forward(
     if not call.slots:
         return kept[0], combine.softmax_weights(layer)
     features = call.all_features(layer.visibility)
-    result = combine.attend(layer, call.slots, features, previous, weights_wanted)
+    result = combine.attend(layer, call.slots, features, previous, weights_wanted, call.observed)
     if call.watch is not None:
         call.watch(call, query, result[0], 2)
     return _probed(result, call.probe)

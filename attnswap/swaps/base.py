@@ -83,6 +83,21 @@ class Feature:
 
 
 @dataclass(frozen=True)
+class Observed:
+    """What a layer of the unswapped model did with some text, for :meth:`Swap.fit`. All fp32.
+
+    Attributes:
+        hidden: What entered the attention module, shape (tokens, hidden).
+        logsumexp: Of the scores of the heads swapped, shape (heads, tokens).
+        n: Keys visible to each token, shape (tokens,).
+    """
+
+    hidden: Tensor
+    logsumexp: Tensor
+    n: Tensor
+
+
+@dataclass(frozen=True)
 class Call:
     """What :meth:`Swap.terms` sees of one attention call. All tensors share one dtype (fp32, or fp64 in the oracle).
 
@@ -91,12 +106,15 @@ class Call:
         features: The declared features; per-head ones come as (heads, 1).
         ramp: lambda: 1.0, or a tensor that broadcasts like ``n``.
         position: Index of each query among the keys, shape (queries,).
+        logsumexp: Of each query's scores, shape (batch, heads, queries), without gradients; for swaps that declare
+            :attr:`Swap.needs_logsumexp`, while lambda is below 1.
     """
 
     n: Tensor
     features: Mapping[str, Tensor]
     ramp: Any
     position: Tensor
+    logsumexp: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -239,6 +257,33 @@ class Swap:
             Features of shape (batch, heads, tokens).
         """
         return {}
+
+    @property
+    def needs_logsumexp(self) -> bool:
+        """Whether the ramp begins from softmax's own normalizer, which costs another pass over the scores."""
+        return False
+
+    def fit(self, seen: Observed) -> dict[str, Tensor]:
+        """Returns a closed-form start of learned tensors; see ``attnswap.training.fit``.
+
+        Args:
+            seen: Text through one layer.
+
+        Returns:
+            Values by the names of features and gate parameters; those left out stay at their start.
+        """
+        return {}
+
+    def regression(self, call: Call) -> Tensor | None:
+        """Returns how far a prediction is from what the unswapped layer has at hand, or None if nothing is predicted.
+
+        Args:
+            call: With ``logsumexp``.
+
+        Returns:
+            A squared error for each query, shape (batch, heads, queries).
+        """
+        return None
 
     # --- the maths ----------------------------------------------------------------------------------------------
 

@@ -3,17 +3,33 @@
     w_ij = sigmoid(z_ij + b_i) [/ n_i],   b_i = bias + bias_log_n * ln n_i
 
 The published bias is the constant -ln n of the training length, which keeps a row's total near softmax's at the
-start of training. Put into a pretrained softmax model that start is far off (perplexity explodes), so ramp and heal.
+start of training. Put into a pretrained softmax model that start is far off (perplexity explodes). What a pretrained
+model lacks is its normalizer, the logsumexp L_i of a row. Most of it can be told without looking at the keys, so
+``bias="predicted"`` learns it from the query's token:
+
+    b_i = -(w . x_i + offset + slope ln n_i),   the start being a regression to L_i (``attnswap.training.fit``)
+
+and its ramp leads from softmax to sigmoid without a jump: with l_i = (1 - lambda) L_i + lambda (-b_i),
+
+    w_ij = e^(z_ij - l_i) / (1 + lambda e^(z_ij - l_i)),   L_i detached.
+
 Rows are free to sum to anything; a model's own sinks mean nothing here, since there is no denominator for them.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
+import torch
+from torch import Tensor
+
 from attnswap.errors import ConfigError
 from attnswap.swaps import expression as fn
-from attnswap.swaps.base import Call, Feature, ModelInfo, Numbers, Swap, Terms, require
+from attnswap.swaps.base import Call, Feature, ModelInfo, Numbers, Observed, Parameter, Swap, Terms, require
+
+RIDGE = 1e-3
+"""Penalty of the regression, over the mean square of what it reads."""
 
 
 @dataclass(frozen=True)
@@ -21,14 +37,15 @@ class Sigmoid(Swap):
     """Sigmoid self-attention (Ramapuram et al., arXiv 2409.04431).
 
     Attributes:
-        bias: A constant, ``"learned"`` (one per head, starting at the paper's value) or None: minus the logarithm of
-            the model's ``max_position_embeddings``, the paper's choice.
+        bias: A constant, ``"learned"`` (one per head, starting at the paper's value), ``"predicted"`` (from each
+            query's hidden state; the one for pretrained models) or None: minus the logarithm of the model's
+            ``max_position_embeddings``, the paper's choice.
         bias_log_n: Coefficient of ln n in the bias; -1 with ``bias=0`` makes it per-row.
         divide_by_n: Divide each row by its number of visible keys.
         max_positions: Training length behind the default bias; filled in from the model.
     """
 
-    bias: float | Literal["learned"] | None = None
+    bias: float | Literal["learned", "predicted"] | None = None
     bias_log_n: float = 0.0
     divide_by_n: bool = False
     max_positions: int | None = None
@@ -42,6 +59,10 @@ class Sigmoid(Swap):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(
+            self.bias != "predicted" or (self.bias_log_n == 0 and not self.divide_by_n),
+            'sigmoid: bias="predicted" learns how it depends on n: leave out bias_log_n and divide_by_n',
+        )
         require(self.max_positions is None or self.max_positions > 0, "sigmoid: max_positions must be positive")
 
     def bind(self, info: ModelInfo) -> Self:
@@ -54,15 +75,63 @@ class Sigmoid(Swap):
         return replace(self, max_positions=info.max_positions)
 
     @property
+    def native_ramp(self) -> bool:  # type: ignore[override]
+        return self.bias == "predicted"
+
+    @property
+    def needs_logsumexp(self) -> bool:
+        return self.bias == "predicted"
+
+    @property
     def _start(self) -> float | None:
         return None if self.max_positions is None else -math.log(self.max_positions)
 
     def features(self) -> dict[str, Feature]:
         if self.bias == "learned":
             return {"bias": Feature("head", initial=self._start, what="constant part of the bias")}
+        if self.bias == "predicted":
+            return {
+                "level": Feature("query", what="the part of the logsumexp that the token tells"),
+                "offset": Feature("head", initial=0.0, what="its constant part"),
+                "slope": Feature("head", initial=1.0, what="its growth with ln n"),
+            }
         return {}
 
+    def gate_parameters(self) -> dict[str, Parameter]:
+        return {"weight": Parameter(("heads", "hidden"))} if self.bias == "predicted" else {}
+
+    def gates(self, hidden: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self.bias != "predicted":
+            return {}
+        return {"level": torch.nn.functional.linear(hidden, parameters["weight"]).transpose(1, 2)}
+
+    def fit(self, seen: Observed) -> dict[str, Tensor]:
+        if self.bias != "predicted":
+            return {}
+        x = torch.cat([seen.hidden, seen.n.log()[:, None], torch.ones_like(seen.n)[:, None]], dim=1).double()
+        penalty = RIDGE * x[:, :-2].square().mean(0).sum() / (x.shape[1] - 2) * len(x)
+        ridge = torch.full((x.shape[1],), float(penalty), dtype=x.dtype, device=x.device)
+        ridge[-2:] = 1e-6 * len(x)
+        found = torch.linalg.solve(x.T @ x + ridge.diag(), x.T @ seen.logsumexp.T.double()).T.float()
+        return {"weight": found[:, :-2].contiguous(), "slope": found[:, -2], "offset": found[:, -1]}
+
+    def regression(self, call: Call) -> Tensor | None:
+        if self.bias != "predicted" or call.logsumexp is None:
+            return None
+        return (self._predicted(call) - call.logsumexp).square()
+
+    def _predicted(self, call: Call) -> Tensor:
+        features = call.features
+        return features["level"] + features["offset"] + features["slope"] * call.n.clamp(min=1).log()
+
     def terms(self, call: Call) -> Terms:
+        if self.bias == "predicted":
+            level = self._predicted(call)
+            if call.logsumexp is not None:
+                level = torch.lerp(
+                    call.logsumexp, level, torch.as_tensor(call.ramp, dtype=level.dtype).expand_as(level)
+                )
+            return Terms(query_bias=-level)
         bias = call.features["bias"] if self.bias == "learned" else self._start if self.bias is None else self.bias
         if bias is None:
             raise ConfigError(
@@ -72,7 +141,10 @@ class Sigmoid(Swap):
         return Terms(query_bias=bias + self.bias_log_n * call.n.clamp(min=1).log())
 
     def weight(self, s: Any, shift: Any, p: Numbers) -> Any:
-        return fn.sigmoid(s)
+        if isinstance(p.ramp, float) and p.ramp == 1.0:
+            return fn.sigmoid(s)
+        share = fn.maximum(p.ramp, 1e-15)  # at 0 what is left is e^s
+        return fn.sigmoid(s + fn.log(share)) / share
 
     def norm(self, s: Any, shift: Any, p: Numbers) -> Any:
         return 0.0 * s

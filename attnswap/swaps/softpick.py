@@ -10,13 +10,20 @@ are this swap's known weakness. No start equals softmax, so a pretrained model w
     w_j = relu(e^z_j - c) / (sum_k |e^z_k - c| + c eps),   c = lambda,
 
 which is softmax at lambda = 0 and softpick at lambda = 1.
+
+Every key below the threshold adds up to 1 to the denominator, so what is above it is diluted in proportion to n: a
+pretrained model that reads eight times as many keys loses most of each head's output. ``anchor`` holds the dilution at
+what it is at that many keys, by raising the scores of longer rows, which softmax would not notice:
+
+    z_ij + max(0, ln n_i - ln anchor)
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from attnswap.swaps import expression as fn
-from attnswap.swaps.base import Numbers, Swap, require
+from attnswap.swaps.base import Call, Numbers, Swap, Terms, require
 
 
 @dataclass(frozen=True)
@@ -27,10 +34,12 @@ class Softpick(Swap):
         eps: Added to the denominator.
         eps_after_max_shift: Add ``eps`` after dividing numerator and denominator by e^m, as the released kernels do;
             its relative size then depends on the row's largest score.
+        anchor: Number of keys from which on the scores grow with ln n; None: never, as published.
     """
 
     eps: float = 1e-6
     eps_after_max_shift: bool = False
+    anchor: int | None = None
 
     name: ClassVar[str] = "softpick"
     paper: ClassVar[str] = (
@@ -43,6 +52,12 @@ class Softpick(Swap):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.eps >= 0, f"softpick: eps must not be negative, not {self.eps}")
+        require(self.anchor is None or self.anchor > 0, "softpick: anchor must be a positive number of keys")
+
+    def terms(self, call: Call) -> Terms:
+        if self.anchor is None:
+            return Terms()
+        return Terms(query_bias=(call.n.clamp(min=1).log() - math.log(self.anchor)).clamp(min=0))
 
     @property
     def shift_gradient(self) -> bool:

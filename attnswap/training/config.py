@@ -11,7 +11,8 @@ from transformers import TrainingArguments
 from attnswap import swaps
 from attnswap.errors import ConfigError
 from attnswap.loading import EMBEDDED
-from attnswap.training.strict import coerce, from_mapping, join, parse_yaml, read_yaml, show, unknown_key
+from attnswap.training.sections import FitSection, StageSection
+from attnswap.training.strict import coerce, from_mapping, join, parse_yaml, read_yaml, require, show, unknown_key
 
 RESERVED = {
     "output_dir": "set output_dir at the top of the recipe",
@@ -29,11 +30,6 @@ RESERVED = {
     "auto_find_batch_size": "a smaller batch would be another experiment",
 }
 """Fields of TrainingArguments that a recipe may not set, and why."""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
 
 
 def _resolve(swap: str | dict[str, Any]) -> None:
@@ -98,18 +94,16 @@ class DataSection:
     cache_dir: str | None = None
 
     def __post_init__(self) -> None:
-        _require(2 <= self.sequence_length <= 1 << 24, "data.sequence_length: must be at least 2 and at most 16777216")
-        _require(0 < self.eval_fraction < 1, "data.eval_fraction: must lie between 0 and 1")
-        _require(self.eval_windows is None or self.eval_windows > 0, "data.eval_windows: must be positive")
-        _require(self.max_documents is None or self.max_documents > 1, "data.max_documents: must be at least 2")
-        _require(0 <= self.seed < 1 << 63, "data.seed: must be at least 0 and below 2^63")
-        _require(
-            (self.source == "files") == bool(self.files), 'data.files: goes with "source: files", and only with it'
-        )
-        _require(
+        require(2 <= self.sequence_length <= 1 << 24, "data.sequence_length: must be at least 2 and at most 16777216")
+        require(0 < self.eval_fraction < 1, "data.eval_fraction: must lie between 0 and 1")
+        require(self.eval_windows is None or self.eval_windows > 0, "data.eval_windows: must be positive")
+        require(self.max_documents is None or self.max_documents > 1, "data.max_documents: must be at least 2")
+        require(0 <= self.seed < 1 << 63, "data.seed: must be at least 0 and below 2^63")
+        require((self.source == "files") == bool(self.files), 'data.files: goes with "source: files", and only with it')
+        require(
             (self.source == "hub") == (self.name is not None), 'data.name: goes with "source: hub", and only with it'
         )
-        _require(self.kind == "text" or self.source != "offline", "data.kind: the offline text holds no chats")
+        require(self.kind == "text" or self.source != "offline", "data.kind: the offline text holds no chats")
 
 
 @dataclass(frozen=True)
@@ -129,9 +123,9 @@ class LoraSection:
     target_modules: str | list[str] = "all-linear"
 
     def __post_init__(self) -> None:
-        _require(self.r > 0, "lora.r: must be positive")
-        _require(self.alpha > 0, "lora.alpha: must be positive")
-        _require(0 <= self.dropout < 1, "lora.dropout: must be at least 0 and below 1")
+        require(self.r > 0, "lora.r: must be positive")
+        require(self.alpha > 0, "lora.alpha: must be positive")
+        require(0 <= self.dropout < 1, "lora.dropout: must be at least 0 and below 1")
 
 
 @dataclass(frozen=True)
@@ -147,7 +141,7 @@ class OptimizerSection:
     freeze: Literal["none", "all_but_swap"] = "none"
 
     def __post_init__(self) -> None:
-        _require(self.swap_lr_multiplier > 0, "optimizer.swap_lr_multiplier: must be positive")
+        require(self.swap_lr_multiplier > 0, "optimizer.swap_lr_multiplier: must be positive")
 
 
 @dataclass(frozen=True)
@@ -162,12 +156,17 @@ class TrainConfig:
         part: Which attention of several to patch, as in :func:`attnswap.patch`; None: the decoder's own.
         layers: Which layers to patch, as in :func:`attnswap.patch`; None: all.
         heads: Which heads to patch; None: all.
-        ramp: lambda of the swap while training, from 0 (as before) to 1 (the swap).
+        ramp: lambda of the swap while training, from 0 (as before) to 1 (the swap); where stages move it, leave it out.
         model: See :class:`ModelSection`.
         data: See :class:`DataSection`.
         training: Fields of ``transformers.TrainingArguments``.
         optimizer: See :class:`OptimizerSection`.
         lora: See :class:`LoraSection`; None: train the weights themselves.
+        stages: One after another, sharing ``training.max_steps``; none: cross entropy throughout. See
+            :class:`attnswap.training.StageSection`.
+        teacher: The model that stages learn from, as ``model.reference``; None: the model itself, as it was before the
+            swap and the training.
+        fit: Start the swap by a closed-form fit; see :class:`FitSection`. None: at its own start.
     """
 
     output_dir: str
@@ -182,20 +181,42 @@ class TrainConfig:
     training: dict[str, Any] = field(default_factory=dict)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     lora: LoraSection | None = None
+    stages: list[StageSection] = field(default_factory=list)
+    teacher: str | None = None
+    fit: FitSection | None = None
 
     def __post_init__(self) -> None:
-        _require(self.output_dir.strip() != "", "output_dir: must name a directory")
-        _require(0 <= self.ramp <= 1, "ramp: must lie between 0 and 1")
+        require(self.output_dir.strip() != "", "output_dir: must name a directory")
+        require(0 <= self.ramp <= 1, "ramp: must lie between 0 and 1")
         if self.swap == "none":
             object.__setattr__(self, "swap", None)
         frozen = self.optimizer.freeze == "all_but_swap"
         if self.swap is None:
             given = (self.part, self.layers, self.heads)
-            _require(given == (None,) * 3, "part, layers, heads: nothing is swapped, so leave them out")
+            require(given == (None,) * 3, "part, layers, heads: nothing is swapped, so leave them out")
         else:
             _resolve(self.swap)
-        _require(not (frozen and self.lora), 'lora: goes with "optimizer.freeze: none", which trains the adapters')
+        require(not (frozen and self.lora), 'lora: goes with "optimizer.freeze: none", which trains the adapters')
         object.__setattr__(self, "training", check_training(self.training))
+        if self.stages:
+            self._check_stages()
+        else:
+            require(self.teacher is None, "teacher: goes with stages, which learn from it")
+
+    def _check_stages(self) -> None:
+        require(self.training.get("max_steps", -1) > 0, "training.max_steps: stages share these steps, so give them")
+        ramps = [stage.ramp for stage in self.stages if stage.ramp is not None]
+        if ramps:
+            require(self.ramp == 1.0, "ramp: stages move it, so leave it out")
+            require(ramps[-1].end == 1.0, "stages: the last ramp must end at 1, or the result is not the swap")
+            require(
+                not self.training.get("load_best_model_at_end"),
+                "training.load_best_model_at_end: the best loss may be one at a lambda below 1",
+            )
+        require(
+            self.optimizer.freeze == "none" or all(stage.train != "attention" for stage in self.stages),
+            'stages: "train: attention" goes with "optimizer.freeze: none"',
+        )
 
 
 def check_training(values: dict[str, Any]) -> dict[str, Any]:
@@ -214,7 +235,7 @@ def check_training(values: dict[str, Any]) -> dict[str, Any]:
             raise unknown_key(key, known, "training")
         checked[key] = coerce(value, hints[key], join("training", key))
         if key == "learning_rate":
-            _require(checked[key] >= 0, "training.learning_rate: must not be negative")
+            require(checked[key] >= 0, "training.learning_rate: must not be negative")
     return checked
 
 

@@ -10,8 +10,8 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,31 +32,54 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Data:
-    """Windows to train and evaluate on: torch rows of ``input_ids``, ``position_ids`` and ``labels``."""
+    """Windows to train and evaluate on: torch rows of ``input_ids``, ``position_ids`` and ``labels``.
+
+    Attributes:
+        train: The windows of every stage, one after another.
+        held_out: What is evaluated on, and never trained on.
+        sizes: How many windows each stage has.
+        description: Number of the training documents and the sha256 of their texts, one after another.
+    """
 
     train: Dataset
     held_out: Dataset
+    sizes: list[int]
+    description: dict[str, Any]
 
 
-def load_data(section: DataSection, tokenizer: PreTrainedTokenizerBase) -> Data:
+def load_data(section: DataSection, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int | None] = ()) -> Data:
     """Loads what a recipe's ``data`` section names, as windows of ``sequence_length`` tokens.
 
     Args:
         section: The recipe's section.
         tokenizer: The model's tokenizer.
+        lengths: The window length of each stage, None where it is the section's; default: one stage.
 
     Raises:
         ConfigError: The data does not exist, cannot be read, or is too little to train and evaluate on.
     """
     documents = load_documents(section)
     train, held_out = split_documents(documents, section)
-    train, held_out = (make_windows(part, section, tokenizer) for part in (train, held_out))
-    for name, part in (("train", train), ("evaluate", held_out)):
+    description = _describe(train)
+    held_out = make_windows(held_out, section, tokenizer)
+    parts = [
+        make_windows(train, section, tokenizer) if length is None else long_windows(train, section, tokenizer, length)
+        for length in lengths or (None,)
+    ]
+    for name, part in (("evaluate", held_out), *(("train", part) for part in parts)):
         if len(part) == 0:
             raise ConfigError(f"data: too little text to {name} on: not one token has a label")
     if section.eval_windows is not None:
         held_out = held_out.select(range(min(section.eval_windows, len(held_out))))
-    return Data(train.with_format("torch"), held_out.with_format("torch"))
+    train = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    return Data(train.with_format("torch"), held_out.with_format("torch"), [len(part) for part in parts], description)
+
+
+def _describe(documents: Dataset) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for document in documents["document"]:
+        digest.update(document.encode("utf-8", "surrogatepass"))
+    return {"documents": len(documents), "sha256": digest.hexdigest()}
 
 
 def load_documents(section: DataSection) -> Dataset:
@@ -126,6 +149,24 @@ def make_windows(documents: Dataset, section: DataSection, tokenizer: PreTrained
         ),
         desc="Packing documents",
     )
+
+
+def long_windows(documents: Dataset, section: DataSection, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
+    """Makes windows that one document fills from end to end, for training at long context.
+
+    Raises:
+        ConfigError: No document is that long.
+    """
+    windows = make_windows(documents, replace(section, sequence_length=length, pack=False), tokenizer)
+    whole = windows.filter(
+        lambda positions, labels: [p[-1] == length - 1 for p in positions],
+        batched=True,
+        input_columns=["position_ids", "labels"],
+        desc="Keeping long documents",
+    )
+    if len(whole) == 0:
+        raise ConfigError(f"stages: no document of the training data fills a window of {length} tokens")
+    return whole
 
 
 def _text_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], Iterator[Document]]:

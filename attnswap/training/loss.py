@@ -1,32 +1,52 @@
 """Cross entropy that never holds the logits of a whole window.
 
 With a vocabulary of 50k and a window of 8k tokens the logits alone take 1.6 GB in fp32, and their gradient as much
-again. Here the decoder runs once; the head then sees a chunk of positions at a time, and the backward pass computes
-each chunk's logits anew. Positions without a label never reach the head.
+again. Here the decoder runs once, and the head sees a chunk of positions at a time; see
+:mod:`attnswap.training.head`. Positions without a label never reach the head.
 
 The loss stands in for the model's own ``forward`` while training, so that DDP, mixed precision and ``Trainer`` call
 the model as always and gradients pass through the same hooks.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from attnswap.errors import ConfigError, UnsupportedModelError
+from attnswap.processes import place, share
+from attnswap.training.head import IGNORED, CrossEntropy, RowLoss, head_loss
 
 CHUNK = 512
 """Positions whose logits exist at the same time."""
 
-IGNORED = -100
-"""The label of a position that is not learned."""
+
+class Lesson(Protocol):
+    """What an objective made of one batch."""
+
+    def of_rows(self, targets: Tensor, positions: tuple[Tensor, Tensor]) -> RowLoss | None:
+        """Returns what the logits of each labelled position cost, or None where they are not wanted.
+
+        Args:
+            targets: Labels, shape (rows,).
+            positions: Their rows and columns among the hidden states.
+        """
+
+    def of_layers(self) -> Tensor | float:
+        """Returns what is lost beside the logits, per token: called once the decoder has run."""
+
+
+class Objective(Protocol):
+    """What a model learns in place of its labels alone; see :class:`attnswap.healing.Distill`."""
+
+    def teach(self, model: PreTrainedModel, inputs: dict[str, Any]) -> AbstractContextManager[Lesson]:
+        """Prepares the lesson of one batch; the model's decoder runs inside the context."""
 
 
 @dataclass
@@ -34,8 +54,9 @@ class ChunkedLossOutput(ModelOutput):
     """What a model returns under :func:`chunked_loss`.
 
     Attributes:
-        loss: Summed negative log-likelihood over the number of labels (or over ``num_items_in_batch``), a scalar.
-        nll: Summed negative log-likelihood of each row, fp32, shape (batch,).
+        loss: Summed loss (negative log-likelihood, or what the objective says) over the number of labels (or over
+            ``num_items_in_batch``), a scalar.
+        nll: Summed loss of each row, fp32, shape (batch,).
         tokens: Number of labels behind it, shape (batch,).
     """
 
@@ -85,7 +106,13 @@ def head_logits(model: PreTrainedModel, outputs: ModelOutput, hidden: Tensor) ->
 
 
 def forward_with_loss(
-    model: PreTrainedModel, labels: Tensor, *, chunk: int = CHUNK, num_items_in_batch: Any = None, **inputs: Any
+    model: PreTrainedModel,
+    labels: Tensor,
+    *,
+    chunk: int = CHUNK,
+    num_items_in_batch: Any = None,
+    objective: Objective | None = None,
+    **inputs: Any,
 ) -> ChunkedLossOutput:
     """Runs the decoder and the loss, ``chunk`` positions at a time.
 
@@ -94,45 +121,65 @@ def forward_with_loss(
         labels: The tokens themselves, -100 where nothing is learned, shape (batch, tokens); shifted here.
         chunk: Positions whose logits exist at the same time.
         num_items_in_batch: What to divide the sum by; None: the number of labels here.
+        objective: What is learned; None: the labels.
         **inputs: What the decoder takes: ``input_ids``, ``position_ids``, ...
 
     Returns:
         The loss, differentiable, and its sums by row.
     """
-    outputs = getattr(model, model.base_model_prefix)(**inputs, use_cache=False)
+    teaching: AbstractContextManager[Lesson | None] = nullcontext(None)
+    if objective is not None:
+        teaching = objective.teach(model, inputs)
+    with teaching as lesson:
+        outputs = getattr(model, model.base_model_prefix)(**inputs, use_cache=False)
     hidden = outputs.last_hidden_state[:, :-1]
     targets = labels[:, 1:].to(hidden.device)
     rows, columns = (targets != IGNORED).nonzero(as_tuple=True)
     if len(rows) == 0:  # every parameter must take part in the backward pass, or other processes wait for it
         rows = columns = torch.zeros(1, dtype=torch.long, device=hidden.device)
-    hidden, kept_targets = hidden[rows, columns], targets[rows, columns]
+    kept_targets = targets[rows, columns]
     # What else the decoder returned would only keep memory alive until the backward pass.
     bare = type(outputs)(last_hidden_state=None)
-
-    def chunk_nll(part: Tensor, target: Tensor) -> Tensor:
-        logits = head_logits(model, bare, part[None])[0].float()
-        return nn.functional.cross_entropy(logits, target, ignore_index=IGNORED, reduction="none")
-
-    parts = zip(hidden.split(chunk), kept_targets.split(chunk), strict=True)
-    nll = torch.cat(
-        [checkpoint(chunk_nll, part, kept, use_reentrant=False, preserve_rng_state=False) for part, kept in parts]
+    loss = CrossEntropy(kept_targets) if lesson is None else lesson.of_rows(kept_targets, (rows, columns))
+    total, nll = (
+        (hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros(len(rows), dtype=torch.float32))
+        if loss is None
+        else head_loss(
+            hidden[rows, columns],
+            lambda part: head_logits(model, bare, part[None])[0],
+            own_parameters(model),
+            loss,
+            chunk,
+        )
     )
     tokens = (targets != IGNORED).sum(dim=1)
-    total = tokens.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=nll.device)
+    here = tokens.sum()
+    divisor = here if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=nll.device)
+    if lesson is not None:
+        total = total + here * lesson.of_layers()
+    if loss is None and place(model)[1] > 1:  # other processes wait for every gradient
+        total = total + 0.0 * torch.stack([share(p).sum() for p in model.parameters() if p.requires_grad]).sum()
     return ChunkedLossOutput(
-        loss=nll.sum() / total.clamp(min=1),
-        nll=torch.zeros(len(labels), device=nll.device).index_add(0, rows, nll.detach()),
+        loss=total / divisor.clamp(min=1),
+        nll=torch.zeros(len(labels), device=nll.device).index_add(0, rows, nll),
         tokens=tokens,
     )
 
 
+def own_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
+    """Returns the parameters outside the decoder: those of the head, and what it shares with the decoder."""
+    decoder = model.base_model_prefix
+    return [p for name, child in model.named_children() if name != decoder for p in child.parameters()]
+
+
 @contextmanager
-def chunked_loss(model: PreTrainedModel, *, chunk: int = CHUNK) -> Iterator[None]:
+def chunked_loss(model: PreTrainedModel, *, chunk: int = CHUNK, objective: Objective | None = None) -> Iterator[None]:
     """Makes ``model(..., labels=...)`` compute the chunked loss; without labels nothing changes.
 
     Args:
         model: A causal language model, patched or not.
         chunk: Positions whose logits exist at the same time.
+        objective: What is learned in training mode; None: the labels. In evaluation mode it is always the labels.
 
     Raises:
         ConfigError: The model adds a loss of its own for its routers, which the chunks would lose.
@@ -156,7 +203,10 @@ def chunked_loss(model: PreTrainedModel, *, chunk: int = CHUNK) -> Iterator[None
         inputs = {"input_ids": input_ids, "position_ids": position_ids, **kwargs}
         if labels is None:
             return original(**inputs)
-        return forward_with_loss(self, labels, chunk=chunk, num_items_in_batch=num_items_in_batch, **inputs)
+        taught = objective if self.training else None
+        return forward_with_loss(
+            self, labels, chunk=chunk, num_items_in_batch=num_items_in_batch, objective=taught, **inputs
+        )
 
     model.forward = MethodType(forward, model)
     try:

@@ -1,39 +1,62 @@
 """lambda over training steps, and lambda as a checkpoint has it."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import attnswap
-from attnswap.errors import CheckpointError
-from attnswap.surgery.attach import base_of, spec_of
+from attnswap.errors import CheckpointError, ConfigError
+from attnswap.surgery.attach import base_of, config_of, patched_modules, spec_of
 from attnswap.surgery.patch import follow
-from attnswap.surgery.spec import KEY, PatchSpec, with_towers
+from attnswap.surgery.select import layer_info
+from attnswap.surgery.spec import KEY, PatchSpec, Slot, with_towers
+from attnswap.training.sections import RampSection
 
 SPEC = "attnswap.json"
+
+
+Ramps = float | dict[int, float | tuple[float, ...]]
+"""lambda of every swap, or of each layer, or of each head of a layer's swaps."""
 
 
 class RampSchedule(TrainerCallback):
     """Moves lambda of every swap with the step. A resumed run goes on at the value of its step.
 
     Args:
-        schedule: Steps until lambda is ``end``, evenly; or a function from the number of a step, counted from 1, to its
-            lambda.
+        schedule: Steps until every lambda is ``end``; or a function from the number of a step, counted from 1, to its
+            lambda (or what :func:`attnswap.set_ramp` takes).
         start: lambda before the first step.
         end: lambda from the last of those steps on.
+        shape: ``"linear"``, ``"geometric"`` or ``"cosine"``; this and the rest as in
+            :class:`attnswap.training.RampSection`.
+        layers: Which layers move first.
+        heads: Whether the heads of a layer move together.
+        spread: Share of the steps over which the layers or heads begin.
     """
 
-    def __init__(self, schedule: int | Callable[[int], float], start: float = 0.0, end: float = 1.0) -> None:
-        self.schedule, self.start, self.end = schedule, start, end
+    def __init__(
+        self,
+        schedule: int | Callable[[int], Any],
+        start: float = 0.0,
+        end: float = 1.0,
+        *,
+        shape: Literal["geometric", "linear", "cosine"] = "linear",
+        layers: Literal["together", "first to last", "last to first"] = "together",
+        heads: Literal["together", "one by one"] = "together",
+        spread: float = 0.5,
+    ) -> None:
+        self.schedule = schedule
+        self.section = RampSection(start, end, 1.0, shape, layers=layers, heads=heads, spread=spread)
 
-    def at(self, step: int) -> float:
-        """Returns lambda of a step."""
+    def at(self, step: int, model: PreTrainedModel) -> Any:
+        """Returns what lambda is at a step."""
         if callable(self.schedule):
             return self.schedule(step)
-        return self.start + (self.end - self.start) * min(step / max(self.schedule, 1), 1.0)
+        return ramps(self.section, step / max(self.schedule, 1), model)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -41,7 +64,58 @@ class RampSchedule(TrainerCallback):
         """Sets the value of the step to come."""
         if 0 < state.max_steps <= state.global_step:  # resumed at the end
             return
-        attnswap.set_ramp(base_of(kwargs["model"]), self.at(state.global_step + 1))
+        model = base_of(kwargs["model"])
+        attnswap.set_ramp(model, self.at(state.global_step + 1, model))
+
+
+def ramps(section: RampSection, progress: float, model: PreTrainedModel) -> Ramps:
+    """Returns lambda of every swap of a model at some point of a ramp.
+
+    Args:
+        section: The ramp.
+        progress: Steps done over the steps of the ramp.
+        model: A patched model.
+    """
+    if section.layers == section.heads == "together":
+        return _along(section, progress)
+    spec = spec_of(model)
+    assert spec is not None
+    info = layer_info(config_of(model), next(iter(patched_modules(model).values()))[1])
+    order = sorted(spec.layers, reverse=section.layers == "last to first")
+    groups = info.heads // info.kv_heads
+    found: dict[int, float | tuple[float, ...]] = {}
+    for layer, slots in spec.layers.items():
+        rank = 0 if section.layers == "together" else order.index(layer)
+        count = 1 if section.layers == "together" else len(order)
+        if section.heads == "together":
+            found[layer] = _along(section, progress, rank, count)
+            continue
+        (heads,) = {slot.count(info.heads) for slot in slots.values()} if _alike(slots, info.heads) else {0}
+        if not heads:
+            raise ConfigError(f"ramp.heads: the swaps of layer {layer} have different numbers of heads: set together")
+        # Heads that share keys and values move together, for some swaps keep a value for both.
+        parts = -(-heads // groups)
+        found[layer] = tuple(_along(section, progress, rank * parts + h // groups, count * parts) for h in range(heads))
+    return found
+
+
+def _alike(slots: dict[str, Slot], heads: int) -> bool:
+    return len({slot.count(heads) for slot in slots.values()}) == 1
+
+
+def _along(section: RampSection, progress: float, rank: int = 0, count: int = 1) -> float:
+    """Returns lambda of the one that begins as number ``rank`` of ``count``."""
+    if count > 1:
+        progress = (progress - section.spread * rank / (count - 1)) / (1 - section.spread)
+    if progress >= 1:
+        return section.end
+    if progress <= 0:
+        return section.start
+    if section.shape == "geometric":
+        first = section.start or section.least
+        return first * (section.end / first) ** progress
+    share = progress if section.shape == "linear" else (1 - math.cos(math.pi * progress)) / 2
+    return section.start + (section.end - section.start) * share
 
 
 def follow_checkpoint(model: Any, checkpoint: Path) -> None:

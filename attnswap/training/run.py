@@ -1,6 +1,8 @@
 """A whole training run: load, patch, train, save."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,22 +10,27 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from transformers import PreTrainedModel, TrainingArguments, default_data_collator, set_seed
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, default_data_collator, set_seed
 from transformers.integrations import get_available_reporting_integrations
 
 import attnswap
 from attnswap.errors import ConfigError, StoppedError
 from attnswap.loading import load_model, load_tokenizer
+from attnswap.surgery.attach import spec_of
 from attnswap.training.config import TrainConfig
 from attnswap.training.data import load_data
+from attnswap.training.distill import Distillation
 from attnswap.training.durable import latest_checkpoint
+from attnswap.training.fit import fit
 from attnswap.training.lora import add_lora
 from attnswap.training.loss import chunked_loss
 from attnswap.training.movement import Moved, as_json
 from attnswap.training.output import Output
 from attnswap.training.packing import check_separation
 from attnswap.training.protect import protect
+from attnswap.training.stages import Stage, Stages, plan_stages, without_swaps
 from attnswap.training.summary import summarise
+from attnswap.training.teacher import Teacher, teacher_of
 from attnswap.training.trainer import StepLog, SwapTrainer
 
 
@@ -68,18 +75,25 @@ def train(config: TrainConfig) -> TrainResult:
         resumed = {**config.training, "resume_from_checkpoint": None if latest is None else str(latest)}
         config = replace(config, training=resumed)
     output.check(config.training.get("resume_from_checkpoint"))
-    args = training_arguments(config, output.partial)
+    plan = plan_stages(config.stages, config.training["max_steps"]) if config.stages else []
+    if plan and config.swap is None:
+        plan = without_swaps(plan)
+    steps_of_plan = {"max_steps": sum(stage.steps for stage in plan)} if plan else {}
+    args = training_arguments(replace(config, training={**config.training, **steps_of_plan}), output.partial)
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.reference)
     with args.main_process_first(local=False, desc="preparing the data"):
-        data = load_data(config.data, tokenizer)
+        data = load_data(config.data, tokenizer, [stage.section.sequence_length for stage in plan])
     model = load_model(config.model.reference, dtype=getattr(torch, config.model.dtype))
     _check_length(model, config)
     use_cache = model.config.use_cache
     set_seed(args.seed)  # gates may start from noise: the same in every process and on resuming
     if config.swap is not None:
-        attnswap.patch(model, config.swap, part=config.part, layers=config.layers, heads=config.heads, ramp=config.ramp)
+        ramp = next((s.section.ramp.start for s in plan if s.section.ramp is not None), config.ramp)
+        attnswap.patch(model, config.swap, part=config.part, layers=config.layers, heads=config.heads, ramp=ramp)
     if config.data.pack:
         check_separation(model)
+    if config.fit is not None and config.swap is not None:
+        fit(model, text_batches(data.train, config.fit.tokens))
     if config.optimizer.freeze == "all_but_swap":
         freeze_all_but_swap(model)
     adapters = add_lora(model, config.lora) if config.lora else None
@@ -88,7 +102,7 @@ def train(config: TrainConfig) -> TrainResult:
     if args.process_index == 0:
         output.prepare(args.resume_from_checkpoint)
     steps = StepLog(output.partial / "steps.jsonl")
-    with chunked_loss(model):
+    with learning(model, config, plan) as switch:
         trainer = SwapTrainer(
             model=model,
             args=args,
@@ -96,8 +110,10 @@ def train(config: TrainConfig) -> TrainResult:
             train_dataset=data.train,
             eval_dataset=data.held_out,
             processing_class=tokenizer,
-            callbacks=[steps],
+            callbacks=[*switch, steps],
             swap_lr_multiplier=config.optimizer.swap_lr_multiplier,
+            stages=plan,
+            windows=data.sizes,
         )
         protection = protect(trainer)
         try:
@@ -113,15 +129,64 @@ def train(config: TrainConfig) -> TrainResult:
     movement = trainer.movement.measure(model)
     if adapters is not None:
         adapters.merge_and_unload()
+    if plan and spec_of(model) is not None:
+        attnswap.set_ramp(model, 1.0)
     model.config.use_cache = use_cache  # Trainer turns it off, and the saved model should generate as before
     summary = summarise(
-        config, trainer, trained.metrics, after, movement, steps.seconds, trainable, protection.finite.skipped
+        config,
+        trainer,
+        trained.metrics,
+        after,
+        movement,
+        steps.seconds,
+        trainable,
+        protection.finite.skipped,
+        data.description,
     )
     trainer.save_model(str(output.partial))
     if trainer.is_world_process_zero():
         output.publish(config, trainer.state.log_history, as_json(movement), summary)
     trainer.accelerator.wait_for_everyone()
     return TrainResult(output.final, summary, movement)
+
+
+@contextmanager
+def learning(model: PreTrainedModel, config: TrainConfig, plan: list[Stage]) -> Iterator[list[TrainerCallback]]:
+    """Gives a model the loss of a recipe, and yields the callbacks that go with it.
+
+    Raises:
+        ConfigError: The model was saved with swaps, so that it cannot tell what it was before.
+    """
+    if not plan:
+        with chunked_loss(model):
+            yield []
+        return
+    teacher = None
+    if any(stage.section.loss.taught for stage in plan):
+        if config.teacher is not None:
+            loaded = load_model(config.teacher, dtype=torch.float32)
+            loaded.to(device=model.device, dtype=torch.bfloat16)  # type: ignore[call-arg]
+            teacher = Teacher(loaded.eval().requires_grad_(False), shared=False)
+        elif config.swap is None and spec_of(model) is not None:
+            raise ConfigError(
+                f'teacher: "{config.model.reference}" was saved with swaps; name the model it was before to learn from'
+            )
+        else:
+            teacher = teacher_of(model)
+    switch = Stages(plan, Distillation(teacher, plan[0].section.loss))
+    try:
+        yield [switch]
+    finally:
+        switch.close()
+
+
+def text_batches(windows: datasets.Dataset, tokens: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Yields windows from all over a data set until they hold so many tokens."""
+    length = len(windows[0]["input_ids"])
+    count = min(len(windows), -(-tokens // length))
+    for index in range(count):
+        row = windows[index * len(windows) // count]
+        yield {name: row[name][None] for name in ("input_ids", "position_ids")}
 
 
 def training_arguments(config: TrainConfig, directory: Path) -> TrainingArguments:
@@ -138,6 +203,7 @@ def training_arguments(config: TrainConfig, directory: Path) -> TrainingArgument
         ConfigError: The values do not fit together or the machine.
     """
     chosen = config.training
+    ramped = any(stage.ramp is not None for stage in config.stages)
     strategy, every = chosen.get("eval_strategy", "steps"), chosen.get("eval_steps", 0.25)
     defaults = {
         "num_train_epochs": 1.0,
@@ -150,7 +216,7 @@ def training_arguments(config: TrainConfig, directory: Path) -> TrainingArgument
         "save_strategy": strategy,
         "save_steps": every,
         "save_total_limit": 1,
-        "load_best_model_at_end": strategy != "no",
+        "load_best_model_at_end": strategy != "no" and not ramped,
         "report_to": "none",
         "disable_tqdm": not sys.stderr.isatty(),
         "use_cpu": not torch.accelerator.is_available(),

@@ -20,6 +20,12 @@ _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _T = TypeVar("_T")
 
 
+def require(condition: bool, message: str) -> None:
+    """Raises ConfigError with a message unless a condition holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
 def read_yaml(path: str | Path) -> Any:
     """Reads one YAML document from a file of at most 1 MB.
 

@@ -22,6 +22,7 @@ def summarise(
     seconds: list[float],
     trainable: int,
     skipped: list[int],
+    described: dict[str, Any],
 ) -> dict[str, Any]:
     """Returns what ``summary.json`` holds.
 
@@ -34,6 +35,7 @@ def summarise(
         seconds: Duration of each step.
         trainable: Number of weights trained.
         skipped: The steps that were left out.
+        described: What identifies the training text.
     """
     args, state = trainer.args, trainer.state
     before = next((entry for entry in state.log_history if "eval_loss" in entry and entry["step"] == 0), None)
@@ -48,6 +50,8 @@ def summarise(
         "held_out_loss": after["eval_loss"] if after else None,
         "held_out_tokens": after["eval_tokens"] if after else None,
         "sequence_length": config.data.sequence_length,
+        "data": {"source": config.data.source, **described},
+        "tokens": tokens_of(config, trainer),
         "windows_per_step": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
         "processes": args.world_size,
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else config.model.dtype,
@@ -60,6 +64,20 @@ def summarise(
         "moved": as_json(by_kind(movement)),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
+
+
+def tokens_of(config: TrainConfig, trainer: SwapTrainer) -> int:
+    """Returns how many tokens a run has read, padding included."""
+    args, done = trainer.args, trainer.state.global_step
+    windows = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    if not trainer.stages:
+        return done * windows * config.data.sequence_length
+    return sum(
+        max(0, min(stage.steps, done - stage.first))
+        * windows
+        * (stage.section.sequence_length or config.data.sequence_length)
+        for stage in trainer.stages
+    )
 
 
 def table(summary: dict[str, Any]) -> Table:

@@ -3,6 +3,7 @@
 import copy
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import attnswap
 from attnswap.errors import ConfigError
 from attnswap.processes import whole
 from attnswap.training.movement import Movement, by_kind
+from attnswap.training.stages import Stage, StagedWindows, staged_schedule
 
 
 class SwapTrainer(Trainer):
@@ -27,6 +29,9 @@ class SwapTrainer(Trainer):
     Args:
         *args: As for ``Trainer``.
         swap_lr_multiplier: Learning rate of the swap's parameters over that of the rest.
+        stages: Stages with rates and windows of their own; the callback :class:`attnswap.training.Stages` does the
+            rest of what they ask for.
+        windows: How many windows the data set holds for each stage, in order.
         **kwargs: As for ``Trainer``.
 
     Attributes:
@@ -36,9 +41,17 @@ class SwapTrainer(Trainer):
 
     model: PreTrainedModel
 
-    def __init__(self, *args: Any, swap_lr_multiplier: float = 10.0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        swap_lr_multiplier: float = 10.0,
+        stages: Sequence[Stage] = (),
+        windows: Sequence[int] = (),
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.swap_lr_multiplier = swap_lr_multiplier
+        self.stages, self.windows = list(stages), list(windows)
         self.movement = Movement(self.model)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -68,6 +81,23 @@ class SwapTrainer(Trainer):
             )
             self.optimizer = kind(groups, **kwargs)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Makes the recipe's schedule, in which each stage starts anew."""
+        if not self.stages:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            chosen = self.optimizer if optimizer is None else optimizer
+            assert chosen is not None
+            self.lr_scheduler = staged_schedule(chosen, self.stages, self.args)
+        return self.lr_scheduler
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if not self.stages:
+            return super()._get_train_sampler(train_dataset)
+        args = self.args
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return StagedWindows(self.windows, [stage.steps * batch for stage in self.stages], args.seed)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the model; one that FSDP shards is put together, except in checkpoints to resume from."""

@@ -1,0 +1,59 @@
+"""``attnswap heal``: a healing recipe with its controls, measured."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+def heal_command(
+    recipe: Annotated[Path, typer.Argument(help="A recipe with stages, e.g. recipes/heal/softpick.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values in place of the recipe's.")
+    ] = None,
+    control: Annotated[
+        Path | None, typer.Option(help="Finished control of the same recipe. Default: train one.")
+    ] = None,
+    contexts: Annotated[str, typer.Option(help="Context lengths in tokens; k is 1024.")] = "512,1k,2k,4k,8k",
+    max_tokens: Annotated[str, typer.Option(help="Scored tokens at each context.")] = "16k",
+    text: Annotated[Path | None, typer.Option(help="Text to measure on. Default: the built-in offline text.")] = None,
+    dtype: Annotated[str, typer.Option(help="Dtype to measure in: fp32, bf16 or fp16.")] = "bf16",
+) -> None:
+    """Heal a swap and measure it against the same recipe without it.
+
+    Trains the recipe and its control, and measures both beside the original, the swap without healing, and the healed
+    weights without the swap. What is there already in the recipe's output_dir is not done again, so a run that was
+    stopped goes on with the same command.
+    """
+    from attnswap.cli.options import parse_dtype, parse_size  # here, so that --help need not wait for torch
+    from attnswap.evaluation.corpus import read_text
+    from attnswap.healing import Experiment, heal, summarise_healing
+    from attnswap.healing.report import table, write
+    from attnswap.processes import leave, place
+    from attnswap.training import load_config
+
+    config = load_config(recipe, overrides or [])
+    chosen = parse_dtype(dtype)
+    assert chosen is not None
+    experiment = Experiment(
+        config=config,
+        out=Path(config.output_dir),
+        control=control,
+        text=None if text is None else read_text(text),
+        text_id=None if text is None else text.name,
+        contexts=tuple(parse_size(part) for part in contexts.split(",")),
+        max_tokens=parse_size(max_tokens),
+        dtype=chosen,
+    )
+    try:
+        result = summarise_healing(experiment, heal(experiment))
+        first = place()[0] == 0
+    finally:
+        leave()
+    if first:
+        folder = experiment.out / "result"
+        write(result, folder, experiment.out / "healed")
+        console = Console()
+        console.print(table(result))
+        console.print(f"written to {folder}", soft_wrap=True)

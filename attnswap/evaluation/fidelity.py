@@ -1,0 +1,78 @@
+"""How far a model's predictions are from another's: KL divergence and agreement of the most likely token."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from attnswap.errors import ConfigError
+from attnswap.evaluation.corpus import load_corpus
+from attnswap.evaluation.scoring import Scorer
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Means over tokens.
+
+    Attributes:
+        kl: KL(reference || model) of the next-token distributions, nats a token.
+        top1: Share of the tokens at which both have the same favourite.
+        tokens: How many.
+        context: Tokens of a window.
+    """
+
+    kl: float
+    top1: float
+    tokens: int
+    context: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values."""
+        return asdict(self)
+
+
+def measure_fidelity(
+    model: nn.Module,
+    reference: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    text: str | None = None,
+    context: int = 2048,
+    windows: int = 4,
+) -> Fidelity:
+    """Compares a model's predictions with those of the model it was.
+
+    Args:
+        model: A causal language model.
+        reference: Another one with the same vocabulary.
+        tokenizer: Their tokenizer.
+        text: The text; default: the offline evaluation text.
+        context: Tokens of a window, BOS included.
+        windows: How many windows, from all over the text.
+
+    Raises:
+        ConfigError: The vocabularies differ, or the text is shorter than a window.
+    """
+    ours, theirs = Scorer(model), Scorer(reference)
+    if ours.vocabulary != theirs.vocabulary:
+        raise ConfigError(f"vocabularies of {ours.vocabulary} and {theirs.vocabulary} tokens cannot be compared")
+    corpus, bos = load_corpus(tokenizer, text, None), tokenizer.bos_token_id
+    own = context - (bos is not None)
+    count = min(windows, len(corpus.ids) // own)
+    if not count:
+        raise ConfigError(f"the text has {len(corpus.ids)} tokens, too few for a window of {context}")
+    kl, same, tokens = 0.0, 0, 0
+    with ours.ready(), theirs.ready():
+        for index in range(count):
+            start = index * (len(corpus.ids) - own) // max(1, count - 1)
+            ids = corpus.ids[start : start + own]
+            ids = (ids if bos is None else torch.cat([ids.new_tensor([bos]), ids]))[None]
+            pairs = (scorer.rows(ids.to(scorer.device), context, size=128) for scorer in (ours, theirs))
+            for q, p in zip(*pairs, strict=True):
+                log_p = p.log_softmax(-1)
+                kl += float((log_p.exp() * (log_p - q.log_softmax(-1).to(log_p.device))).sum())
+                same += int((p.argmax(-1) == q.argmax(-1).to(p.device)).sum())
+                tokens += p.shape[0] * p.shape[1]
+    return Fidelity(kl=kl / tokens, top1=same / tokens, tokens=tokens, context=context)

@@ -1,0 +1,217 @@
+"""What attention does: sinks, sparsity, entropy, dead heads, and the massive activations that go with sinks."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from attnswap.errors import ConfigError, UnsupportedModelError
+from attnswap.evaluation.corpus import load_corpus
+from attnswap.evaluation.scoring import Scorer
+from attnswap.surgery.attach import base_of, patched_modules, spec_of
+
+SINK = 0.3
+"""A head is a sink if its queries give the first token more than this on average."""
+FIRST_QUERY = 64
+"""Queries before it see too few keys to say anything of a head."""
+DEAD = 1e-6
+"""A row whose weights sum to less attends to nothing."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Figures of every head, as (layers, heads) arrays, and of the hidden states after every layer.
+
+    Attributes:
+        layers: Indices of the layers.
+        first: Mean weight on the first token.
+        row_sum: Mean sum of a query's weights.
+        entropy: Mean entropy of a query's weights, scaled to sum to one, in nats.
+        zeros: Share of the visible keys that get a weight of exactly 0.
+        dead: Share of the queries whose weights sum to nothing.
+        largest: Largest absolute hidden state after each layer, shape (layers,).
+        ratio: ``largest`` over the median absolute hidden state.
+        kurtosis: Fourth standardised moment of the hidden states.
+        tokens: Tokens read.
+    """
+
+    layers: list[int]
+    first: np.ndarray
+    row_sum: np.ndarray
+    entropy: np.ndarray
+    zeros: np.ndarray
+    dead: np.ndarray
+    largest: np.ndarray
+    ratio: np.ndarray
+    kurtosis: np.ndarray
+    tokens: int
+
+    @property
+    def sink_rate(self) -> float:
+        """Share of the heads that are sinks."""
+        return float((self.first > SINK).mean())
+
+    @property
+    def dead_rate(self) -> float:
+        """Share of the heads that attend to nothing for at least 95% of the queries."""
+        return float((self.dead >= 0.95).mean())
+
+    def summary(self) -> dict[str, float]:
+        """Returns one number for each figure."""
+        return {
+            "sink_rate": self.sink_rate,
+            "dead_head_rate": self.dead_rate,
+            "first_token_weight": float(self.first.mean()),
+            "row_sum": float(self.row_sum.mean()),
+            "entropy": float(self.entropy.mean()),
+            "zero_share": float(self.zeros.mean()),
+            "largest_activation": float(self.largest.max()),
+            "largest_over_median": float(self.ratio.max()),
+            "kurtosis": float(self.kurtosis.max()),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything as plain values."""
+        values = {name: x.tolist() if isinstance(x, np.ndarray) else x for name, x in asdict(self).items()}
+        return {"schema": "attnswap.structure/1", **values, "summary": self.summary()}
+
+
+def measure_structure(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    text: str | Sequence[str] | None = None,
+    window: int = 1024,
+    windows: int = 4,
+) -> Structure:
+    """Measures how a model attends, patched or not.
+
+    Weights are looked at layer by layer and never kept: memory is that of one layer's weights.
+
+    Args:
+        model: A causal language model; a peft wrapper is looked through.
+        tokenizer: Its tokenizer.
+        text: The text, or documents; default: the offline evaluation text.
+        window: Tokens of a window, BOS included, more than 64.
+        windows: How many windows, from all over the text.
+
+    Raises:
+        ConfigError: The window is too short or the text shorter than it.
+        UnsupportedModelError: The model's attention modules return no weights.
+    """
+    if window <= FIRST_QUERY or windows < 1:
+        raise ConfigError(f"window must be more than {FIRST_QUERY} tokens and windows at least 1")
+    scorer = Scorer(model)
+    corpus = load_corpus(tokenizer, text, None)
+    bos = tokenizer.bos_token_id
+    own = window - (bos is not None)
+    if len(corpus.ids) < own:
+        raise ConfigError(f"the text has {len(corpus.ids)} tokens, too few for a window of {window}")
+    inner: PreTrainedModel = base_of(model)
+    heads, states = _Heads(), _States()
+    count = min(windows, len(corpus.ids) // own)
+    with scorer.ready(), ExitStack() as stack:
+        stack.enter_context(_weights_returned(inner))
+        for layer, (name, module) in patched_modules(inner).items():
+            stack.enter_context(_hook(module, heads.of(layer)))
+            stack.enter_context(_hook(inner.get_submodule(name.rpartition(".")[0]), states.of(layer)))
+        for index in range(count):
+            start = index * (len(corpus.ids) - own) // max(1, count - 1)
+            ids = corpus.ids[start : start + own]
+            ids = ids if bos is None else torch.cat([ids.new_tensor([bos]), ids])
+            inner.base_model(input_ids=ids[None].to(scorer.device), use_cache=False, output_attentions=True)
+    if not heads.sums:
+        raise UnsupportedModelError(f"the attention modules of {type(inner).__name__} return no weights")
+    layers = sorted(heads.sums)
+    figures = {name: np.stack([heads.sums[i][name] / count for i in layers]) for name in heads.sums[layers[0]]}
+    after = {name: np.array([getattr(states, name)[i] for i in layers]) for name in ("largest", "ratio", "kurtosis")}
+    return Structure(layers=layers, **figures, **after, tokens=count * window)
+
+
+class _Heads:
+    """Sums of each layer's figures over windows."""
+
+    def __init__(self) -> None:
+        self.sums: dict[int, dict[str, np.ndarray]] = {}
+
+    def of(self, layer: int) -> Any:
+        def look(module: nn.Module, args: Any, output: Any) -> Any:
+            weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+            if not isinstance(weights, Tensor) or weights.ndim != 4:
+                return None
+            found = _figures(weights[0].float())
+            known = self.sums.setdefault(layer, {})
+            for name, value in found.items():
+                known[name] = known.get(name, 0.0) + value.double().cpu().numpy()
+            return (output[0], None, *output[2:])
+
+        return look
+
+
+def _figures(weights: Tensor) -> dict[str, Tensor]:
+    """Returns the figures of one window's weights (heads, queries, keys), of the queries that see enough keys."""
+    queries, keys = weights.shape[1:]
+    rows = weights[:, FIRST_QUERY:]
+    visible = torch.ones(queries, keys, dtype=torch.bool, device=weights.device).tril(keys - queries)[FIRST_QUERY:]
+    total = rows.sum(-1)
+    share = rows.clamp(min=0) / total.clamp(min=1e-12)[..., None]
+    return {
+        "first": rows[..., 0].mean(-1),
+        "row_sum": total.mean(-1),
+        "entropy": torch.special.entr(share).sum(-1).mean(-1),
+        "zeros": ((rows == 0) & visible).sum((-1, -2)) / visible.sum(),
+        "dead": (total.abs() < DEAD).float().mean(-1),
+    }
+
+
+class _States:
+    """The largest figures of the hidden states over windows."""
+
+    def __init__(self) -> None:
+        self.largest: dict[int, float] = {}
+        self.ratio: dict[int, float] = {}
+        self.kurtosis: dict[int, float] = {}
+
+    def of(self, layer: int) -> Any:
+        def look(module: nn.Module, args: Any, output: Any) -> None:
+            hidden = (output[0] if isinstance(output, tuple) else output).float()
+            size = hidden.abs()
+            centred = hidden - hidden.mean()
+            found = {
+                "largest": float(size.max()),
+                "ratio": float(size.max() / size.median().clamp(min=1e-12)),
+                "kurtosis": float(centred.pow(4).mean() / centred.square().mean().square().clamp(min=1e-24)),
+            }
+            for name, value in found.items():
+                known = getattr(self, name)
+                known[layer] = max(known.get(layer, 0.0), value)
+
+        return look
+
+
+@contextmanager
+def _hook(module: nn.Module, look: Any) -> Iterator[None]:
+    handle = module.register_forward_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _weights_returned(model: PreTrainedModel) -> Iterator[None]:
+    """Makes an unpatched model compute weights that can be returned; a patched one always can."""
+    if spec_of(model) is not None:
+        yield
+        return
+    before = model.config.get_text_config()._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

@@ -1,0 +1,290 @@
+"""One recipe with its controls: the healed model, the same recipe without a swap, the swap alone, the original."""
+
+import json
+import subprocess
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import attnswap
+from attnswap.errors import CheckpointError, ConfigError
+from attnswap.evaluation import CONTEXTS, Evaluation, evaluate_perplexity
+from attnswap.evaluation.bootstrap import check_comparable
+from attnswap.evaluation.fidelity import measure_fidelity
+from attnswap.evaluation.structure import measure_structure
+from attnswap.loading import load_model, load_tokenizer
+from attnswap.processes import place
+from attnswap.training.config import TrainConfig, load_config, to_mapping
+from attnswap.training.data import load_data
+from attnswap.training.durable import latest_checkpoint
+from attnswap.training.fit import fit
+from attnswap.training.run import text_batches, train
+
+SWAP_KEYS = ("swap", "part", "layers", "heads", "fit")
+"""What a recipe and its control differ in."""
+RUN_KEYS = ("output_dir", "overwrite")
+"""What says nothing about a result."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is measured of a recipe, and where.
+
+    Attributes:
+        config: The recipe, with a swap.
+        out: Where models and measurements go; what is there already of the same recipe is not done again.
+        control: The finished control of another swap's experiment with the same recipe; None: train one.
+        text: The text to measure on; None: the offline evaluation text.
+        text_id: Its name in reports.
+        contexts: Context lengths in tokens.
+        max_tokens: Scored tokens at each.
+        dtype: Dtype of the models when measured.
+    """
+
+    config: TrainConfig
+    out: Path
+    control: Path | None = None
+    text: str | None = None
+    text_id: str | None = None
+    contexts: tuple[int, ...] = CONTEXTS
+    max_tokens: int = 16384
+    dtype: torch.dtype = torch.bfloat16
+
+    def __post_init__(self) -> None:
+        if self.config.swap is None:
+            raise ConfigError('swap: an experiment heals a swap; for the control alone, run "attnswap train"')
+        if self.control is not None:
+            self._check_control(self.control)
+
+    @property
+    def control_config(self) -> TrainConfig:
+        """The recipe without its swap."""
+        changes: dict[str, Any] = dict.fromkeys(SWAP_KEYS)
+        return replace(self.config, **changes, output_dir=str(self.out / "control"))
+
+    def _check_control(self, folder: Path) -> None:
+        try:
+            theirs = to_mapping(load_config(folder / "recipe.yaml"))
+        except ConfigError as error:
+            raise ConfigError(f"--control: {error}") from None
+        different = _differences(to_mapping(self.control_config), theirs)
+        if different:
+            raise ConfigError(
+                f'--control: "{folder}" was trained otherwise than this recipe without its swap: {", ".join(different)}'
+            )
+
+
+@dataclass
+class Measured:
+    """What an experiment found, by the name of each model.
+
+    Attributes:
+        losses: Perplexities by context of ``original``, ``control``, ``unhealed``, ``healed`` and ``bypassed`` (the
+            healed weights with their swaps passed by), and of ``fitted`` where the recipe fits the swap first.
+        structure: What attention does.
+        fidelity: Divergence from the original.
+        training: The summaries of ``healed`` and ``control``.
+        movement: How far the swap's parameters moved.
+        log: The healed model's training log.
+    """
+
+    losses: dict[str, Evaluation]
+    structure: dict[str, dict[str, Any]]
+    fidelity: dict[str, dict[str, Any]]
+    training: dict[str, dict[str, Any]]
+    movement: dict[str, dict[str, float]]
+    log: list[dict[str, Any]]
+
+
+def heal(experiment: Experiment) -> Measured:
+    """Trains what is missing of an experiment and measures all of its models.
+
+    Args:
+        experiment: The experiment.
+
+    Raises:
+        ConfigError: The recipe or its control does not fit.
+        StoppedError: A signal asked for the end; the same call goes on from there.
+    """
+    out, config = experiment.out, experiment.config
+    healed = _trained(replace(config, output_dir=str(out / "healed")))
+    control = experiment.control or _trained(experiment.control_config)
+    tokenizer = load_tokenizer(config.model.tokenizer or config.model.reference)
+    bench = _Bench(experiment, tokenizer)
+    original = config.model.reference
+    losses = {
+        "original": bench.losses(control / "original", lambda: load_model(original, dtype=torch.float32)),
+        "control": bench.losses(control / "control", lambda: load_model(str(control), dtype=torch.float32)),
+        "unhealed": bench.losses(out / "unhealed", lambda: _unhealed(config)),
+    }
+    if config.fit is not None:
+        losses["fitted"] = bench.losses(out / "fitted", lambda: _unhealed(config, tokenizer))
+    losses["healed"] = bench.losses(healed / "healed", lambda: load_model(str(healed), dtype=torch.float32))
+    losses["bypassed"] = bench.losses(
+        healed / "bypassed", lambda: load_model(str(healed), dtype=torch.float32), bypass=True
+    )
+    structure = {
+        "original": bench.structure(control / "original", original),
+        "unhealed": bench.structure(out / "unhealed", lambda: _unhealed(config)),
+        "healed": bench.structure(healed / "healed", str(healed)),
+    }
+    fidelity = {"healed": bench.fidelity(healed / "healed", str(healed), original)}
+    training = {name: _read(folder / "summary.json") for name, folder in (("healed", healed), ("control", control))}
+    return Measured(
+        losses, structure, fidelity, training, _read(healed / "movement.json"), _read(healed / "training_log.json")
+    )
+
+
+def _trained(config: TrainConfig) -> Path:
+    """Returns the folder of a finished run of a recipe, which is trained or trained on if need be."""
+    folder = Path(config.output_dir)
+    if (folder / "summary.json").is_file():
+        different = _differences(to_mapping(config), to_mapping(load_config(folder / "recipe.yaml")))
+        if different:
+            raise ConfigError(f'"{folder}" holds the result of another recipe: {", ".join(different)}')
+        return folder
+    left = latest_checkpoint(folder.with_name(folder.name + ".partial"))
+    if left is not None and not config.training.get("save_only_model"):
+        config = replace(config, training={**config.training, "resume_from_checkpoint": "latest"})
+    say(f"training {folder.name}: {config.swap or 'no swap'}")
+    return train(replace(config, overwrite=config.overwrite or left is not None)).output_dir
+
+
+def _unhealed(config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:
+    """Returns the model with the recipe's swap and no training, fitted if there is a tokenizer."""
+    model = load_model(config.model.reference, dtype=torch.float32)
+    assert config.swap is not None
+    attnswap.patch(model, config.swap, part=config.part, layers=config.layers, heads=config.heads)
+    if tokenizer is not None and config.fit is not None:
+        fit(model, text_batches(load_data(config.data, tokenizer).train, config.fit.tokens))
+    return model
+
+
+class _Bench:
+    """Measures models and keeps what was measured in files."""
+
+    def __init__(self, experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.experiment, self.tokenizer = experiment, tokenizer
+        self._first: Evaluation | None = None
+        self.longest = max(experiment.contexts)
+
+    def losses(self, path: Path, load: Any, *, bypass: bool = False) -> Evaluation:
+        file = path.with_name(f"{path.name}-losses.json")
+        found = self._known(file)
+        if found is None:
+            say(f"measuring {path.name}")
+            model = load()
+            model.to(dtype=self.experiment.dtype)
+            with attnswap.bypassed(model) if bypass else nullcontext():
+                found = evaluate_perplexity(
+                    model,
+                    self.tokenizer,
+                    text=self.experiment.text,
+                    contexts=self.experiment.contexts,
+                    max_tokens=self.experiment.max_tokens,
+                    positions=False,
+                    baseline=self._first,
+                    model_id=path.name,
+                    corpus_id=self.experiment.text_id,
+                    quiet=not sys.stderr.isatty(),
+                )
+            if place()[0] == 0:
+                found.save(file)
+        self._first = self._first or found
+        return found
+
+    def _known(self, file: Path) -> Evaluation | None:
+        if not file.is_file():
+            return None
+        found = Evaluation.load(file)
+        if found.protocol.contexts != tuple(sorted(self.experiment.contexts)):
+            return None
+        if self._first is not None:
+            try:
+                check_comparable(found.protocol, self._first.protocol)
+            except ConfigError:
+                return None
+        elif found.protocol.scored_tokens > self.experiment.max_tokens or self.experiment.text is not None:
+            return None
+        return found
+
+    def structure(self, path: Path, source: Any) -> dict[str, Any]:
+        def measure() -> dict[str, Any]:
+            model = load_model(source, dtype=torch.float32) if isinstance(source, str) else source()
+            window = min(1024, self.longest)
+            found = measure_structure(model, self.tokenizer, text=self.experiment.text, window=window, windows=2)
+            return found.to_dict()
+
+        return _kept(path.with_name(f"{path.name}-structure.json"), measure)
+
+    def fidelity(self, path: Path, reference: str, original: str) -> dict[str, Any]:
+        def measure() -> dict[str, Any]:
+            models = [load_model(name, dtype=torch.float32) for name in (reference, original)]
+            for model in models:
+                model.to(dtype=self.experiment.dtype)  # type: ignore[call-arg]
+            context, text = min(2048, self.longest), self.experiment.text
+            return measure_fidelity(models[0], models[1], self.tokenizer, text=text, context=context).to_dict()
+
+        return _kept(path.with_name(f"{path.name}-fidelity.json"), measure)
+
+
+def _kept(file: Path, measure: Any) -> dict[str, Any]:
+    if file.is_file():
+        return _read(file)
+    say(f"measuring {file.stem}")
+    found: dict[str, Any] = measure()
+    if place()[0] == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+def _differences(ours: dict[str, Any], theirs: dict[str, Any], path: str = "") -> list[str]:
+    """Names the keys in which two recipes differ, but for where and how they run."""
+    found: list[str] = []
+    if not path and ours.get("swap") == "none":  # without a swap, lambda says nothing
+        ours, theirs = _as_control(ours), _as_control(theirs)
+    for key in sorted(ours.keys() | theirs.keys()):
+        if (not path and key in RUN_KEYS) or key == "resume_from_checkpoint":
+            continue
+        a, b = ours.get(key), theirs.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += _differences(a, b, f"{path}{key}.")
+        elif a != b:
+            found.append(f"{path}{key}")
+    return found
+
+
+def _as_control(values: dict[str, Any]) -> dict[str, Any]:
+    stages = [{**s, "ramp": None, "loss": {**s["loss"], "regression": 0.0}} for s in values["stages"]]
+    return {**values, "stages": stages}
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f'cannot read "{file}": {error}') from None
+
+
+def say(message: str) -> None:
+    """Prints a line of progress, in the first process."""
+    if place()[0] == 0:
+        print(message, flush=True)
+
+
+def commit() -> str | None:
+    """Returns the commit of the source tree this package runs from, or None where it is installed."""
+    folder = Path(attnswap.__file__).parent.parent
+    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    inside = (folder / ".git").exists() and done.returncode == 0
+    return done.stdout.strip() if inside else None

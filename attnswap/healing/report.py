@@ -1,0 +1,128 @@
+"""The table, the picture and the folder of an experiment."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from attnswap.evaluation.figure import COLOURS
+from attnswap.evaluation.result import write_atomically
+
+HEAD = ("context", "original", "control", "unhealed", "healed", "healed / control [95%]", "recovered", "without swap")
+
+
+def rows_of(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Returns the table's rows, one a context."""
+    rows = []
+    for entry in result["contexts"]:
+        ppl, ratio, back = entry["perplexity"], entry["ratio_to_control"], entry["recovered_fraction"]
+        rows.append(
+            (
+                str(entry["context"]),
+                *(f"{ppl[name]:.3f}" if ppl[name] < 1e4 else f"{ppl[name]:.1e}" for name in HEAD[1:5]),
+                f"{ratio['ratio']:.4f} [{ratio['lo']:.4f}, {ratio['hi']:.4f}]",
+                "nothing to" if back is None else f"{back:.3f}",
+                f"{entry['bypassed_to_healed']['ratio']:.3f}x",
+            )
+        )
+    return rows
+
+
+def table(result: dict[str, Any]) -> Table:
+    """Returns the perplexities of all models for the terminal."""
+    view = Table(title=title(result), box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for column in HEAD:
+        view.add_column(column, justify="right", no_wrap=True)
+    for row in rows_of(result):
+        view.add_row(*row)
+    return view
+
+
+def title(result: dict[str, Any]) -> str:
+    """Says in a line what was healed."""
+    options = {k: v for k, v in result["swap"].items() if k != "name"}
+    chosen = "" if not options else " (" + ", ".join(f"{k}={v}" for k, v in options.items()) + ")"
+    where = "all layers" if result["layers"] is None else f"layers {result['layers']}"
+    return f"{result['swap']['name']}{chosen}, {where} of {result['model']}: {result['tokens']:,} tokens"
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Returns the table and what else was measured as Markdown."""
+    lines = [f"{title(result)}; perplexity on {result['corpus']['id']}", ""]
+    lines += ["| " + " | ".join(HEAD) + " |", "| " + " | ".join("---:" for _ in HEAD) + " |"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows_of(result)]
+    names = list(result["structure"])
+    lines += ["", "| attention | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
+    for figure in result["structure"][names[0]]:
+        values = (result["structure"][name][figure] for name in names)
+        lines.append(f"| {figure.replace('_', ' ')} | " + " | ".join(f"{value:.4g}" for value in values) + " |")
+    fidelity, use = result["fidelity"], result["proof_of_use"]
+    lines += [
+        "",
+        f"KL to the original {fidelity['kl']:.4f} nats a token, the same favourite token {fidelity['top1']:.1%}. "
+        + (f"Largest move of the swap's parameters: {use['movement']}. " if use["movement"] else "")
+        + (f"The swap is used: {use['used']}." if use["used"] is not None else ""),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def plot(result: dict[str, Any], path: Path) -> Path:
+    """Draws the loss over training, perplexity and the ratio to the control by context, into a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, middle, right = figure.subplots(1, 3)
+    points = result["curve"]
+    for key, colour in zip(("kl", "transfer", "regression"), COLOURS, strict=False):
+        drawn = [(p["tokens"], p[key]) for p in points if key in p]
+        if drawn:
+            left.plot(*zip(*drawn, strict=True), color=colour, label=key)
+    left.set(xlabel="tokens", ylabel="loss (nats a token)", yscale="log", title="training")
+    ramp = [(p["tokens"], p["lambda"]) for p in points if "lambda" in p]
+    if ramp:
+        twin = left.twinx()
+        twin.plot(*zip(*ramp, strict=True), color="grey", ls=":", label="lambda")
+        twin.set(ylabel="lambda (dotted)", ylim=(0, 1.05))
+    left.legend()
+    lengths = [entry["context"] for entry in result["contexts"]]
+    for name, colour in zip(("control", "healed", "bypassed"), COLOURS, strict=False):
+        middle.plot(lengths, [e["perplexity"][name] for e in result["contexts"]], marker="o", color=colour, label=name)
+    originals = [e["perplexity"]["original"] for e in result["contexts"]]
+    middle.plot(lengths, originals, color="black", ls="--", label="original")
+    middle.set(ylabel="perplexity", title=f"on {result['corpus']['id']}", yscale="log")
+    middle.legend()
+    ratios = [entry["ratio_to_control"] for entry in result["contexts"]]
+    right.plot(lengths, [r["ratio"] for r in ratios], marker="o", color=COLOURS[0])
+    right.fill_between(lengths, [r["lo"] for r in ratios], [r["hi"] for r in ratios], alpha=0.2, color=COLOURS[0], lw=0)
+    right.axhline(1.0, color="black", ls="--", lw=1)
+    right.set(ylabel="perplexity, healed / control", title="paired, 95% interval")
+    for axes in (middle, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [str(n) for n in lengths], minor=False)
+        axes.set_xlabel("context (tokens)")
+    figure.suptitle(title(result))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    write_atomically(path, buffer.getvalue())
+    return path
+
+
+def write(result: dict[str, Any], folder: Path, healed: Path) -> None:
+    """Writes the folder of a result: JSON, table, picture, the recipe as it ran and the log of its steps.
+
+    Args:
+        result: See :func:`attnswap.healing.summarise_healing`.
+        folder: Where to.
+        healed: The trained model's folder.
+    """
+    write_atomically(folder / "result.json", (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+    write_atomically(folder / "result.md", markdown(result).encode())
+    plot(result, folder / "result.png")
+    for name in ("recipe.yaml", "steps.jsonl"):
+        shutil.copyfile(healed / name, folder / name)

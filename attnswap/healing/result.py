@@ -1,0 +1,141 @@
+"""What an experiment says, as plain values."""
+
+import math
+import platform
+import sys
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+import transformers
+
+import attnswap
+from attnswap import swaps
+from attnswap.evaluation.bootstrap import Comparison, compare
+from attnswap.healing.experiment import Experiment, Measured, commit
+from attnswap.training.config import to_mapping
+
+SCHEMA = "attnswap.heal/1"
+USED = 0.05
+"""A swap is used if passing it by costs more than this share of the perplexity."""
+
+
+def summarise_healing(experiment: Experiment, measured: Measured) -> dict[str, Any]:
+    """Returns what ``result.json`` holds.
+
+    Args:
+        experiment: What was asked.
+        measured: What was found.
+    """
+    losses = measured.losses
+    compared = {
+        "ratio_to_control": _by_context(losses, "healed", "control"),
+        "ratio_to_original": _by_context(losses, "healed", "original"),
+        "control_to_original": _by_context(losses, "control", "original"),
+        "unhealed_to_control": _by_context(losses, "unhealed", "control"),
+        "bypassed_to_healed": _by_context(losses, "bypassed", "healed"),
+    }
+    contexts = [
+        {
+            "context": length,
+            "perplexity": {name: found.at(length).ppl for name, found in losses.items()},
+            "bits_per_byte": {name: found.at(length).bpb for name, found in losses.items()},
+            **{name: _ratio(entries[length]) for name, entries in compared.items()},
+            "recovered_fraction": recovered(
+                compared["unhealed_to_control"][length], {name: found.at(length).ppl for name, found in losses.items()}
+            ),
+        }
+        for length in losses["healed"].protocol.contexts
+    ]
+    config, healed = experiment.config, measured.training["healed"]
+    assert config.swap is not None
+    swap = swaps.resolve(config.swap)
+    first = losses["healed"]
+    return {
+        "schema": SCHEMA,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "swap": config.swap if isinstance(config.swap, dict) else {"name": config.swap},
+        "layers": config.layers,
+        "heads": config.heads,
+        "identity_start": swap.exact_identity,
+        "model": config.model.reference,
+        "command": " ".join(["attnswap", *sys.argv[1:]]),
+        "commit": commit(),
+        "seed": config.training.get("seed", 42),
+        "recipe": to_mapping(config),
+        "data": healed["data"],
+        "tokens": healed["tokens"],
+        "steps": healed["steps"],
+        "seconds": {name: summary["seconds"] for name, summary in measured.training.items()},
+        "seconds_per_step": {name: summary["seconds_per_step"] for name, summary in measured.training.items()},
+        "corpus": first.corpus,
+        "protocol": {**first.protocol.to_dict(), "dtype": first.env["dtype"]},
+        "contexts": contexts,
+        "proof_of_use": proof_of_use(contexts, measured.movement, identity=swap.exact_identity),
+        "structure": {name: found["summary"] for name, found in measured.structure.items()},
+        "fidelity": measured.fidelity["healed"],
+        "curve": curve(measured),
+        "environment": {
+            "attnswap": attnswap.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def recovered(raw: Comparison, perplexity: dict[str, float]) -> float | None:
+    """Returns which share of the damage was healed: ``(unhealed - healed) / (unhealed - control)`` perplexity.
+
+    Args:
+        raw: The unhealed swap against the control.
+        perplexity: Of each model.
+
+    Returns:
+        1 where the healed model is the control's equal; None where the swap did no damage that can be measured.
+    """
+    if raw.lo <= 0:
+        return None
+    lost = perplexity["unhealed"] - perplexity["control"]
+    return (perplexity["unhealed"] - perplexity["healed"]) / lost
+
+
+def proof_of_use(
+    contexts: list[dict[str, Any]], movement: dict[str, dict[str, float]], *, identity: bool
+) -> dict[str, Any]:
+    """Says whether the healed model uses its swap: what it costs to pass it by, and how far its parameters moved."""
+    cost = {str(entry["context"]): entry["bypassed_to_healed"]["ratio"] - 1 for entry in contexts}
+    kinds: dict[str, float] = {}
+    for name, moved in movement.items():
+        kind = name.rpartition(".")[2]
+        kinds[kind] = max(kinds.get(kind, 0.0), moved["largest"])
+    least = min(cost.values())
+    return {"cost_of_bypass": cost, "movement": kinds, "used": None if identity else least > USED}
+
+
+def curve(measured: Measured) -> list[dict[str, Any]]:
+    """Returns the parts of the loss over training: tokens are those read up to that step."""
+    healed = measured.training["healed"]
+    per_step = healed["tokens"] / max(1, healed["steps"])
+    keys = ("loss", "kl", "ce", "transfer", "regression", "lambda", "stage")
+    return [
+        {"step": entry["step"], "tokens": round(entry["step"] * per_step), **{k: entry[k] for k in keys if k in entry}}
+        for entry in measured.log
+        if "loss" in entry
+    ]
+
+
+def _by_context(losses: dict[str, Any], ours: str, theirs: str) -> dict[int, Comparison]:
+    return {entry.length: entry for entry in compare(losses[ours], losses[theirs])}
+
+
+def _ratio(entry: Comparison) -> dict[str, float]:
+    return {
+        "ratio": entry.ratio,
+        "lo": math.exp(entry.lo),
+        "hi": math.exp(entry.hi),
+        "log_ratio": entry.log_ratio,
+        "log_lo": entry.lo,
+        "log_hi": entry.hi,
+    }

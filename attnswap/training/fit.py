@@ -1,0 +1,137 @@
+"""Calibration in closed form: swaps that can start from what the unswapped model does on a little text."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import attnswap
+from attnswap.attention.problem import Problem
+from attnswap.errors import ConfigError
+from attnswap.surgery.attach import child_of, patched_modules, spec_of
+from attnswap.surgery.call import LayerCall
+from attnswap.surgery.patch import check_ramp
+from attnswap.surgery.seam import Enter
+from attnswap.surgery.spec import PatchSpec
+from attnswap.swaps.base import Call, Observed
+
+SMALL = 2.0**-20
+"""A lambda at which the maths of a swap runs and changes nothing that counts."""
+
+
+@torch.no_grad()
+def fit(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
+    """Gives the swaps of a model a start from what its layers do without them, by least squares.
+
+    Args:
+        model: A patched model, as it came: its swaps are run at a lambda of almost 0 while they look on.
+        batches: Keyword arguments of the model, such as ``input_ids``; 50 to 200 thousand tokens are plenty.
+
+    Returns:
+        For each slot and layer (``"<layer>.<slot>"``) the root mean square of what its start gets wrong.
+
+    Raises:
+        ConfigError: The model is not patched, none of its swaps can be fitted, or there was no text.
+    """
+    spec = spec_of(model)
+    if spec is None:
+        raise ConfigError(f"this {type(model).__name__} is not patched, so there is nothing to fit")
+    fitted = {
+        (layer, name)
+        for layer, slots in spec.layers.items()
+        for name, slot in slots.items()
+        if slot.swap.needs_logsumexp
+    }
+    if not fitted:
+        raise ConfigError("no swap of this model has a start that can be fitted (a sigmoid with bias: predicted has)")
+    seen = _look(model, spec, fitted, batches)
+    return {f"{layer}.{name}": _settle(model, layer, name, seen[layer, name]) for layer, name in sorted(fitted)}
+
+
+class _Look:
+    """What one slot saw, batch by batch, on the CPU."""
+
+    def __init__(self) -> None:
+        self.hidden: list[Tensor] = []
+        self.logsumexp: list[Tensor] = []
+        self.n: list[Tensor] = []
+
+    def take(self, hidden: Tensor, problem: Problem) -> None:
+        lse = problem.logsumexp
+        n = problem.visibility.n.expand(len(lse), -1, -1)[:, :1].to(lse.device)
+        keep = (n > 0).flatten()
+        self.hidden.append(hidden.flatten(0, 1)[keep].to("cpu", torch.float16))
+        self.logsumexp.append(lse.transpose(0, 1).flatten(1)[:, keep].cpu())
+        self.n.append(n.flatten()[keep].to("cpu", torch.float32))
+
+    def observed(self) -> Observed:
+        hidden = torch.cat(self.hidden).float()
+        return Observed(hidden, torch.cat(self.logsumexp, 1).float(), torch.cat(self.n))
+
+
+def _look(
+    model: PreTrainedModel, spec: PatchSpec, fitted: set[tuple[int, str]], batches: Iterable[dict[str, Any]]
+) -> dict[tuple[int, str], _Look]:
+    seen = {key: _Look() for key in fitted}
+    entered: dict[int, Tensor] = {}
+    handles: list[Any] = []
+    hooks = []
+    for _, module in patched_modules(model).values():
+        child = child_of(module)
+        for hook in (h for h in module._forward_pre_hooks.values() if isinstance(h, Enter)):
+            hooks.append(hook)
+            if child is not None:
+                layer = hook.layer
+                handles.append(
+                    child.register_forward_pre_hook(lambda _, args, layer=layer: entered.update({layer: args[0]}))
+                )
+
+    def observe(call: LayerCall, slot: str, problem: Problem) -> None:
+        if (call.layer, slot) in seen:
+            seen[call.layer, slot].take(entered[call.layer], problem)
+
+    before = {layer: {name: slot.ramp for name, slot in slots.items()} for layer, slots in spec.layers.items()}
+    training = [module for module in model.modules() if module.training]
+    for hook in hooks:
+        hook.observe = observe
+    attnswap.set_ramp(model, SMALL)
+    model.eval()
+    count = 0
+    try:
+        for batch in batches:
+            getattr(model, model.base_model_prefix)(**batch, use_cache=False)
+            count += 1
+    finally:
+        for handle in handles:
+            handle.remove()
+        for hook in hooks:
+            hook.observe = None
+        for module in training:
+            module.training = True
+        for layer, ramps in before.items():
+            attnswap.set_ramp(model, {layer: check_ramp(next(iter(ramps.values())))})
+    if not count:
+        raise ConfigError("there is no text to fit the swaps on")
+    return seen
+
+
+def _settle(model: PreTrainedModel, layer: int, name: str, look: _Look) -> float:
+    child = child_of(patched_modules(model)[layer][1])
+    assert child is not None
+    slot, module = child.slots[name], child.get_submodule(name)
+    observed = look.observed()
+    for parameter, value in slot.swap.fit(observed).items():
+        module.get_parameter(parameter).copy_(value)
+    features: Any = module(observed.hidden[None].to(next(module.parameters()).device))
+    features = {k: v if v.ndim > 1 else v[:, None] for k, v in features.items() if k != "ramp"}
+    call = Call(
+        n=observed.n[None, None],
+        features=features,
+        ramp=1.0,
+        position=torch.arange(len(observed.n)),
+        logsumexp=observed.logsumexp[None],
+    )
+    error = slot.swap.regression(call)
+    return float("nan") if error is None else float(error.mean().sqrt())

@@ -1,0 +1,48 @@
+"""What swaps predict of their rows, held against what the rows are, as a loss beside the others."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from attnswap.attention.problem import Problem
+from attnswap.surgery.attach import patched_modules, spec_of
+from attnswap.surgery.call import LayerCall
+from attnswap.surgery.seam import Enter
+
+
+class Errors:
+    """The squared errors of one forward."""
+
+    def __init__(self) -> None:
+        self.means: list[Tensor] = []
+
+    def __call__(self, call: LayerCall, slot: str, problem: Problem) -> None:
+        """Takes one slot's problem; called by the seam."""
+        if not problem.swap.needs_logsumexp:
+            return
+        error = problem.swap.regression(problem.call(with_logsumexp=True))
+        if error is not None:
+            seen = (problem.visibility.n > 0).to(error.dtype).expand_as(error)
+            self.means.append((error * seen).sum() / seen.sum().clamp(min=1))
+
+    def mean(self) -> Tensor | None:
+        """Returns the mean over layers, or None where nothing is predicted."""
+        return torch.stack(self.means).mean() if self.means else None
+
+
+@contextmanager
+def regressing(model: PreTrainedModel) -> Iterator[Errors]:
+    """Collects the errors of every forward of a model inside the context."""
+    errors = Errors()
+    modules = patched_modules(model).values() if spec_of(model) is not None else ()
+    hooks = [h for _, m in modules for h in m._forward_pre_hooks.values() if isinstance(h, Enter)]
+    for hook in hooks:
+        hook.observe = errors
+    try:
+        yield errors
+    finally:
+        for hook in hooks:
+            hook.observe = None

@@ -1,0 +1,238 @@
+"""Several stages in one run of a trainer: one optimizer, one log, and checkpoints to resume from anywhere."""
+
+import itertools
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Sampler
+from transformers import (
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    get_scheduler,
+)
+
+import attnswap
+from attnswap.errors import ConfigError
+from attnswap.processes import place
+from attnswap.surgery.attach import base_of, patched_modules, spec_of
+from attnswap.surgery.patch import swap_parameters
+from attnswap.training.distill import Distillation
+from attnswap.training.loss import chunked_loss
+from attnswap.training.ramp import ramps
+from attnswap.training.sections import StageSection
+
+
+class Stage:
+    """A stage with its place in the run.
+
+    Args:
+        section: What it is.
+        first: Number of steps before it.
+        steps: Its own number of steps.
+    """
+
+    def __init__(self, section: StageSection, first: int, steps: int) -> None:
+        self.section, self.first, self.steps = section, first, steps
+
+
+def plan_stages(sections: list[StageSection], max_steps: int) -> list[Stage]:
+    """Gives each stage its share of a run's steps, at least one.
+
+    Raises:
+        ConfigError: There are fewer steps than stages.
+    """
+    if max_steps < len(sections):
+        raise ConfigError(f"training.max_steps: {max_steps} steps are too few for {len(sections)} stages")
+    total = sum(section.share for section in sections)
+    ends = [round(max_steps * part / total) for part in itertools.accumulate(section.share for section in sections)]
+    planned, first = [], 0
+    for index, (section, end) in enumerate(zip(sections, ends, strict=True)):
+        last = max_steps - (len(sections) - index - 1)
+        end = min(max(end, first + 1), last)
+        planned.append(Stage(section, first, end - first))
+        first = end
+    return planned
+
+
+def without_swaps(stages: list[Stage]) -> list[Stage]:
+    """Returns what is left of stages for the control: not those that teach the swaps alone."""
+    kept, first = [], 0
+    for stage in stages:
+        if not stage.section.loss.transfer and stage.section.train != "swap":
+            kept.append(Stage(stage.section, first, stage.steps))
+            first += stage.steps
+    if not kept:
+        raise ConfigError("stages: without a swap nothing is left to train, so these stages have no control")
+    return kept
+
+
+class Stages(TrainerCallback):
+    """Switches loss, lambda and what is trained as a run goes from stage to stage.
+
+    Give it to the trainer's ``callbacks``, so that it is there when the trainer prepares the model. Works with
+    ``transformers.Trainer`` and its subclasses. Learning rates and window lengths of stages are the business of
+    :class:`attnswap.training.SwapTrainer`.
+
+    Args:
+        stages: See :func:`plan_stages`.
+        distillation: What the losses of the stages are computed by.
+    """
+
+    def __init__(self, stages: list[Stage], distillation: Distillation) -> None:
+        self.stages, self.distillation = stages, distillation
+        self._current: Stage | None = None
+        self._installed = ExitStack()
+        self._frozen: list[torch.nn.Parameter] = []
+        self._ready = False
+
+    def at(self, step: int) -> Stage:
+        """Returns the stage of the step that follows ``step`` others."""
+        return next((s for s in self.stages if step < s.first + s.steps), self.stages[-1])
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Puts the loss into the model."""
+        self._installed.enter_context(chunked_loss(base_of(kwargs["model"]), objective=self.distillation))
+        self._ready = True
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Makes sure that the loss is there.
+
+        Raises:
+            ConfigError: The callback was added after the trainer was made.
+        """
+        if not self._ready:
+            raise ConfigError("Stages must be among the trainer's callbacks=[...] when it is made, not added later")
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Enters the stage of the step to come, and moves lambda."""
+        if 0 < state.max_steps <= state.global_step:  # resumed at the end
+            return
+        model: PreTrainedModel = base_of(kwargs["model"])
+        stage = self.at(state.global_step)
+        if stage is not self._current:
+            self._enter(stage, model)
+        ramp = stage.section.ramp
+        if ramp is not None and spec_of(model) is not None:
+            done = state.global_step + 1 - stage.first
+            attnswap.set_ramp(model, ramps(ramp, done / max(1.0, ramp.over * stage.steps), model))
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        """Adds the parts of the loss and the stage to a training entry."""
+        if logs is None or "loss" not in logs or self._current is None:
+            return
+        added: dict[str, Any] = {**self.distillation.means(), "stage": self._current.section.name}
+        ramp = lambda_of(base_of(kwargs["model"]))
+        added |= {} if ramp is None else {"lambda": ramp}
+        logs.update(added)
+        state.log_history[-1].update(added)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leaves the model as it was, but for what it learned."""
+        self.close()
+
+    def close(self) -> None:
+        """Takes the loss out of the model again and thaws what a stage froze; for runs that end in an error."""
+        self._thaw()
+        self._installed.close()
+        self._ready = False
+
+    def _enter(self, stage: Stage, model: PreTrainedModel) -> None:
+        self._current = stage
+        self.distillation.loss = stage.section.loss
+        self.distillation.means()  # what the stage before has not logged
+        self._thaw()
+        if stage.section.train == "all":
+            return
+        chosen = {id(p) for p in swap_parameters(model).values()}
+        if stage.section.train == "attention":
+            chosen |= {id(p) for _, module in patched_modules(model).values() for p in module.parameters()}
+        if not any(p.requires_grad and id(p) in chosen for p in model.parameters()):
+            raise ConfigError(f'stages: "{stage.section.name}" has nothing to train')
+        if place(model)[1] > 1:
+            return  # other processes wait for every gradient; those of the rest are 0
+        self._frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
+
+    def _thaw(self) -> None:
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._frozen = []
+
+
+def lambda_of(model: PreTrainedModel) -> float | None:
+    """Returns the mean lambda over the swapped heads of a model, or None if it has no swaps."""
+    spec = spec_of(model)
+    if spec is None:
+        return None
+    slots = [slot for layer in spec.layers.values() for slot in layer.values()]
+    means = [sum(s.ramp) / len(s.ramp) if isinstance(s.ramp, tuple) else s.ramp for s in slots]
+    return sum(means) / len(means)
+
+
+class StagedWindows(Sampler[int]):
+    """Draws windows of each stage's own length, stage after stage.
+
+    Args:
+        sizes: How many windows there are for each stage, in the order in which the data set holds them.
+        draws: How many each stage takes; where there are fewer, they come again in another order.
+        seed: Of the order.
+    """
+
+    def __init__(self, sizes: list[int], draws: list[int], seed: int) -> None:
+        self.sizes, self.draws, self.seed = sizes, draws, seed
+
+    def __len__(self) -> int:
+        return sum(self.draws)
+
+    def __iter__(self) -> Iterator[int]:
+        offsets = [0, *itertools.accumulate(self.sizes)]
+        for stage, (size, wanted) in enumerate(zip(self.sizes, self.draws, strict=True)):
+            generator = torch.Generator().manual_seed(self.seed + stage)
+            while wanted > 0:
+                order = torch.randperm(size, generator=generator)[:wanted]
+                wanted -= len(order)
+                yield from (offsets[stage] + order).tolist()
+
+
+def staged_schedule(optimizer: Optimizer, stages: list[Stage], args: TrainingArguments) -> LambdaLR:
+    """Returns a schedule in which each stage warms up and decays for itself.
+
+    Args:
+        optimizer: Whose groups have the run's learning rates.
+        stages: The stages.
+        args: The run's; ``warmup_steps`` below 1 are a share of each stage.
+    """
+    factors = []
+    for stage in stages:
+        warmup = args.warmup_steps
+        warmup = round(warmup * stage.steps) if warmup < 1 else min(int(warmup), stage.steps // 2)
+        # On an optimizer of its own: making a schedule sets the rates of its optimizer.
+        dummy = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        options: Any = args.lr_scheduler_kwargs or None
+        made = get_scheduler(args.lr_scheduler_type, dummy, warmup, stage.steps, scheduler_specific_kwargs=options)
+        peak = stage.section.learning_rate
+        scale = 1.0 if peak is None or not args.learning_rate else peak / args.learning_rate
+        assert isinstance(made, LambdaLR)
+        factors.append((stage, made.lr_lambdas[0], scale))
+
+    def factor(step: int) -> float:
+        stage, shape, scale = next(((s, f, x) for s, f, x in factors if step < s.first + s.steps), factors[-1])
+        return scale * float(shape(step - stage.first))
+
+    return LambdaLR(optimizer, factor)

@@ -1,0 +1,109 @@
+"""What a swapped model learns from: the model it was."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from attnswap.errors import ConfigError
+from attnswap.surgery.attach import base_of, spec_of
+from attnswap.surgery.bypass import bypassed
+from attnswap.surgery.patch import swap_parameters, unpatch
+from attnswap.training.loss import head_logits
+
+
+class Teacher:
+    """The model a student was before its swaps, ready to answer.
+
+    Make one with :func:`teacher_of`.
+
+    Args:
+        model: The model that answers: the student itself, whose swaps are passed by while it does, or another one.
+        shared: It is the student itself.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, shared: bool) -> None:
+        self.model, self.shared = model, shared
+        self._bare: Any = None
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """Makes the model compute what it did before: no swaps, no adapters, no dropout, no gradients."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            if self.shared:
+                if spec_of(self.model) is not None:
+                    stack.enter_context(bypassed(self.model))
+                stack.enter_context(_without_adapters(self.model))
+                stack.enter_context(_evaluating(self.model))
+            yield
+
+    def hidden(self, inputs: dict[str, Any]) -> Tensor:
+        """Returns the last hidden states, shape (batch, tokens, width)."""
+        with self.answering():
+            outputs = getattr(self.model, self.model.base_model_prefix)(**inputs, use_cache=False)
+        self._bare = type(outputs)(last_hidden_state=None)
+        return outputs.last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Returns the logits (rows, vocabulary) of some of those hidden states (rows, width)."""
+        with self.answering():
+            return head_logits(self.model, self._bare, hidden[None])[0]
+
+
+def teacher_of(model: PreTrainedModel, *, dtype: torch.dtype = torch.bfloat16) -> Teacher:
+    """Returns the teacher of a patched model, to be made before the model is trained.
+
+    While the model's own weights are frozen (LoRA, or only the swaps' parameters trained) they are the teacher:
+    nothing is copied. Otherwise it is a frozen copy without the swaps.
+
+    Args:
+        model: The student, with whatever will be trained set to require gradients.
+        dtype: Dtype of a copy.
+
+    Raises:
+        ConfigError: The model's adapters hold its swaps, and more than they is trained.
+    """
+    inner: PreTrainedModel = base_of(model)
+    own = {id(p) for p in swap_parameters(inner).values()}
+    adapters = {id(p) for name, p in inner.named_parameters() if "lora_" in name}
+    if not any(p.requires_grad and id(p) not in own and id(p) not in adapters for p in inner.parameters()):
+        return Teacher(inner, shared=True)
+    if adapters:
+        raise ConfigError("a model with adapters whose own weights are trained too cannot be copied as its teacher")
+    twin = copy.deepcopy(inner)
+    if spec_of(twin) is not None:
+        unpatch(twin)
+    twin.to(dtype=dtype)  # type: ignore[call-arg]
+    return Teacher(twin.eval().requires_grad_(False), shared=False)
+
+
+@contextmanager
+def _without_adapters(model: nn.Module) -> Iterator[None]:
+    """Switches off peft's layers of a model."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not m.disable_adapters]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [m for m in model.modules() if m.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,114 @@
+"""An experiment trains what is missing, measures every control, and says what the losses say."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from training_helpers import recipe
+
+from attnswap.cli import main
+from attnswap.errors import ConfigError
+from attnswap.evaluation.bootstrap import Comparison
+from attnswap.healing.experiment import Experiment
+from attnswap.healing.result import proof_of_use, recovered
+from attnswap.training import parse_config
+
+STAGES = [
+    {"name": "ramp", "share": 0.7, "loss": {"ce": 0.1, "kl": 0.9}, "ramp": {"over": 0.5}},
+    {"name": "long", "share": 0.3, "loss": {"ce": 0.1, "kl": 0.9}, "sequence_length": 100},
+]
+TEXT = "the dog lay on the floor. " * 60
+
+
+def written(tmp_path: Path, **changes: Any) -> Path:
+    import yaml
+
+    values = {"swap": "softpick", "stages": STAGES, "training": {"eval_strategy": "no", "save_steps": 5}} | changes
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe(tmp_path, **values)))
+    (tmp_path / "held-out.txt").write_text(TEXT)
+    return path
+
+
+def run(tmp_path: Path, *extra: str) -> int:
+    words = [str(tmp_path / "recipe.yaml"), "--text", str(tmp_path / "held-out.txt")]
+    measure = ["--contexts", "32,96", "--max-tokens", "500", "--dtype", "fp32"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["attnswap", "heal", *words, *measure, *extra])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+    return int(stopped.value.code or 0)
+
+
+def test_an_experiment_measures_every_control_and_is_not_done_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written(tmp_path)
+    assert run(tmp_path) == 0, capsys.readouterr().err
+    out = tmp_path / "out"
+    result = json.loads((out / "result" / "result.json").read_text())
+    assert {path.name for path in (out / "result").iterdir()} == {
+        "result.json", "result.md", "result.png", "recipe.yaml", "steps.jsonl",
+    }  # fmt: skip
+    assert [entry["context"] for entry in result["contexts"]] == [32, 96]
+    for entry in result["contexts"]:
+        ppl = entry["perplexity"]
+        assert set(ppl) == {"original", "control", "unhealed", "healed", "bypassed"}
+        assert entry["ratio_to_control"]["ratio"] == pytest.approx(ppl["healed"] / ppl["control"], rel=1e-6)
+        assert entry["ratio_to_original"]["ratio"] == pytest.approx(ppl["healed"] / ppl["original"], rel=1e-6)
+        assert entry["bypassed_to_healed"]["ratio"] == pytest.approx(ppl["bypassed"] / ppl["healed"], rel=1e-6)
+        assert entry["ratio_to_control"]["lo"] <= entry["ratio_to_control"]["ratio"] <= entry["ratio_to_control"]["hi"]
+    assert result["tokens"] == 7 * 2 * 64 + 3 * 2 * 100
+    assert result["data"]["sha256"] == json.loads((out / "healed" / "summary.json").read_text())["data"]["sha256"]
+    assert {"original", "unhealed", "healed"} == set(result["structure"])
+    assert result["structure"]["original"]["row_sum"] == pytest.approx(1.0, abs=1e-5)
+    assert result["structure"]["healed"]["row_sum"] < 1
+    assert result["fidelity"]["kl"] > 0
+    assert [point["tokens"] for point in result["curve"]][-1] == result["tokens"]
+    assert result["recipe"]["swap"] == {"name": "softpick"} or result["recipe"]["swap"] == "softpick"
+    assert "attnswap" in json.loads((out / "healed" / "config.json").read_text())
+    assert "attnswap" not in json.loads((out / "control" / "config.json").read_text())
+
+    stamp = (out / "healed" / "model.safetensors").stat().st_mtime_ns
+    capsys.readouterr()
+    assert run(tmp_path) == 0
+    assert "training" not in capsys.readouterr().out
+    assert (out / "healed" / "model.safetensors").stat().st_mtime_ns == stamp
+
+    written(tmp_path, output_dir=str(tmp_path / "second"), swap={"name": "softpick", "eps": 1e-3})
+    assert run(tmp_path, "--control", str(out / "control")) == 0
+    assert not (tmp_path / "second" / "control").exists()
+    second = json.loads((tmp_path / "second" / "result" / "result.json").read_text())
+    assert second["contexts"][0]["perplexity"]["control"] == result["contexts"][0]["perplexity"]["control"]
+
+    written(tmp_path, output_dir=str(tmp_path / "third"), training={"eval_strategy": "no", "learning_rate": 0.02})
+    assert run(tmp_path, "--control", str(out / "control")) == 2
+    assert "training.learning_rate" in capsys.readouterr().err
+    assert not (tmp_path / "third").exists()
+
+
+def test_a_swap_is_needed_to_be_healed(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="heals a swap"):
+        Experiment(config=parse_config(recipe(tmp_path, swap="none")), out=tmp_path / "out")
+
+
+def test_what_was_recovered_is_null_where_nothing_was_lost() -> None:
+    ppl = {"unhealed": 30.0, "control": 10.0, "healed": 11.0}
+    hurt = Comparison(512, 3.0, math.log(3), 1.0, 1.2, 0.05)
+    assert recovered(hurt, ppl) == pytest.approx(0.95)
+    assert recovered(Comparison(512, 1.0, 0.0, -0.01, 0.01, 0.005), ppl) is None
+
+
+def test_proof_of_use_asks_for_five_percent_at_every_context() -> None:
+    contexts = [{"context": n, "bypassed_to_healed": {"ratio": r}} for n, r in ((512, 1.2), (8192, 1.04))]
+    moved = {"a.scale": {"largest": 0.5, "rms": 0.1}, "b.scale": {"largest": 0.7, "rms": 0.1}}
+    found = proof_of_use(contexts, moved, identity=False)
+    assert found["used"] is False
+    assert found["cost_of_bypass"]["512"] == pytest.approx(0.2)
+    assert found["movement"] == {"scale": 0.7}
+    assert proof_of_use(contexts[:1], {}, identity=False)["used"] is True
+    assert proof_of_use(contexts, moved, identity=True)["used"] is None
+    assert np.isfinite(list(found["cost_of_bypass"].values())).all()
