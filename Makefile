@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-all check clean
+.PHONY: demo test test-all check results-smoke clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,10 @@ test: $(STAMP)  ## the tests, within ten minutes on two cores
 
 test-all: $(STAMP)  ## every test, slow ones included
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "slow or not slow"
+
+results-smoke: $(STAMP)  ## rerun one healing recipe with its control and compare with the committed result
+	rm -rf out/smoke
+	$(BIN)/attnswap heal recipes/smoke/softpick.yaml --contexts 512,1k --max-tokens 8k --check recipes/results/smoke/result.json
 
 check: $(STAMP)  ## style and types
 	$(BIN)/ruff check .

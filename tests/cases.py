@@ -39,6 +39,7 @@ def variants() -> list[Swap]:
         attnswap.SSMax(form="anchored", train_length=3),
         attnswap.SSMax(form="anchored", train_length=3, init="paper"),
         attnswap.Softpick(),
+        attnswap.Softpick(anchor=3),
         attnswap.Softpick(eps=1e-2),
         attnswap.Softpick(eps=1e-2, eps_after_max_shift=True),
         attnswap.Sigmoid(),

@@ -1,6 +1,10 @@
 """Tiny models of every tested architecture, and a way to move a swap's parameters away from identity."""
 
 import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -26,9 +30,6 @@ from transformers import (
 import attnswap
 from attnswap.surgery.attach import child_of
 from attnswap.surgery.stacks import attention_modules
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ARCHITECTURES = ["llama", "mistral", "qwen3", "gemma2", "gpt_oss", "gpt2", "gpt_neox"]
 SWAPS = ["ssmax", "softpick", "sigmoid", "selective-temperature", "forgetting-gate"]

@@ -108,6 +108,8 @@ def row_weights(swap, p, z, n, lam, sink, head, kv_head, hidden, i, keys, real):
             a = 1 + p["scale"][head] * max(0.0, np.log(n) - np.log(swap.train_length))
         return softmax_row((1 + lam * (a - 1)) * z, sink), ones
     if swap.name == "softpick":
+        raised = 0.0 if swap.anchor is None else max(0.0, np.log(n / swap.anchor))
+        z = z + raised
         rest = 0.0 if sink is None else abs(np.exp(sink) - lam)
         total = np.abs(np.exp(z) - lam).sum() + rest + lam * swap.eps
         return np.maximum(np.exp(z) - lam, 0) / total, ones

@@ -111,15 +111,19 @@ def test_layouts_and_ramps(kind, swap, name, ramp):
         attnswap.SSMax(form="anchored", train_length=4),
         attnswap.Sigmoid(bias="learned", bias_log_n=-0.7),
         attnswap.Sigmoid(bias=-1.0, divide_by_n=True),
+        attnswap.Sigmoid(bias="predicted"),
         attnswap.Softpick(eps=0.3),
+        attnswap.Softpick(anchor=4),
+        attnswap.SoftmaxOne(start=1.0),
         attnswap.ForgettingGate(init="paper"),
     ],
     ids=lambda s: f"{s.name}",
 )
-def test_other_forms(swap):
-    """Every option of every swap, in a model with soft cap and windows."""
-    model = tiny("gemma2")
-    attnswap.patch(model, swap)
+@pytest.mark.parametrize(("kind", "ramp"), [("gemma2", 1.0), ("gpt_oss", 1.0), ("llama", 0.25)])
+def test_other_forms(swap, kind, ramp):
+    """Every option of every swap, in models with soft cap and windows, and with sinks; and along the ramp."""
+    model = tiny(kind)
+    attnswap.patch(model, swap, ramp=ramp)
     move_away(model, LENGTH)
     check_layers(model, "left")
 

@@ -10,6 +10,7 @@ from attnswap.cli.coverage import coverage_command
 from attnswap.cli.doctor import doctor_command
 from attnswap.cli.eval import eval_command
 from attnswap.cli.heal import heal_command
+from attnswap.cli.inspect import inspect_command
 from attnswap.cli.patch import patch_command
 from attnswap.cli.show import describe_command, list_command
 from attnswap.cli.train import train_command
@@ -27,6 +28,7 @@ app.command("patch")(patch_command)
 app.command("train")(train_command)
 app.command("heal")(heal_command)
 app.command("eval")(eval_command)
+app.command("inspect")(inspect_command)
 app.command("bench")(bench_command)
 app.command("coverage")(coverage_command)
 app.command("doctor")(doctor_command)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from attnswap.errors import ConfigError
 from attnswap.evaluation import Evaluation, evaluate_perplexity, table, write_report
 from attnswap.evaluation.corpus import read_dataset, read_text
 from attnswap.evaluation.report import full_report
+from attnswap.evaluation.suite import SuiteOptions
 from attnswap.loading import load_model, load_tokenizer
 from attnswap.processes import join, leave, place
 
@@ -31,6 +33,10 @@ def eval_command(
     stride: Annotated[str | None, typer.Option(help="lm-eval's windows instead of half-window ones.")] = None,
     max_tokens: Annotated[str | None, typer.Option(help="Score at most so many tokens, such as 16k.")] = None,
     batch_size: Annotated[int, typer.Option(help="Windows in a forward pass.")] = 1,
+    suite: Annotated[
+        str | None, typer.Option(help='"long": also retrieval, structure, rounding, an HTML page.')
+    ] = None,
+    prompts: Annotated[int, typer.Option(help="Retrieval prompts of each task, length and depth.")] = 4,
     out: Annotated[Path | None, typer.Option(help="Directory for JSON, losses, table and plot.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")] = False,
 ) -> None:
@@ -43,6 +49,8 @@ def eval_command(
         raise ConfigError("give --text or --dataset, not both")
     if batch_size < 1:
         raise ConfigError(f"--batch-size must be at least 1, not {batch_size}")
+    if suite not in (None, "long"):
+        raise ConfigError(f'--suite "{suite}" does not exist; there is "long"')
     check_folder(out)
     shared = join(device)
     chosen_dtype, chosen_device = parse_dtype(dtype), shared or parse_device(device)
@@ -50,6 +58,23 @@ def eval_command(
     documents: str | list[str] | None = read_text(text) if text else read_dataset(dataset) if dataset else None
     chosen_stride = parse_size(stride) if stride else None
     limit = parse_size(max_tokens) if max_tokens else None
+    if suite:
+        if chosen_stride is not None or shared is not None:
+            raise ConfigError("--suite runs in one process and on its own windows: leave out --stride")
+        from attnswap.cli.suite import run_suite
+
+        options = SuiteOptions(contexts=tuple(lengths), prompts=prompts)
+        return run_suite(
+            model,
+            baseline,
+            options=options if limit is None else replace(options, max_tokens=limit),
+            dtype=chosen_dtype,
+            device=chosen_device,
+            text=documents,
+            corpus_id=text.name if text else dataset,
+            out=out,
+            as_json=as_json,
+        )
 
     def measure(reference: str, against: Evaluation | None) -> Evaluation:
         loaded = load_model(reference, dtype=chosen_dtype, device=chosen_device)

@@ -19,6 +19,9 @@ def heal_command(
     max_tokens: Annotated[str, typer.Option(help="Scored tokens at each context.")] = "16k",
     text: Annotated[Path | None, typer.Option(help="Text to measure on. Default: the built-in offline text.")] = None,
     dtype: Annotated[str, typer.Option(help="Dtype to measure in: fp32, bf16 or fp16.")] = "bf16",
+    check: Annotated[
+        Path | None, typer.Option(help="A committed result.json: fail unless the ratios land in its intervals.")
+    ] = None,
 ) -> None:
     """Heal a swap and measure it against the same recipe without it.
 
@@ -29,7 +32,7 @@ def heal_command(
     from attnswap.cli.options import parse_dtype, parse_size  # here, so that --help need not wait for torch
     from attnswap.evaluation.corpus import read_text
     from attnswap.healing import Experiment, heal, summarise_healing
-    from attnswap.healing.report import table, write
+    from attnswap.healing.report import table, within, write
     from attnswap.processes import leave, place
     from attnswap.training import load_config
 
@@ -57,3 +60,6 @@ def heal_command(
         console = Console()
         console.print(table(result))
         console.print(f"written to {folder}", soft_wrap=True)
+        if check is not None:
+            for line in within(result, check):
+                console.print(line, soft_wrap=True)

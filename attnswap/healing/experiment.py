@@ -161,7 +161,8 @@ def _unhealed(config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None = N
     assert config.swap is not None
     attnswap.patch(model, config.swap, part=config.part, layers=config.layers, heads=config.heads)
     if tokenizer is not None and config.fit is not None:
-        fit(model, text_batches(load_data(config.data, tokenizer).train, config.fit.tokens))
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(config.training.get("bf16"))):
+            fit(model, text_batches(load_data(config.data, tokenizer).train, config.fit.tokens))
     return model
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from attnswap.errors import ConfigError, NumericsError
 from attnswap.evaluation.figure import COLOURS
 from attnswap.evaluation.result import write_atomically
 
@@ -111,6 +112,39 @@ def plot(result: dict[str, Any], path: Path) -> Path:
     figure.savefig(buffer, format="png", dpi=110)
     write_atomically(path, buffer.getvalue())
     return path
+
+
+def within(result: dict[str, Any], committed: Path) -> list[str]:
+    """Compares a result with a committed one of the same recipe.
+
+    Args:
+        result: What was found.
+        committed: The ``result.json`` of before.
+
+    Returns:
+        A line for each context.
+
+    Raises:
+        NumericsError: A ratio to the control lies outside the committed 95% interval.
+        ConfigError: The file is no such result, or of other contexts.
+    """
+    try:
+        entries = {e["context"]: e["ratio_to_control"] for e in json.loads(committed.read_text())["contexts"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f'--check: "{committed}" is no result of attnswap heal: {error}') from None
+    lines, outside = [], []
+    for entry in result["contexts"]:
+        known = entries.get(entry["context"])
+        if known is None:
+            raise ConfigError(f'--check: "{committed}" did not measure context {entry["context"]}')
+        found = entry["ratio_to_control"]["ratio"]
+        inside = known["lo"] <= found <= known["hi"]
+        said = f"context {entry['context']}: {found:.4f}, committed {known['lo']:.4f} to {known['hi']:.4f}"
+        lines.append(said)
+        outside += [] if inside else [said]
+    if outside:
+        raise NumericsError(f"outside the committed interval: {'; '.join(outside)}")
+    return lines
 
 
 def write(result: dict[str, Any], folder: Path, healed: Path) -> None:

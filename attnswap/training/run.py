@@ -93,7 +93,8 @@ def train(config: TrainConfig) -> TrainResult:
     if config.data.pack:
         check_separation(model)
     if config.fit is not None and config.swap is not None:
-        fit(model, text_batches(data.train, config.fit.tokens))
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
+            fit(model, text_batches(data.train, config.fit.tokens))
     if config.optimizer.freeze == "all_but_swap":
         freeze_all_but_swap(model)
     adapters = add_lora(model, config.lora) if config.lora else None

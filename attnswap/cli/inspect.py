@@ -1,0 +1,127 @@
+"""``attnswap inspect``: how the heads of a model attend, and of a second one beside it."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from attnswap.evaluation.structure import Structure
+
+
+def inspect_command(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help='Checkpoint directory, GGUF file, hub name or "embedded".')
+    ],
+    against: Annotated[str | None, typer.Option(help="A second model, shown beside the first.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Text file. Default: the built-in offline text.")] = None,
+    window: Annotated[str, typer.Option(help="Tokens of a window, more than 64; k is 1024.")] = "1k",
+    windows: Annotated[int, typer.Option(min=1, help="Windows to read, from all over the text.")] = 4,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16. Default: the checkpoint's own.")] = None,
+    device: Annotated[str | None, typer.Option(help="Default: the accelerator if there is one, else cpu.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory for JSON, table and picture.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON, and nothing else.")] = False,
+) -> None:
+    """Show how the heads of a model attend: sinks, dead heads, sparsity, entropy, massive activations.
+
+    Any causal language model, patched or not. With --against a second one is measured on the same text, such as the
+    model before it was patched or trained.
+    """
+    from attnswap.cli.options import check_folder, parse_device, parse_dtype, parse_size  # here, as in heal
+    from attnswap.evaluation.corpus import read_text
+    from attnswap.loading import resolve
+
+    check_folder(out)
+    references = [model] if against is None else [model, against]
+    for reference in references:
+        resolve(reference)  # so that a wrong second one does not wait for the first one's measurement
+    placed = {"dtype": parse_dtype(dtype), "device": parse_device(device)}
+    read = {"text": None if text is None else read_text(text), "window": parse_size(window), "windows": windows}
+    found = [_measure(reference, placed, read) for reference in references]
+    reports = [
+        {**structure.to_dict(), "model": reference, "text": text and text.name, "window": read["window"]}
+        for reference, structure in zip(references, found, strict=True)
+    ]
+    names = labels(references)
+    if out:
+        write(reports, found, out, names)
+    if as_json:
+        whole = reports[0] if against is None else {**reports[0], "against": reports[1]}
+        sys.stdout.write(json.dumps(whole, indent=2, allow_nan=False) + "\n")
+    else:
+        Console().print(table(found, names))
+
+
+def _measure(reference: str, placed: dict[str, Any], read: dict[str, Any]) -> "Structure":
+    import numpy as np
+
+    from attnswap.errors import ConfigError, NumericsError
+    from attnswap.evaluation.structure import measure_structure
+    from attnswap.loading import load_model, load_tokenizer
+
+    try:
+        found = measure_structure(load_model(reference, **placed), load_tokenizer(reference), **read)
+    except IndexError as error:  # of a table of learned positions
+        raise ConfigError(
+            f'"{reference}" cannot read windows of {read["window"]} tokens ({error}): give a shorter --window'
+        ) from error
+    for name, value in vars(found).items():
+        if not np.isfinite(value).all():
+            raise NumericsError(f'"{reference}" gives a non-finite {name}: check its weights, or give --dtype fp32')
+    return found
+
+
+def labels(references: Sequence[str]) -> list[str]:
+    """Returns a short name for each model: the last part of its path where that tells them apart."""
+    short = [Path(reference).name or reference for reference in references]
+    return short if len(set(short)) == len(short) else list(references)
+
+
+def table(structures: "Sequence[Structure]", names: Sequence[str]) -> Table:
+    """Returns the summaries for the terminal, a column for each model."""
+    shown = Table(title="attention structure", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    shown.add_column("")
+    for name in names:
+        shown.add_column(escape(name), justify="right", overflow="fold")
+    for row in _rows(structures):
+        shown.add_row(*row)
+    return shown
+
+
+def markdown(structures: "Sequence[Structure]", names: Sequence[str]) -> str:
+    """Returns the same table as Markdown, and the picture below it."""
+    from attnswap.evaluation.structure import SINK
+
+    header = ["attention", *(name.replace("|", "\\|") for name in names)]
+    lines = [header, ["---", *("---:" for _ in names)], *_rows(structures)]
+    body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return (
+        f"{body}\n\nMeans over heads; activations are the largest of all layers. A sink gives the first token more "
+        f"than {SINK} of its weight, a dead head attends to nothing for 95% of its queries.\n\n"
+        "![attention by layer and head](structure.png)\n"
+    )
+
+
+def write(
+    reports: Sequence[dict[str, Any]], structures: "Sequence[Structure]", folder: Path, names: Sequence[str]
+) -> None:
+    """Writes ``structure.json`` (and ``against.json``), ``structure.md`` and ``structure.png``, each atomically."""
+    from attnswap.evaluation.result import write_atomically
+    from attnswap.evaluation.structure_figure import plot_structure
+
+    for report, stem in zip(reports, ("structure", "against"), strict=False):
+        content = json.dumps(report, indent=1, allow_nan=False) + "\n"
+        write_atomically(folder / f"{stem}.json", content.encode())
+    write_atomically(folder / "structure.md", markdown(structures, names).encode())
+    plot_structure(structures, folder / "structure.png", labels=names)
+
+
+def _rows(structures: "Sequence[Structure]") -> list[list[str]]:
+    summaries = [structure.summary() for structure in structures]
+    return [[key.replace("_", " "), *(f"{summary[key]:.4g}" for summary in summaries)] for key in summaries[0]]

@@ -1,0 +1,112 @@
+"""``attnswap eval --suite long``: everything that can be told of a model, as JSON, Markdown and one HTML page."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from attnswap.errors import ConfigError
+from attnswap.evaluation.figure import plot
+from attnswap.evaluation.html import write_html
+from attnswap.evaluation.result import write_atomically
+from attnswap.evaluation.retrieval_figure import plot_retrieval
+from attnswap.evaluation.sections import suite_report
+from attnswap.evaluation.structure_figure import plot_structure
+from attnswap.evaluation.suite import Profile, SuiteOptions, profile
+from attnswap.loading import load_model, load_tokenizer
+
+
+def run_suite(
+    reference: str,
+    original: str | None,
+    *,
+    options: SuiteOptions,
+    dtype: Any,
+    device: Any,
+    text: str | list[str] | None,
+    corpus_id: str | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Measures a model, and the one it was, and writes and prints the report.
+
+    Args:
+        reference: The model in question.
+        original: The model it was; None: it stands alone.
+        options: How much is measured.
+        dtype: Dtype of the weights; None: the checkpoint's own.
+        device: Where to run.
+        text: The text; None: the offline evaluation text.
+        corpus_id: Name of the text.
+        out: Directory of the report; None: print only.
+        as_json: Print the JSON and nothing else.
+
+    Raises:
+        ConfigError: The baseline is the JSON of an evaluation, which holds no model to ask.
+    """
+    if original is not None and Path(original).suffix == ".json":
+        raise ConfigError("--suite measures the baseline too: give the model, not the JSON of an earlier evaluation")
+    tokenizer = load_tokenizer(reference)
+    common: dict[str, Any] = {"options": options, "text": text, "corpus_id": corpus_id}
+    before = twin = None
+    if original is not None:
+        twin = load_model(original, dtype=dtype, device=device)
+        before = profile(twin, tokenizer, model_id=original, **common)
+    model = load_model(reference, dtype=dtype, device=device)
+    baseline = None if before is None else before.evaluation
+    found = profile(model, tokenizer, reference=twin, baseline=baseline, model_id=reference, **common)
+    report = suite_report(found, before)
+    if out is not None:
+        write(report, found, before, out)
+    if as_json:
+        sys.stdout.write(json.dumps(report, indent=2, allow_nan=False) + "\n")
+        return
+    console = Console()
+    for section in report["sections"]:
+        console.print(_table(section))
+    if out is not None:
+        console.print(f"report: {out / 'report.html'}", soft_wrap=True)
+
+
+def write(report: dict[str, Any], found: Profile, before: Profile | None, out: Path) -> None:
+    """Writes ``suite.json``, the losses, ``suite.md``, the pictures and ``report.html``."""
+    profiles = [found] if before is None else [found, before]
+    labels = [profile.evaluation.label for profile in profiles]
+    baseline = None if before is None else before.evaluation
+    found.evaluation.save(out / "evaluation.json")
+    pictures = {
+        "perplexity.png": plot([found.evaluation], out / "perplexity.png", baseline=baseline),
+        "retrieval.png": plot_retrieval([p.retrieval for p in profiles], out / "retrieval.png", labels=labels),
+        "structure.png": plot_structure([p.structure for p in profiles], out / "structure.png", labels=labels),
+    }
+    write_atomically(out / "suite.json", (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
+    write_atomically(out / "suite.md", markdown(report).encode())
+    write_html(report, list(pictures.items()), out / "report.html", title=str(report["title"]))
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """Returns the report's tables as Markdown."""
+    lines = [f"# {report['title']}", ""]
+    for section in report["sections"]:
+        columns, rows = section["table"]["columns"], section["table"]["rows"]
+        lines += [f"## {section['title']}", "", section["text"], ""]
+        lines += ["| " + " | ".join(columns) + " |", "|" + " ---: |" * len(columns)]
+        lines += ["| " + " | ".join(map(show, row)) + " |" for row in rows] + [""]
+    return "\n".join(lines)
+
+
+def _table(section: dict[str, Any]) -> Table:
+    view = Table(title=section["title"], box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for column in section["table"]["columns"]:
+        view.add_column(column, justify="right")
+    for row in section["table"]["rows"]:
+        view.add_row(*map(show, row))
+    return view
+
+
+def show(value: Any) -> str:
+    """Returns a cell's text: numbers with four significant digits."""
+    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)

@@ -1,0 +1,173 @@
+"""The suite's report: sections with a text, a table, a picture and the data behind them."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from attnswap.errors import ConfigError
+from attnswap.evaluation.bootstrap import compare
+from attnswap.evaluation.retrieval import Cell
+from attnswap.evaluation.suite import Profile, gain_from_context
+
+SCHEMA = "attnswap.suite/1"
+
+
+def suite_report(found: Profile, reference: Profile | None = None, *, title: str | None = None) -> dict[str, Any]:
+    """Returns the suite's JSON: sections with a text, a table, the name of a picture and the data behind it.
+
+    Args:
+        found: The model in question.
+        reference: The model it was, measured with the same options.
+        title: Of the report; default: the model's name.
+
+    Raises:
+        ConfigError: The two were measured differently.
+    """
+    if reference is not None and [_key(c) for c in found.retrieval] != [_key(c) for c in reference.retrieval]:
+        raise ConfigError("the two models were asked different questions: measure both with the same options")
+    evaluation = found.evaluation
+    sections = [_perplexity, _gain, _retrieval, _structure, _quantized, _fidelity]
+    return {
+        "schema": SCHEMA,
+        "title": title or evaluation.label,
+        "created": evaluation.created,
+        "model": {**evaluation.model, "swapped": evaluation.swap is not None},
+        "corpus": evaluation.corpus,
+        "environment": evaluation.env,
+        "sections": [made for make in sections if (made := make(found, reference)) is not None],
+    }
+
+
+def _key(cell: Cell) -> tuple[str, int, float, int]:
+    return cell.task, cell.length, cell.depth, cell.n
+
+
+@dataclass
+class _Section:
+    name: str
+    title: str
+    text: str
+    columns: list[str]
+    rows: list[list[Any]] = field(default_factory=list)
+    picture: str | None = None
+    data: Any = None
+
+    def to_dict(self) -> dict[str, Any]:
+        table = {"columns": self.columns, "rows": self.rows}
+        return {
+            "name": self.name,
+            "title": self.title,
+            "text": self.text,
+            "table": table,
+            "picture": self.picture,
+            "data": self.data,
+        }
+
+
+def _perplexity(found: Profile, reference: Profile | None) -> dict[str, Any]:
+    section = _Section(
+        "perplexity",
+        "Perplexity by context",
+        "The same tokens are scored at every length, each once and with at least half a window of text before it.",
+        ["context", "perplexity", "bits per byte", "standard error (nats)"],
+        picture="perplexity.png",
+        data=[vars(m) | {} for m in found.evaluation.metrics],
+    )
+    against = {} if reference is None else {c.length: c for c in compare(found.evaluation, reference.evaluation)}
+    if reference is not None:
+        section.columns += ["original", "ratio", "95% from", "to"]
+    for entry in found.evaluation.metrics:
+        row: list[Any] = [entry.length, entry.ppl, entry.bpb, entry.se]
+        if reference is not None:
+            c = against[entry.length]
+            row += [reference.evaluation.at(entry.length).ppl, c.ratio, float(np.exp(c.lo)), float(np.exp(c.hi))]
+        section.rows.append(row)
+    return section.to_dict()
+
+
+def _gain(found: Profile, reference: Profile | None) -> dict[str, Any] | None:
+    gains = gain_from_context(found.evaluation)
+    if not gains:
+        return None
+    theirs = {} if reference is None else {g.context: g for g in gain_from_context(reference.evaluation)}
+    shortest = min(found.evaluation.nll)
+    section = _Section(
+        "gain",
+        "Gain from context",
+        f"Nats a token that a longer context gains over {shortest} tokens, on the same tokens.",
+        ["context", "gain", "95% from", "to", *(["original"] if theirs else [])],
+        data=[vars(g) for g in gains],
+    )
+    for g in gains:
+        section.rows.append([g.context, g.gain, g.lo, g.hi, *([theirs[g.context].gain] if theirs else [])])
+    return section.to_dict()
+
+
+def _retrieval(found: Profile, reference: Profile | None) -> dict[str, Any]:
+    section = _Section(
+        "retrieval",
+        "Retrieval",
+        "Answers are teacher-forced: exact is the share whose every token was the favourite, rank the mean rank of an "
+        "answer's tokens among all (1 is best). Means over depths; the picture has every depth.",
+        ["task", "length", "exact", "rank", *(["exact, original", "rank, original"] if reference else [])],
+        picture="retrieval.png",
+        data=[cell.to_dict() for cell in found.retrieval],
+    )
+    for task, length in dict.fromkeys((c.task, c.length) for c in found.retrieval):
+        row: list[Any] = [task, length]
+        for one in (found, reference):
+            if one is not None:
+                cells = [c for c in one.retrieval if (c.task, c.length) == (task, length)]
+                row += [float(np.mean([c.accuracy for c in cells])), float(np.mean([c.rank for c in cells]))]
+        section.rows.append(row)
+    return section.to_dict()
+
+
+def _structure(found: Profile, reference: Profile | None) -> dict[str, Any]:
+    ours = found.structure.summary()
+    section = _Section(
+        "structure",
+        "Attention structure",
+        "A sink is a head that gives the first token more than 0.3 on average; a dead head attends to nothing for 95% "
+        "of the queries. Activations are the hidden states after each layer.",
+        ["figure", "value", *(["original"] if reference else [])],
+        picture="structure.png",
+        data=found.structure.to_dict(),
+    )
+    theirs = None if reference is None else reference.structure.summary()
+    for name, value in ours.items():
+        section.rows.append([name.replace("_", " "), value, *([] if theirs is None else [theirs[name]])])
+    return section.to_dict()
+
+
+def _quantized(found: Profile, reference: Profile | None) -> dict[str, Any]:
+    section = _Section(
+        "quantization",
+        "Rounded weights",
+        "Nats a token lost when linear layers' weights are rounded to the nearest of few levels, per group of 64.",
+        ["weights", "NLL", "lost", *(["lost, original"] if reference else [])],
+        data={name: float(nll.astype(np.float64).mean()) for name, nll in found.quantized.items()},
+    )
+    for name in found.quantized:
+        means = [
+            (float(p.quantized[name].astype(np.float64).mean()), float(p.quantized["full"].astype(np.float64).mean()))
+            for p in (found, reference)
+            if p is not None
+        ]
+        section.rows.append([name, means[0][0], *(own - full for own, full in means)])
+    return section.to_dict()
+
+
+def _fidelity(found: Profile, reference: Profile | None) -> dict[str, Any] | None:
+    if found.fidelity is None:
+        return None
+    values = found.fidelity.to_dict()
+    return _Section(
+        "fidelity",
+        "Divergence from the original",
+        "KL of the original's next-token distribution to this model's, and how often both have the same favourite.",
+        ["figure", "value"],
+        rows=[["KL (nats a token)", values["kl"]], ["same favourite", values["top1"]], ["tokens", values["tokens"]]],
+        data=values,
+    ).to_dict()

@@ -1,0 +1,194 @@
+"""The long-context suite: everything this package can tell of a model, beside the model it was."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from attnswap.evaluation.bootstrap import block_bootstrap
+from attnswap.evaluation.fidelity import Fidelity, measure_fidelity
+from attnswap.evaluation.perplexity import CONTEXTS, evaluate_perplexity
+from attnswap.evaluation.quantize import rounded
+from attnswap.evaluation.result import Evaluation
+from attnswap.evaluation.retrieval import DEPTHS, TASKS, Cell, measure_retrieval
+from attnswap.evaluation.structure import Structure, measure_structure
+
+BITS = (8, 4)
+
+
+@dataclass(frozen=True)
+class SuiteOptions:
+    """How much is measured.
+
+    Attributes:
+        contexts: Context lengths in tokens; retrieval takes those from 512 on.
+        max_tokens: Scored tokens of perplexity at each context; None: the whole text.
+        tasks: Retrieval tasks.
+        depths: Depths of what is to be found.
+        prompts: Prompts of each task, length and depth.
+        quantized_context: Context at which rounded weights are measured.
+        seed: Of prompts and bootstraps.
+    """
+
+    contexts: tuple[int, ...] = CONTEXTS
+    max_tokens: int | None = 16384
+    tasks: tuple[str, ...] = tuple(TASKS)
+    depths: tuple[float, ...] = DEPTHS
+    prompts: int = 4
+    quantized_context: int = 1024
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What the suite found of one model.
+
+    Attributes:
+        evaluation: Perplexity by context and by position.
+        retrieval: Every cell of the grids.
+        structure: What attention does.
+        quantized: Mean NLL of every scored token at ``quantized_context``, by the bits of the weights ("full" first).
+        fidelity: Divergence from the reference; None without one.
+    """
+
+    evaluation: Evaluation
+    retrieval: list[Cell]
+    structure: Structure
+    quantized: dict[str, np.ndarray]
+    fidelity: Fidelity | None = None
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What more context is worth at one length.
+
+    Attributes:
+        context: Tokens of context.
+        gain: Mean NLL at the shortest context minus that here, over the same tokens; positive: context helps.
+        lo: Lower end of the 95% interval.
+        hi: Upper end.
+    """
+
+    context: int
+    gain: float
+    lo: float
+    hi: float
+
+
+def gain_from_context(evaluation: Evaluation) -> list[Gain]:
+    """Returns what each longer context gains over the shortest, paired token by token.
+
+    Args:
+        evaluation: Every context of which scored the same tokens.
+    """
+    shortest = min(evaluation.nll)
+    found = []
+    for context in sorted(evaluation.nll):
+        if context == shortest:
+            continue
+        difference = evaluation.nll[shortest].astype(np.float64) - evaluation.nll[context]
+        means = block_bootstrap(difference, block=evaluation.env["block"], seed=evaluation.env["seed"])
+        lo, hi = np.quantile(means, [0.025, 0.975])
+        found.append(Gain(context, float(difference.mean()), float(lo), float(hi)))
+    return found
+
+
+def profile(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    reference: nn.Module | None = None,
+    options: SuiteOptions | None = None,
+    text: str | Sequence[str] | None = None,
+    baseline: Evaluation | None = None,
+    model_id: str | None = None,
+    corpus_id: str | None = None,
+    quiet: bool = False,
+) -> Profile:
+    """Runs the suite on one model.
+
+    Args:
+        model: A causal language model, patched or not.
+        tokenizer: Its tokenizer.
+        reference: The model it was, for the divergence.
+        options: How much is measured.
+        text: The text; default: the offline evaluation text.
+        baseline: The reference's evaluation, whose tokens this one must score.
+        model_id: Name of the model in the report.
+        corpus_id: Name of the text.
+        quiet: Print nothing and show no bar (which also stays off where stderr is no terminal).
+
+    Raises:
+        ConfigError: An argument does not fit, or the text is too short.
+    """
+    options = options or SuiteOptions()
+    longest = max(options.contexts)
+    common: dict[str, Any] = {"text": text, "corpus_id": corpus_id, "model_id": model_id, "seed": options.seed}
+
+    def say(what: str) -> None:
+        if not quiet:
+            print(f"{model_id or type(model).__name__}: {what}", file=sys.stderr, flush=True)
+
+    say("perplexity by context")
+    evaluation = evaluate_perplexity(
+        model,
+        tokenizer,
+        contexts=options.contexts,
+        max_tokens=options.max_tokens,
+        baseline=baseline,
+        quiet=quiet,
+        **common,
+    )
+    say("retrieval")
+    lengths = [n for n in options.contexts if n >= min(512, longest)]
+    cells = len(options.tasks) * len(options.depths) * options.prompts * sum(lengths)
+    with tqdm(total=cells, unit="token", unit_scale=True, disable=quiet or not sys.stderr.isatty()) as bar:
+
+        def advance(tokens: int) -> None:
+            bar.update(tokens)
+
+        retrieval = measure_retrieval(
+            model,
+            tokenizer,
+            tasks=options.tasks,
+            lengths=lengths,
+            depths=options.depths,
+            n=options.prompts,
+            seed=options.seed,
+            advance=advance,
+        )
+    say("attention structure")
+    joined = text if text is None or isinstance(text, str) else "\n\n".join(text)
+    structure = measure_structure(model, tokenizer, text=joined, window=min(1024, longest))
+    say("rounded weights")
+    context = min(options.quantized_context, longest)
+    quantized = {}
+    for bits in (None, *BITS):
+        measured = _at(model, tokenizer, context, options, bits, common)
+        quantized["full" if bits is None else f"int{bits}"] = measured.nll[context]
+    fidelity = None
+    if reference is not None:
+        say("divergence from the original")
+        fidelity = measure_fidelity(model, reference, tokenizer, text=joined, context=min(2048, longest))
+    return Profile(evaluation, retrieval, structure, quantized, fidelity)
+
+
+def _at(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    options: SuiteOptions,
+    bits: int | None,
+    common: dict[str, Any],
+) -> Evaluation:
+    limit = min(options.max_tokens or 16384, 16384)
+    plain: dict[str, Any] = {"contexts": (context,), "max_tokens": limit, "positions": False, "quiet": True, **common}
+    if bits is None:
+        return evaluate_perplexity(model, tokenizer, **plain)
+    with rounded(model, bits):
+        return evaluate_perplexity(model, tokenizer, **plain)

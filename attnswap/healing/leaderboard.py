@@ -1,0 +1,90 @@
+"""The page that sets all committed experiments beside each other, made from their JSON files.
+
+python -m attnswap.healing.leaderboard recipes/results
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from attnswap.evaluation.result import write_atomically
+from attnswap.healing.result import SCHEMA
+
+PAGE = "leaderboard.md"
+
+
+def read_results(folder: Path) -> dict[str, dict[str, Any]]:
+    """Returns every experiment under a folder of results, by the name of its own folder."""
+    found = {}
+    for path in sorted(folder.glob("*/result.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if result.get("schema") == SCHEMA:
+            found[path.parent.name] = result
+    return found
+
+
+def table(results: dict[str, dict[str, Any]], link: str = "") -> str:
+    """Returns one row for each experiment, the closest to its control first.
+
+    Args:
+        results: See :func:`read_results`.
+        link: What stands before the name of each folder in links.
+    """
+    contexts = sorted({entry["context"] for result in results.values() for entry in result["contexts"]})
+    head = ["experiment", "swap", "layers", "tokens", *(f"/ control at {n}" for n in contexts)]
+    head += ["recovered", "cost without swap", "sinks", "dead heads", "KL"]
+    lines = ["| " + " | ".join(head) + " |", "| --- | --- | --- |" + " ---: |" * (len(head) - 3)]
+    for name, result in sorted(results.items(), key=lambda item: worst(item[1])):
+        by_context = {entry["context"]: entry for entry in result["contexts"]}
+        cells = [f"[{name}]({link}{name}/)", _swap(result), str(result["layers"] or "all"), f"{result['tokens']:,}"]
+        cells += [_ratio(by_context[n]) if n in by_context else "-" for n in contexts]
+        shares = [e["recovered_fraction"] for e in result["contexts"] if e["recovered_fraction"] is not None]
+        cells.append(f"{min(shares):.3f}" if shares else "nothing to")
+        cells.append(f"{min(result['proof_of_use']['cost_of_bypass'].values()):+.1%}")
+        healed = result["structure"]["healed"]
+        cells += [f"{healed['sink_rate']:.1%}", f"{healed['dead_head_rate']:.1%}", f"{result['fidelity']['kl']:.4f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def worst(result: dict[str, Any]) -> float:
+    """Returns the largest ratio to the control over contexts."""
+    return max(entry["ratio_to_control"]["ratio"] for entry in result["contexts"])
+
+
+def page(results: dict[str, dict[str, Any]]) -> str:
+    """Returns the leaderboard as Markdown."""
+    return f"""# Healed models beside their controls
+
+Made by `python -m attnswap.healing.leaderboard recipes/results` from the `result.json` of each folder; do not edit.
+
+Each experiment is one recipe and its control, the same recipe without the swap. "/ control" is the healed model's
+perplexity over the control's on the same tokens, with its paired 95% interval; "recovered" the share of the damage
+that was healed, at the worst context; "cost without swap" what passing the swap by costs the healed model in
+perplexity, at the context where it costs least; sinks and dead heads are shares of all heads; KL is to the original
+model, in nats a token.
+
+{table(results)}
+"""
+
+
+def _swap(result: dict[str, Any]) -> str:
+    options = ", ".join(f"{k}={v}" for k, v in result["swap"].items() if k != "name")
+    return result["swap"]["name"] + (f" ({options})" if options else "")
+
+
+def _ratio(entry: dict[str, Any]) -> str:
+    ratio = entry["ratio_to_control"]
+    return f"{ratio['ratio']:.4f} [{ratio['lo']:.4f}, {ratio['hi']:.4f}]"
+
+
+def main(folder: str) -> None:
+    """Writes the page into a folder of results."""
+    results = read_results(Path(folder))
+    write_atomically(Path(folder) / PAGE, page(results).encode())
+    print(f"{len(results)} experiments: {Path(folder) / PAGE}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

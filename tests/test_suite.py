@@ -1,0 +1,133 @@
+"""The long suite measures what its parts measure, and its report says so in JSON, Markdown and HTML."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from training_helpers import byte_tokenizer, tiny_llama, write_model
+
+import attnswap
+from attnswap.cli import main
+from attnswap.errors import ConfigError
+from attnswap.evaluation import evaluate_perplexity
+from attnswap.evaluation.quantize import rounded
+from attnswap.evaluation.retrieval import measure_retrieval
+from attnswap.evaluation.sections import suite_report
+from attnswap.evaluation.suite import Profile, SuiteOptions, gain_from_context, profile
+
+TEXT = "The cat sat on the mat, and the dog did not. " * 40
+OPTIONS = SuiteOptions(
+    contexts=(64, 256), max_tokens=600, tasks=("passkey",), depths=(0.0, 1.0), prompts=1, quantized_context=64
+)
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Profile, Profile]:
+    tokenizer, original, model = byte_tokenizer(), tiny_llama(), tiny_llama()
+    attnswap.patch(model, "softpick")
+    before = profile(original, tokenizer, options=OPTIONS, text=TEXT, quiet=True, model_id="original")
+    found = profile(
+        model, tokenizer, reference=original, baseline=before.evaluation, options=OPTIONS, text=TEXT, quiet=True
+    )
+    return found, before
+
+
+def test_every_part_is_measured_as_it_is_alone(pair: tuple[Profile, Profile]) -> None:
+    found, before = pair
+    tokenizer, model = byte_tokenizer(), tiny_llama()
+    attnswap.patch(model, "softpick")
+    alone = evaluate_perplexity(model, tokenizer, text=TEXT, contexts=(64, 256), max_tokens=600, quiet=True)
+    assert found.evaluation.at(256).nll == alone.at(256).nll
+    assert found.retrieval == measure_retrieval(
+        model, tokenizer, tasks=["passkey"], lengths=[256], depths=[0.0, 1.0], n=1
+    )
+    with rounded(model, 4):
+        coarse = evaluate_perplexity(model, tokenizer, text=TEXT, contexts=(64,), max_tokens=600, quiet=True)
+    np.testing.assert_array_equal(found.quantized["int4"], coarse.nll[64])
+    assert set(found.quantized) == {"full", "int8", "int4"}
+    assert found.fidelity is not None
+    assert found.fidelity.kl > 0
+    assert before.fidelity is None
+
+
+def test_gain_is_the_difference_of_paired_losses(pair: tuple[Profile, Profile]) -> None:
+    evaluation = pair[0].evaluation
+    (gain,) = gain_from_context(evaluation)
+    assert gain.context == 256
+    assert gain.gain == pytest.approx(evaluation.at(64).nll - evaluation.at(256).nll, abs=1e-6)
+    assert gain.lo <= gain.gain <= gain.hi
+
+
+def test_the_report_compares_with_the_original(pair: tuple[Profile, Profile]) -> None:
+    found, before = pair
+    report = json.loads(json.dumps(suite_report(found, before), allow_nan=False))
+    assert report["schema"] == "attnswap.suite/1"
+    sections = {section["name"]: section for section in report["sections"]}
+    assert list(sections) == ["perplexity", "gain", "retrieval", "structure", "quantization", "fidelity"]
+    for section in sections.values():
+        assert all(len(row) == len(section["table"]["columns"]) for row in section["table"]["rows"])
+    row = sections["perplexity"]["table"]["rows"][1]
+    assert row[:2] == [256, found.evaluation.at(256).ppl]
+    assert row[5] == pytest.approx(found.evaluation.at(256).ppl / before.evaluation.at(256).ppl)
+    losses = {row[0]: row for row in sections["quantization"]["table"]["rows"]}
+    assert losses["full"][2:] == [0.0, 0.0]
+    assert losses["int4"][2] == pytest.approx(
+        float((found.quantized["int4"].astype("f8") - found.quantized["full"]).mean())
+    )
+    lone = suite_report(before)
+    assert [section["name"] for section in lone["sections"]][-1] == "quantization"
+    assert lone["sections"][0]["table"]["columns"] == [
+        "context",
+        "perplexity",
+        "bits per byte",
+        "standard error (nats)",
+    ]
+
+
+def test_models_that_were_asked_different_questions_are_not_compared(pair: tuple[Profile, Profile]) -> None:
+    other = Profile(pair[1].evaluation, pair[1].retrieval[:1], pair[1].structure, pair[1].quantized)
+    with pytest.raises(ConfigError, match="different questions"):
+        suite_report(pair[0], other)
+
+
+def run(*words: str) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["attnswap", "eval", *words])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+    return int(stopped.value.code or 0)
+
+
+def test_the_command_writes_one_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    healed = tiny_llama(max_position_embeddings=512)
+    attnswap.patch(healed, "softpick")
+    write_model(tmp_path / "healed", healed)
+    write_model(tmp_path / "original", tiny_llama(max_position_embeddings=512))
+    (tmp_path / "text.txt").write_text(TEXT * 2)
+    out = tmp_path / "out"
+    words = [str(tmp_path / "healed"), "--suite", "long", "--text", str(tmp_path / "text.txt"), "--prompts", "1"]
+    words += ["--contexts", "64,512", "--max-tokens", "600", "--dtype", "fp32"]
+    assert run(*words, "--baseline", str(tmp_path / "original"), "--out", str(out)) == 0, capsys.readouterr().err
+    assert {path.name for path in out.iterdir()} == {
+        "report.html", "suite.json", "suite.md", "evaluation.json", "evaluation.npz", "perplexity.png",
+        "retrieval.png", "structure.png",
+    }  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "Perplexity by context" in printed
+    assert "Divergence from the original" in printed
+    report = json.loads((out / "suite.json").read_text())
+    page, table = (out / "report.html").read_text(), (out / "suite.md").read_text()
+    for section in report["sections"]:
+        assert section["title"] in page
+        assert section["title"] in table
+    assert page.count("data:image/png;base64,") == 3
+
+    capsys.readouterr()
+    assert run(*words, "--suite", "short") == 2
+    assert "there is" in capsys.readouterr().err
+    assert run(*words, "--baseline", str(out / "evaluation.json")) == 2
+    assert "give the model" in capsys.readouterr().err
+    assert run(*words, "--stride", "64") == 2
