@@ -73,6 +73,23 @@ def test_the_head_never_sees_more_than_a_chunk() -> None:
     assert sum(sizes) == learned, "each label once, nothing else"
 
 
+@pytest.mark.parametrize("make", MODELS, ids=NAMES)
+def test_the_form_for_sharded_models_is_the_same_loss(
+    make: Callable[[], PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = make(), batch()
+    with chunked_loss(model, chunk=7):
+        plain = model(**inputs)
+        expected = gradients(model, plain.loss)
+        monkeypatch.setattr("attnswap.training.loss.FSDPModule", torch.nn.Embedding)  # every model has one
+        output = model(**inputs)
+        actual = gradients(model, output.loss)
+    assert output.loss.item() == pytest.approx(plain.loss.item(), abs=1e-6)
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
 def test_without_any_label_every_parameter_still_gets_a_gradient() -> None:
     model, inputs = tiny_llama(), batch()
     inputs["labels"] = torch.full_like(inputs["labels"], -100)

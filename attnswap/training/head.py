@@ -4,11 +4,13 @@ The head runs once: each chunk's logits are turned into the loss of their rows a
 states and of the head's own parameters, and forgotten. The backward pass only scales what is already there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 ROWS = 16
 """Rows of logits that losses work on at once: what a core's cache holds of a vocabulary of 50k."""
@@ -61,23 +63,79 @@ def in_blocks(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> 
 
 
 def head_loss(
-    hidden: Tensor, head: Callable[[Tensor], Tensor], parameters: list[nn.Parameter], loss: RowLoss, chunk: int
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    modules: list[nn.Module],
+    loss: RowLoss,
+    chunk: int,
+    *,
+    sharded: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Computes the summed loss of rows of hidden states, ``chunk`` rows of logits at a time.
 
     Args:
         hidden: Hidden states, shape (rows, width).
         head: Turns some of them into logits (rows, vocabulary).
-        parameters: The trained parameters that the head may use.
+        modules: The modules whose parameters the head may use.
         loss: What a row costs.
         chunk: Rows whose logits exist at the same time.
+        sharded: FSDP watches the head, and must see its one backward pass where it expects it: the head runs once more
+            then, in place of gradients on the way forward.
 
     Returns:
         The sum, differentiable once, and the loss of each row, shape (rows,).
     """
-    trained = [p for p in parameters if p.requires_grad]
+    if sharded:
+        parts = [
+            checkpoint(_rows_loss, hidden[i : i + chunk], head, loss, i, use_reentrant=False, preserve_rng_state=False)
+            for i in range(0, len(hidden), chunk)
+        ]
+        sums, rows = zip(*parts, strict=True)
+        return torch.stack(sums).sum(), torch.cat(rows)
+    places = [
+        (module, name)
+        for top in modules
+        for module in top.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.requires_grad
+    ]
+    trained = [module._parameters[name] for module, name in places]
     differentiate = torch.is_grad_enabled() and (hidden.requires_grad or bool(trained))
-    return _HeadLoss.apply(hidden, head, loss, chunk, differentiate, *trained)  # type: ignore[no-any-return]
+    chosen = places if differentiate else None
+    return _HeadLoss.apply(hidden, head, loss, chunk, chosen, *trained)  # type: ignore[no-any-return]
+
+
+def _rows_loss(part: Tensor, head: Callable[[Tensor], Tensor], loss: RowLoss, start: int) -> tuple[Tensor, Tensor]:
+    return _RowsLoss.apply(head(part), loss, slice(start, start + len(part)))  # type: ignore[no-any-return]
+
+
+class _RowsLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, loss: RowLoss, rows: slice) -> tuple[Tensor, Tensor]:
+        values, ctx.gradient = loss(logits, rows)
+        ctx.mark_non_differentiable(values)
+        return values.sum(), values
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
+        return ctx.gradient.mul_(upstream[0].to(ctx.gradient.dtype)), None, None
+
+
+@contextmanager
+def _leaves(places: list[tuple[nn.Module, str]], leaves: list[Tensor]) -> Iterator[None]:
+    """Puts other tensors in the place of parameters.
+
+    The gradients taken on the way forward must not reach the parameters themselves: data-parallel engines wait there
+    for the one backward pass.
+    """
+    kept = [module._parameters[name] for module, name in places]
+    for (module, name), leaf in zip(places, leaves, strict=True):
+        module._parameters[name] = leaf  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for (module, name), parameter in zip(places, kept, strict=True):
+            module._parameters[name] = parameter
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -88,20 +146,22 @@ class _HeadLoss(torch.autograd.Function):
         head: Callable[[Tensor], Tensor],
         loss: RowLoss,
         chunk: int,
-        differentiate: bool,
+        places: list[tuple[nn.Module, str]] | None,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
         losses, of_hidden = [], []
         of_parameters: list[Tensor | None] = [None] * len(parameters)
+        differentiate = places is not None
+        leaves = [p.detach().requires_grad_() for p in parameters] if differentiate else []
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             part = hidden[rows].detach().requires_grad_(differentiate)
-            with torch.set_grad_enabled(differentiate):
+            with torch.set_grad_enabled(differentiate), _leaves(places or [], leaves):
                 logits = head(part)
             values, gradient = loss(logits.detach(), rows)
             losses.append(values)
             if differentiate:
-                first, *others = torch.autograd.grad(logits, (part, *parameters), gradient, allow_unused=True)
+                first, *others = torch.autograd.grad(logits, (part, *leaves), gradient, allow_unused=True)
                 of_hidden.append(first)
                 for i, found in enumerate(others):
                     known = of_parameters[i]

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -141,17 +142,17 @@ def forward_with_loss(
     # What else the decoder returned would only keep memory alive until the backward pass.
     bare = type(outputs)(last_hidden_state=None)
     loss = CrossEntropy(kept_targets) if lesson is None else lesson.of_rows(kept_targets, (rows, columns))
-    total, nll = (
-        (hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros(len(rows), dtype=torch.float32))
-        if loss is None
-        else head_loss(
+    if loss is None:
+        total, nll = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros(len(rows), dtype=torch.float32)
+    else:
+        total, nll = head_loss(
             hidden[rows, columns],
             lambda part: head_logits(model, bare, part[None])[0],
-            own_parameters(model),
+            _outside_decoder(model),
             loss,
             chunk,
+            sharded=any(isinstance(module, FSDPModule) for module in model.modules()),
         )
-    )
     tokens = (targets != IGNORED).sum(dim=1)
     here = tokens.sum()
     divisor = here if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=nll.device)
@@ -166,10 +167,9 @@ def forward_with_loss(
     )
 
 
-def own_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
-    """Returns the parameters outside the decoder: those of the head, and what it shares with the decoder."""
-    decoder = model.base_model_prefix
-    return [p for name, child in model.named_children() if name != decoder for p in child.parameters()]
+def _outside_decoder(model: PreTrainedModel) -> list[nn.Module]:
+    """Returns the modules beside the decoder: the head."""
+    return [child for name, child in model.named_children() if name != model.base_model_prefix]
 
 
 @contextmanager
