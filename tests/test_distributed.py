@@ -50,12 +50,19 @@ CASES = [
     pytest.param("fsdp2", 2, "forgetting-gate", {}),
     pytest.param("ddp", 4, "ssmax", {}, marks=pytest.mark.slow),
     pytest.param("fsdp2", 4, "ssmax", {}, marks=pytest.mark.slow),
-    pytest.param("fsdp2", 2, "softpick", {"gradient_checkpointing": True}, marks=pytest.mark.slow),
+    # At softpick's kinks a rounding can turn a gradient around, which a high learning rate makes more of.
+    pytest.param(
+        "fsdp2", 2, "softpick", {"gradient_checkpointing": True, "learning_rate": 2e-3}, marks=pytest.mark.slow
+    ),
     pytest.param(
         "ddp",
         2,
         "softpick",
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": True},
+            "learning_rate": 2e-3,
+        },
         marks=pytest.mark.slow,
     ),
     pytest.param("fsdp2", 2, "sigmoid", {"gradient_accumulation_steps": 2}, marks=pytest.mark.slow),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from training_helpers import byte_tokenizer, tiny_gpt2, tiny_llama
+from training_helpers import byte_tokenizer, tiny_gemma2, tiny_gpt2, tiny_llama
 
 import attnswap
 from attnswap.errors import ConfigError
@@ -79,10 +79,22 @@ def test_a_sink_and_a_dead_head_are_found() -> None:
     assert sunk.sink_rate >= 0.125
 
 
+def test_keys_outside_a_window_are_no_zeros_and_nan_is_not_hidden() -> None:
+    model = tiny_gemma2()
+    found = measure_structure(model, byte_tokenizer(), text=TEXT, window=100, windows=1)
+    assert found.zeros.max() == 0.0, "softmax gives every visible key some weight"
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    broken = measure_structure(model, byte_tokenizer(), text=TEXT, window=100, windows=1)
+    assert np.isnan(broken.largest[1])
+
+
 def test_learned_positions_work_and_short_texts_are_refused() -> None:
     assert measure_structure(tiny_gpt2(), byte_tokenizer(), text=TEXT, window=80, windows=1).first.shape == (2, 4)
     with pytest.raises(ConfigError, match="too few"):
         measure_structure(tiny_llama(), byte_tokenizer(), text="short", window=80)
+    with pytest.raises(ConfigError, match="learned positions"):
+        measure_structure(tiny_gpt2(), byte_tokenizer(), text=TEXT, window=200)
     with pytest.raises(ConfigError, match="more than 64"):
         measure_structure(tiny_llama(), byte_tokenizer(), text=TEXT, window=64)
 

@@ -125,6 +125,16 @@ class Scorer:
                 )
         return nll
 
+    def check_positions(self, longest: int) -> None:
+        """Raises ConfigError if a learned position table is shorter than a window of ``longest`` tokens."""
+        for name, module in self.model.named_modules():
+            table = isinstance(module, nn.Embedding) and ("pos" in name or name.endswith("wpe"))
+            if table and module.num_embeddings < longest:
+                raise ConfigError(
+                    f"the model has {module.num_embeddings} learned positions ({name}) and cannot read windows of "
+                    f"{longest} tokens: leave out contexts beyond that"
+                )
+
     def check(self, ids: torch.Tensor, contexts: Sequence[int]) -> None:
         """Proves on a few tokens that chunks of rows give the model's own logits, and that long windows can run.
 
@@ -132,13 +142,7 @@ class Scorer:
             ConfigError: A learned position table is shorter than the largest context.
             UnsupportedModelError: The chunks differ.
         """
-        for name, module in self.model.named_modules():
-            table = isinstance(module, nn.Embedding) and ("pos" in name or name.endswith("wpe"))
-            if table and module.num_embeddings < max(contexts):
-                raise ConfigError(
-                    f"the model has {module.num_embeddings} learned positions ({name}) and cannot read windows of "
-                    f"{max(contexts)} tokens: leave out contexts beyond that"
-                )
+        self.check_positions(max(contexts))
         inputs = ids[None, : min(16, max(contexts))].to(self.device)
         full = self.model(input_ids=inputs, use_cache=False).logits.float()
         chunked = torch.cat([part.to(full.device) for part in self.rows(inputs, inputs.shape[1], size=3)], dim=1)

@@ -107,6 +107,7 @@ def measure_structure(
     if window <= FIRST_QUERY or windows < 1:
         raise ConfigError(f"window must be more than {FIRST_QUERY} tokens and windows at least 1")
     scorer = Scorer(model)
+    scorer.check_positions(window)
     corpus = load_corpus(tokenizer, text, None)
     bos = tokenizer.bos_token_id
     own = window - (bos is not None)
@@ -128,6 +129,8 @@ def measure_structure(
     if not heads.sums:
         raise UnsupportedModelError(f"the attention modules of {type(inner).__name__} return no weights")
     layers = sorted(heads.sums)
+    if len({len(heads.sums[layer]["first"]) for layer in layers}) > 1:
+        raise UnsupportedModelError(f"the layers of {type(inner).__name__} have different numbers of heads")
     figures = {name: np.stack([heads.sums[i][name] / count for i in layers]) for name in heads.sums[layers[0]]}
     after = {name: np.array([getattr(states, name)[i] for i in layers]) for name in ("largest", "ratio", "kurtosis")}
     return Structure(layers=layers, **figures, **after, tokens=count * window)
@@ -144,7 +147,7 @@ class _Heads:
             weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
             if not isinstance(weights, Tensor) or weights.ndim != 4:
                 return None
-            found = _figures(weights[0].float())
+            found = _figures(weights[0].float(), getattr(module, "sliding_window", None))
             known = self.sums.setdefault(layer, {})
             for name, value in found.items():
                 known[name] = known.get(name, 0.0) + value.double().cpu().numpy()
@@ -153,11 +156,18 @@ class _Heads:
         return look
 
 
-def _figures(weights: Tensor) -> dict[str, Tensor]:
-    """Returns the figures of one window's weights (heads, queries, keys), of the queries that see enough keys."""
+def _figures(weights: Tensor, window: int | None) -> dict[str, Tensor]:
+    """Returns the figures of one window's weights (heads, queries, keys), of the queries that see enough keys.
+
+    Args:
+        weights: Shape (heads, queries, keys).
+        window: How many keys the layer's queries see at most.
+    """
     queries, keys = weights.shape[1:]
     rows = weights[:, FIRST_QUERY:]
-    visible = torch.ones(queries, keys, dtype=torch.bool, device=weights.device).tril(keys - queries)[FIRST_QUERY:]
+    visible = torch.ones(queries, keys, dtype=torch.bool, device=weights.device).tril(keys - queries)
+    visible = visible if window is None else visible.triu(keys - queries - window + 1)
+    visible = visible[FIRST_QUERY:]
     total = rows.sum(-1)
     share = rows.clamp(min=0) / total.clamp(min=1e-12)[..., None]
     return {
@@ -189,7 +199,8 @@ class _States:
             }
             for name, value in found.items():
                 known = getattr(self, name)
-                known[layer] = max(known.get(layer, 0.0), value)
+                before = known.get(layer, 0.0)
+                known[layer] = before if before >= value or before != before else value  # NaN stays
 
         return look
 

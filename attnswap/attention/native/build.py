@@ -103,7 +103,8 @@ def _load_engine() -> None:
     from torch.utils import cpp_extension  # brings setuptools, which importing attnswap should not need
 
     text = "".join((HERE / name).read_text() for name in ENGINE)
-    name = f"attnswap_engine_{digest(text, headers(), *FLAGS)}"
+    # With the place of the sources, which ninja builds anew for: two checkouts would undo each other's work.
+    name = f"attnswap_engine_{digest(text, headers(), str(HERE), *FLAGS)}"
     target = folder() / name
     target.mkdir(parents=True, exist_ok=True)
     if not (target / f"{name}.so").exists() and os.environ.get("RANK", "0") == "0":
