@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from attnswap.errors import ConfigError
 from attnswap.evaluation.bootstrap import Comparison
 from attnswap.healing.experiment import Experiment
 from attnswap.healing.result import proof_of_use, recovered
-from attnswap.training import parse_config
+from attnswap.training import Stages, parse_config
 
 STAGES = [
     {"name": "ramp", "share": 0.7, "loss": {"ce": 0.1, "kl": 0.9}, "ramp": {"over": 0.5}},
@@ -88,6 +89,36 @@ def test_an_experiment_measures_every_control_and_is_not_done_twice(
     assert run(tmp_path, "--control", str(out / "control")) == 2
     assert "training.learning_rate" in capsys.readouterr().err
     assert not (tmp_path / "third").exists()
+
+
+def test_a_stopped_run_goes_on_and_one_of_another_recipe_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 7:
+            raise KeyboardInterrupt
+
+    steps: list[int] = []
+    original = Stages.on_step_begin
+
+    def note(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        steps.append(state.global_step)
+        original(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(Stages, "on_step_begin", note)
+    for rate, begun in ((0.01, 5), (0.02, 0)):
+        written(tmp_path, training={"eval_strategy": "no", "save_strategy": "steps", "save_steps": 5})
+        with monkeypatch.context() as patch:
+            patch.setattr(Stages, "on_step_end", stop)
+            assert run(tmp_path) != 0
+        written(
+            tmp_path, training={"eval_strategy": "no", "save_strategy": "steps", "save_steps": 5, "learning_rate": rate}
+        )
+        steps.clear()
+        assert run(tmp_path) == 0, capsys.readouterr().err
+        assert steps[0] == begun
+        assert "resume" not in (tmp_path / "out" / "healed" / "recipe.yaml").read_text()
+        shutil.rmtree(tmp_path / "out")
 
 
 def test_a_swap_is_needed_to_be_healed(tmp_path: Path) -> None:

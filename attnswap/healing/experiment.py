@@ -148,8 +148,10 @@ def _trained(config: TrainConfig) -> Path:
         if different:
             raise ConfigError(f'"{folder}" holds the result of another recipe: {", ".join(different)}')
         return folder
-    left = latest_checkpoint(folder.with_name(folder.name + ".partial"))
-    if left is not None and not config.training.get("save_only_model"):
+    partial = folder.with_name(folder.name + ".partial")
+    left = latest_checkpoint(partial)
+    same = left is not None and not _differences(to_mapping(config), to_mapping(load_config(partial / "recipe.yaml")))
+    if same and not config.training.get("save_only_model"):
         config = replace(config, training={**config.training, "resume_from_checkpoint": "latest"})
     say(f"training {folder.name}: {config.swap or 'no swap'}")
     return train(replace(config, overwrite=config.overwrite or left is not None)).output_dir

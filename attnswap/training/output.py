@@ -57,11 +57,12 @@ class Output:
                 + "start anew with overwrite=true"
             )
 
-    def prepare(self, resume_from: str | None) -> None:
-        """Makes the partial directory, empty unless a run is resumed."""
+    def prepare(self, config: TrainConfig, resume_from: str | None) -> None:
+        """Makes the partial directory, empty unless a run is resumed, and writes the recipe into it."""
         if resume_from is None and self.partial.exists():
             shutil.rmtree(self.partial)
         self.partial.mkdir(parents=True, exist_ok=True)
+        _write_recipe(config, self.partial)
 
     def publish(
         self, config: TrainConfig, log: list[dict[str, Any]], movement: dict[str, Any], summary: dict[str, Any]
@@ -75,7 +76,7 @@ class Output:
             summary: The figures of the run.
         """
         (self.partial / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml says the same in words
-        (self.partial / "recipe.yaml").write_text(yaml.safe_dump(to_mapping(config), sort_keys=False), encoding="utf-8")
+        _write_recipe(config, self.partial)
         for name, content in (("training_log", log), ("movement", movement), ("summary", summary)):
             text = json.dumps(content, indent=2) + "\n"
             (self.partial / f"{name}.json").write_text(text, encoding="utf-8")
@@ -92,6 +93,13 @@ class Output:
         for checkpoint in [*self.final.glob("checkpoint-*"), *self.final.glob(".*-checkpoint-*")]:
             shutil.rmtree(checkpoint)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_recipe(config: TrainConfig, folder: Path) -> None:
+    """Writes a recipe as it is run; where it was resumed from says nothing of the result."""
+    values = to_mapping(config)
+    values["training"] = {k: v for k, v in values["training"].items() if k != "resume_from_checkpoint"}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 
 def _resumable(checkpoint: Path) -> bool:

@@ -101,7 +101,7 @@ def train(config: TrainConfig) -> TrainResult:
 
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if args.process_index == 0:
-        output.prepare(args.resume_from_checkpoint)
+        output.prepare(config, args.resume_from_checkpoint)
     steps = StepLog(output.partial / "steps.jsonl")
     with learning(model, config, plan) as switch:
         trainer = SwapTrainer(
