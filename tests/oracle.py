@@ -109,10 +109,12 @@ def row_weights(swap, p, z, n, lam, sink, head, kv_head, hidden, i, keys, real):
         return softmax_row((1 + lam * (a - 1)) * z, sink), ones
     if swap.name == "softpick":
         raised = 0.0 if swap.anchor is None else max(0.0, np.log(n / swap.anchor))
-        z = z + raised
-        rest = 0.0 if sink is None else abs(np.exp(sink) - lam)
-        total = np.abs(np.exp(z) - lam).sum() + rest + lam * swap.eps
-        return np.maximum(np.exp(z) - lam, 0) / total, ones
+        z = z + raised + (1e3 if swap.keep_lone and n == 1 else 0.0)
+        m = max(z.max(), 0.0, -np.inf if sink is None else sink)  # which cancels
+        one = np.exp(-m)
+        rest = 0.0 if sink is None else abs(np.exp(sink - m) - lam * one)
+        total = np.abs(np.exp(z - m) - lam * one).sum() + rest + lam * swap.eps * one
+        return np.maximum(np.exp(z - m) - lam * one, 0) / total, ones
     if swap.name == "softmax-1":
         rest = lam * np.exp(p["sink"][head]) + (0.0 if sink is None else np.exp(sink))
         return np.exp(z) / (np.exp(z).sum() + rest), ones

@@ -113,7 +113,7 @@ def test_layouts_and_ramps(kind, swap, name, ramp):
         attnswap.Sigmoid(bias=-1.0, divide_by_n=True),
         attnswap.Sigmoid(bias="predicted"),
         attnswap.Softpick(eps=0.3),
-        attnswap.Softpick(anchor=4),
+        attnswap.Softpick(anchor=4, keep_lone=True),
         attnswap.SoftmaxOne(start=1.0),
         attnswap.ForgettingGate(init="paper"),
     ],

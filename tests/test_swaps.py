@@ -70,6 +70,7 @@ def ssmax_row(z, bias, keys, f, swap, ramp, own):
 
 def softpick_row(z, bias, keys, f, swap, ramp, own):
     z = z + bias + (0.0 if swap.anchor is None else max(0.0, math.log(len(keys) / swap.anchor)))
+    z = z + (1e3 if swap.keep_lone and len(keys) == 1 else 0.0)
     # Relative to e^m throughout; m is a plain number, so it cancels exactly where eps is not tied to it.
     m = torch.maximum(z.max(), torch.log(ramp))
     eps = ramp * swap.eps * (1.0 if swap.eps_after_max_shift else torch.exp(-m))

@@ -16,6 +16,10 @@ pretrained model that reads eight times as many keys loses most of each head's o
 what it is at that many keys, by raising the scores of longer rows, which softmax would not notice:
 
     z_ij + max(0, ln n_i - ln anchor)
+
+A row that sees a single key, such as that of a text's first token, gives it all its weight or nothing, by the sign of a
+score that softmax never looked at. Pretrained models build much on that token; ``keep_lone`` leaves its row as it was,
+without which no lambda is small enough to start from.
 """
 
 import math
@@ -24,6 +28,9 @@ from typing import Any, ClassVar
 
 from attnswap.swaps import expression as fn
 from attnswap.swaps.base import Call, Numbers, Swap, Terms, require
+
+LONE = 1e3
+"""What raises a lone key's score above the threshold, wherever it is."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +42,13 @@ class Softpick(Swap):
         eps_after_max_shift: Add ``eps`` after dividing numerator and denominator by e^m, as the released kernels do;
             its relative size then depends on the row's largest score.
         anchor: Number of keys from which on the scores grow with ln n; None: never, as published.
+        keep_lone: Give the only key of a row all of its weight, as softmax does; false: as published.
     """
 
     eps: float = 1e-6
     eps_after_max_shift: bool = False
     anchor: int | None = None
+    keep_lone: bool = False
 
     name: ClassVar[str] = "softpick"
     paper: ClassVar[str] = (
@@ -55,9 +64,13 @@ class Softpick(Swap):
         require(self.anchor is None or self.anchor > 0, "softpick: anchor must be a positive number of keys")
 
     def terms(self, call: Call) -> Terms:
-        if self.anchor is None:
-            return Terms()
-        return Terms(query_bias=(call.n.clamp(min=1).log() - math.log(self.anchor)).clamp(min=0))
+        raised = None
+        if self.anchor is not None:
+            raised = (call.n.clamp(min=1).log() - math.log(self.anchor)).clamp(min=0)
+        if self.keep_lone:
+            lone = LONE * (call.n == 1).to(call.n.dtype)
+            raised = lone if raised is None else raised + lone
+        return Terms(query_bias=raised)
 
     @property
     def shift_gradient(self) -> bool:
