@@ -51,7 +51,7 @@ MISTAKES = [
     ({"swap": "ssmax", "ramp": float("nan")}, "ramp must be in"),
     ({"swap": {"name": "softpick", "eps": -1.0}}, "eps"),
     ({"swap": {"name": "ssmax", "form": "scale", "init": "identity"}}, "no identity start"),
-    ({"swap": {"name": "sigmoid", "bias": "lerned"}}, 'bias must be a number or "learned" or null'),
+    ({"swap": {"name": "sigmoid", "bias": "lerned"}}, 'bias must be a number or "learned" or "predicted" or null'),
 ]
 
 

@@ -141,7 +141,7 @@ class Sigmoid(Swap):
         return Terms(query_bias=bias + self.bias_log_n * call.n.clamp(min=1).log())
 
     def weight(self, s: Any, shift: Any, p: Numbers) -> Any:
-        if isinstance(p.ramp, float) and p.ramp == 1.0:
+        if not self.native_ramp or (isinstance(p.ramp, float) and p.ramp == 1.0):
             return fn.sigmoid(s)
         share = fn.maximum(p.ramp, 1e-15)  # at 0 what is left is e^s
         return fn.sigmoid(s + fn.log(share)) / share
