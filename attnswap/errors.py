@@ -42,8 +42,12 @@ class StoppedError(AttnSwapError):
 
 
 def nearest(name: str, choices: list[str]) -> str:
-    """Returns ``' Did you mean "x"?'`` for the choice closest to ``name``, or an empty string."""
+    """Returns ``' Did you mean "x"?'`` for the choice closest to ``name``, or an empty string.
+
+    One that the name begins with (``eps`` for ``epsilon``), or that begins with the name, is closest.
+    """
     import difflib
 
-    match = difflib.get_close_matches(name, choices, n=1, cutoff=0.4)
+    begun = [c for c in choices if len(name) > 2 < len(c) and (name.startswith(c) or c.startswith(name))]
+    match = difflib.get_close_matches(name, begun or choices, n=1, cutoff=0.0 if begun else 0.4)
     return f' Did you mean "{match[0]}"?' if match else ""
