@@ -87,6 +87,33 @@ def load_corpus(
     return Corpus(name or "text", text, torch.tensor(ids), byte_ends, _tokenizer_sha256(tokenizer))
 
 
+def spread_windows(
+    tokenizer: PreTrainedTokenizerBase, text: str | Sequence[str] | None, length: int, count: int
+) -> list[torch.Tensor]:
+    """Cuts windows out of a text, from all over it.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        text: As in :func:`load_corpus`.
+        length: Tokens of a window, BOS included.
+        count: How many windows at most.
+
+    Returns:
+        Token ids, each of shape (1, length).
+
+    Raises:
+        ConfigError: The text is shorter than a window.
+    """
+    ids, bos = load_corpus(tokenizer, text).ids, tokenizer.bos_token_id
+    own = length - (bos is not None)
+    count = min(count, len(ids) // own)
+    if not count:
+        raise ConfigError(f"the text has {len(ids)} tokens, too few for a window of {length}")
+    head = ids.new_tensor([] if bos is None else [bos])
+    starts = (index * (len(ids) - own) // max(1, count - 1) for index in range(count))
+    return [torch.cat([head, ids[start : start + own]])[None] for start in starts]
+
+
 def read_text(path: str | Path) -> str:
     """Reads a UTF-8 text file; raises :class:`ConfigError` if there is none or it is not UTF-8."""
     try:

@@ -3,12 +3,11 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from attnswap.errors import ConfigError
-from attnswap.evaluation.corpus import load_corpus
+from attnswap.evaluation.corpus import spread_windows
 from attnswap.evaluation.scoring import Scorer
 
 
@@ -58,17 +57,10 @@ def measure_fidelity(
     ours, theirs = Scorer(model), Scorer(reference)
     if ours.vocabulary != theirs.vocabulary:
         raise ConfigError(f"vocabularies of {ours.vocabulary} and {theirs.vocabulary} tokens cannot be compared")
-    corpus, bos = load_corpus(tokenizer, text, None), tokenizer.bos_token_id
-    own = context - (bos is not None)
-    count = min(windows, len(corpus.ids) // own)
-    if not count:
-        raise ConfigError(f"the text has {len(corpus.ids)} tokens, too few for a window of {context}")
+    inputs = spread_windows(tokenizer, text, context, windows)
     kl, same, tokens = 0.0, 0, 0
     with ours.ready(), theirs.ready():
-        for index in range(count):
-            start = index * (len(corpus.ids) - own) // max(1, count - 1)
-            ids = corpus.ids[start : start + own]
-            ids = (ids if bos is None else torch.cat([ids.new_tensor([bos]), ids]))[None]
+        for ids in inputs:
             pairs = (scorer.rows(ids.to(scorer.device), context, size=128) for scorer in (ours, theirs))
             for q, p in zip(*pairs, strict=True):
                 log_p = p.log_softmax(-1)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from attnswap.errors import ConfigError, NumericsError, UnsupportedModelError
 from attnswap.evaluation.windows import Window
-from attnswap.surgery.attach import base_of
+from attnswap.surgery.attach import base_of, evaluating
 
 CHUNK_ELEMENTS = 1 << 24
 """Logits held at once: 64 MiB in fp32."""
@@ -57,14 +57,8 @@ class Scorer:
 
         Not inference mode: buffers a model updates in its forward (dynamic RoPE) must stay usable for training.
         """
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            for module in training:
-                module.training = True
+        with evaluating(self.model), torch.no_grad():
+            yield
 
     def rows(self, inputs: torch.Tensor, last: int, size: int | None = None) -> Iterator[torch.Tensor]:
         """Yields fp32 logits (batch, rows, vocabulary) of the last ``last`` positions of inputs (batch, fed).

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from attnswap.errors import ConfigError, UnsupportedModelError
-from attnswap.evaluation.corpus import load_corpus
+from attnswap.evaluation.corpus import spread_windows
 from attnswap.evaluation.scoring import Scorer
 from attnswap.surgery.attach import base_of, patched_modules, spec_of
 
@@ -108,24 +108,17 @@ def measure_structure(
         raise ConfigError(f"window must be more than {FIRST_QUERY} tokens and windows at least 1")
     scorer = Scorer(model)
     scorer.check_positions(window)
-    corpus = load_corpus(tokenizer, text, None)
-    bos = tokenizer.bos_token_id
-    own = window - (bos is not None)
-    if len(corpus.ids) < own:
-        raise ConfigError(f"the text has {len(corpus.ids)} tokens, too few for a window of {window}")
+    inputs = spread_windows(tokenizer, text, window, windows)
     inner: PreTrainedModel = base_of(model)
     heads, states = _Heads(), _States()
-    count = min(windows, len(corpus.ids) // own)
+    count = len(inputs)
     with scorer.ready(), ExitStack() as stack:
         stack.enter_context(_weights_returned(inner))
         for layer, (name, module) in patched_modules(inner).items():
             stack.enter_context(_hook(module, heads.of(layer)))
             stack.enter_context(_hook(inner.get_submodule(name.rpartition(".")[0]), states.of(layer)))
-        for index in range(count):
-            start = index * (len(corpus.ids) - own) // max(1, count - 1)
-            ids = corpus.ids[start : start + own]
-            ids = ids if bos is None else torch.cat([ids.new_tensor([bos]), ids])
-            inner.base_model(input_ids=ids[None].to(scorer.device), use_cache=False, output_attentions=True)
+        for ids in inputs:
+            inner.base_model(input_ids=ids.to(scorer.device), use_cache=False, output_attentions=True)
     if not heads.sums:
         raise UnsupportedModelError(f"the attention modules of {type(inner).__name__} return no weights")
     layers = sorted(heads.sums)

@@ -16,6 +16,7 @@ from attnswap.errors import CheckpointError, ConfigError
 from attnswap.evaluation import CONTEXTS, Evaluation, evaluate_perplexity
 from attnswap.evaluation.bootstrap import check_comparable
 from attnswap.evaluation.fidelity import measure_fidelity
+from attnswap.evaluation.result import write_atomically
 from attnswap.evaluation.structure import measure_structure
 from attnswap.loading import load_model, load_tokenizer
 from attnswap.processes import place
@@ -242,8 +243,7 @@ def _kept(file: Path, measure: Any) -> dict[str, Any]:
     say(f"measuring {file.stem}")
     found: dict[str, Any] = measure()
     if place()[0] == 0:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_atomically(file, (json.dumps(found, indent=1) + "\n").encode())
     return found
 
 

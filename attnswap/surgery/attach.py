@@ -3,7 +3,8 @@
 import copy
 import gc
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,6 +35,26 @@ def patched_modules(model: PreTrainedModel) -> Modules:
     """Returns the attention modules that a patch of the model is about, or would be about by default."""
     spec = spec_of(model)
     return attention_modules(model, None if spec is None else spec.part)
+
+
+def enters(model: PreTrainedModel) -> list[Enter]:
+    """Returns the pre-forward hooks of a patched model's attention modules; none if it is not patched."""
+    if spec_of(model) is None:
+        return []
+    modules = patched_modules(model).values()
+    return [h for _, module in modules for h in module._forward_pre_hooks.values() if isinstance(h, Enter)]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; the training mode of every module is restored afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def spec_of(model: PreTrainedModel) -> PatchSpec | None:

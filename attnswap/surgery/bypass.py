@@ -6,8 +6,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from attnswap.errors import ConfigError
-from attnswap.surgery.attach import base_of, patched_modules, spec_of
-from attnswap.surgery.seam import Enter
+from attnswap.surgery.attach import base_of, enters, spec_of
 
 
 @contextmanager
@@ -25,9 +24,7 @@ def bypassed(model: nn.Module) -> Iterator[None]:
     inner = base_of(model)
     if spec_of(inner) is None:
         raise ConfigError(f"this {type(inner).__name__} is not patched, so there is nothing to pass by")
-    hooks = [
-        h for _, m in patched_modules(inner).values() for h in m._forward_pre_hooks.values() if isinstance(h, Enter)
-    ]
+    hooks = enters(inner)
     before = [hook.bypass for hook in hooks]
     for hook in hooks:
         hook.bypass = True

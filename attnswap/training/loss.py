@@ -44,7 +44,7 @@ class Lesson(Protocol):
 
 
 class Objective(Protocol):
-    """What a model learns in place of its labels alone; see :class:`attnswap.healing.Distill`."""
+    """What a model learns in place of its labels alone; see :class:`attnswap.training.Distillation`."""
 
     def teach(self, model: PreTrainedModel, inputs: dict[str, Any]) -> AbstractContextManager[Lesson]:
         """Prepares the lesson of one batch; the model's decoder runs inside the context."""

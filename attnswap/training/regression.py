@@ -8,9 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from attnswap.attention.problem import Problem
-from attnswap.surgery.attach import patched_modules, spec_of
+from attnswap.surgery.attach import enters
 from attnswap.surgery.call import LayerCall
-from attnswap.surgery.seam import Enter
 
 
 class Errors:
@@ -37,8 +36,7 @@ class Errors:
 def regressing(model: PreTrainedModel) -> Iterator[Errors]:
     """Collects the errors of every forward of a model inside the context."""
     errors = Errors()
-    modules = patched_modules(model).values() if spec_of(model) is not None else ()
-    hooks = [h for _, m in modules for h in m._forward_pre_hooks.values() if isinstance(h, Enter)]
+    hooks = enters(model)
     for hook in hooks:
         hook.observe = errors
     try:

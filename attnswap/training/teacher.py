@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from attnswap.errors import ConfigError
-from attnswap.surgery.attach import base_of, spec_of
+from attnswap.surgery.attach import base_of, evaluating, spec_of
 from attnswap.surgery.bypass import bypassed
 from attnswap.surgery.patch import swap_parameters, unpatch
 from attnswap.training.loss import head_logits
@@ -39,7 +39,7 @@ class Teacher:
                 if spec_of(self.model) is not None:
                     stack.enter_context(bypassed(self.model))
                 stack.enter_context(_without_adapters(self.model))
-                stack.enter_context(_evaluating(self.model))
+                stack.enter_context(evaluating(self.model))
             yield
 
     def hidden(self, inputs: dict[str, Any]) -> Tensor:
@@ -95,15 +95,3 @@ def _without_adapters(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer._disable_adapters = False
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [m for m in model.modules() if m.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from attnswap.errors import UnsupportedModelError
-from attnswap.surgery.attach import patched_modules
+from attnswap.surgery.attach import patched_modules, spec_of
 from attnswap.surgery.stacks import attention_modules
 from attnswap.training.teacher import Teacher
 
@@ -65,8 +65,6 @@ def _modules(model: PreTrainedModel, like: PreTrainedModel | None = None) -> dic
 
 
 def _part(model: PreTrainedModel) -> str | None:
-    from attnswap.surgery.attach import spec_of
-
     spec = spec_of(model)
     return None if spec is None else spec.part
 

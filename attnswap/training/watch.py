@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from attnswap.processes import share
-from attnswap.surgery.attach import patched_modules, spec_of
+from attnswap.surgery.attach import enters
 from attnswap.surgery.patch import swap_parameters
-from attnswap.surgery.seam import Enter
 
 FORWARD = ("query", "output")
 BACKWARD = ("gradient of the output", "gradient of the query")
@@ -25,8 +24,7 @@ class Watch:
         self.bad: dict[tuple[int, str], Tensor] = {}
         self.parameters: dict[str, Tensor] = {}
         self.swaps: dict[int, dict[str, list[int] | None]] = {}
-        modules = patched_modules(model).values() if spec_of(model) is not None else ()
-        self._enters = [h for _, m in modules for h in m._forward_pre_hooks.values() if isinstance(h, Enter)]
+        self._enters = enters(model)
         for hook in self._enters:
             hook.watch = self
         own = swap_parameters(model)
