@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ from attnswap.evaluation.result import write_atomically
 from attnswap.evaluation.structure import measure_structure
 from attnswap.loading import load_model, load_tokenizer
 from attnswap.processes import place
-from attnswap.training.config import TrainConfig, load_config, to_mapping
+from attnswap.training.config import TrainConfig, load_config, parse_config, to_mapping
 from attnswap.training.data import load_data
 from attnswap.training.durable import latest_checkpoint
 from attnswap.training.fit import fit
 from attnswap.training.run import text_batches, train
+from attnswap.training.stages import plan_stages, without_swaps
 
 SWAP_KEYS = ("swap", "part", "layers", "heads", "fit")
 """What a recipe and its control differ in."""
@@ -264,8 +265,15 @@ def _differences(ours: dict[str, Any], theirs: dict[str, Any], path: str = "") -
 
 
 def _as_control(values: dict[str, Any]) -> dict[str, Any]:
-    stages = [{**s, "ramp": None, "loss": {**s["loss"], "regression": 0.0}} for s in values["stages"]]
-    return {**values, "stages": stages}
+    """Returns a recipe as far as it matters without a swap: its stages by their steps, and without those left out."""
+    config = parse_config(values)
+    kept = without_swaps(plan_stages(config.stages, config.training["max_steps"])) if config.stages else []
+    stages = []
+    for stage in kept:
+        loss = replace(stage.section.loss, regression=0.0, sinks=0.0)
+        stages.append({**asdict(replace(stage.section, ramp=None, loss=loss, share=1.0)), "steps": stage.steps})
+    training = {key: value for key, value in values["training"].items() if not kept or key != "max_steps"}
+    return {**values, "stages": stages, "training": training}
 
 
 def _read(file: Path) -> Any:

@@ -38,7 +38,7 @@ class LayerCall:
         alone: No swap runs on the model's own kernel, which would prove nothing of ours.
         cross: The module attends to another sequence.
         watch: Called with what attention took and gave; see :class:`attnswap.training.watch.Watch`.
-        observe: Called with each slot's problem; see :func:`attnswap.training.regression.regressing`.
+        observe: Called with each slot's problem; see :func:`attnswap.training.observing.observing`.
         served: Set by the attention function.
         full: The features of all keys, for modules that call their attention function more than once.
     """

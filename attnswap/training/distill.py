@@ -10,8 +10,10 @@ from transformers import PreTrainedModel
 
 from attnswap.errors import ConfigError
 from attnswap.training.head import IGNORED, CrossEntropy, RowLoss, in_blocks
-from attnswap.training.regression import Errors, regressing
+from attnswap.training.observing import observing
+from attnswap.training.regression import Errors
 from attnswap.training.sections import LossSection
+from attnswap.training.sinks import FirstWeights
 from attnswap.training.teacher import Teacher
 from attnswap.training.transfer import Transfer, transferring
 
@@ -41,7 +43,9 @@ class Distillation:
             elif self.loss.kl and self.teacher is not None:
                 lesson.hidden = self.teacher.hidden(inputs)
             if self.loss.regression:
-                lesson.errors = stack.enter_context(regressing(model))
+                lesson.errors = stack.enter_context(observing(model, Errors()))
+            if self.loss.sinks:
+                lesson.sinks = stack.enter_context(observing(model, FirstWeights()))
             yield lesson
 
     def count(self, name: str, count: int, values: Tensor) -> None:
@@ -62,6 +66,7 @@ class _Lesson:
         self.hidden: Tensor | None = None
         self.transfer: Transfer | None = None
         self.errors: Errors | None = None
+        self.sinks: FirstWeights | None = None
 
     def of_rows(self, targets: Tensor, positions: tuple[Tensor, Tensor]) -> RowLoss | None:
         """See :class:`attnswap.training.loss.Lesson`."""
@@ -76,6 +81,7 @@ class _Lesson:
         parts = {
             "transfer": None if self.transfer is None else self.transfer.distance(),
             "regression": None if self.errors is None else self.errors.mean(),
+            "sinks": None if self.sinks is None else self.sinks.mean(),
         }
         for name, value in parts.items():
             if value is not None:

@@ -10,12 +10,13 @@ from transformers import PreTrainedModel
 import attnswap
 from attnswap.attention.problem import Problem
 from attnswap.errors import ConfigError
-from attnswap.surgery.attach import child_of, patched_modules, spec_of
+from attnswap.surgery.attach import child_of, evaluating, patched_modules, spec_of
 from attnswap.surgery.call import LayerCall
 from attnswap.surgery.patch import check_ramp
 from attnswap.surgery.seam import Enter
 from attnswap.surgery.spec import PatchSpec
 from attnswap.swaps.base import Call, Observed
+from attnswap.training.observing import observing
 
 SMALL = 2.0**-20
 """A lambda at which the maths of a swap runs and changes nothing that counts."""
@@ -77,39 +78,31 @@ def _look(
     seen = {key: _Look() for key in fitted}
     entered: dict[int, Tensor] = {}
     handles: list[Any] = []
-    hooks = []
     for _, module in patched_modules(model).values():
         child = child_of(module)
+        if child is None:
+            continue
         for hook in (h for h in module._forward_pre_hooks.values() if isinstance(h, Enter)):
-            hooks.append(hook)
-            if child is not None:
-                layer = hook.layer
-                handles.append(
-                    child.register_forward_pre_hook(lambda _, args, layer=layer: entered.update({layer: args[0]}))
-                )
+            layer = hook.layer
+            handles.append(
+                child.register_forward_pre_hook(lambda _, args, layer=layer: entered.update({layer: args[0]}))
+            )
 
     def observe(call: LayerCall, slot: str, problem: Problem) -> None:
         if (call.layer, slot) in seen:
             seen[call.layer, slot].take(entered[call.layer], problem)
 
     before = {layer: {name: slot.ramp for name, slot in slots.items()} for layer, slots in spec.layers.items()}
-    training = [module for module in model.modules() if module.training]
-    for hook in hooks:
-        hook.observe = observe
     attnswap.set_ramp(model, SMALL)
-    model.eval()
     count = 0
     try:
-        for batch in batches:
-            getattr(model, model.base_model_prefix)(**batch, use_cache=False)
-            count += 1
+        with evaluating(model), observing(model, observe):
+            for batch in batches:
+                getattr(model, model.base_model_prefix)(**batch, use_cache=False)
+                count += 1
     finally:
         for handle in handles:
             handle.remove()
-        for hook in hooks:
-            hook.observe = None
-        for module in training:
-            module.training = True
         for layer, ramps in before.items():
             attnswap.set_ramp(model, {layer: check_ramp(next(iter(ramps.values())))})
     if not count:

@@ -1,14 +1,9 @@
 """What swaps predict of their rows, held against what the rows are, as a loss beside the others."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from attnswap.attention.problem import Problem
-from attnswap.surgery.attach import enters
 from attnswap.surgery.call import LayerCall
 
 
@@ -30,17 +25,3 @@ class Errors:
     def mean(self) -> Tensor | None:
         """Returns the mean over layers, or None where nothing is predicted."""
         return torch.stack(self.means).mean() if self.means else None
-
-
-@contextmanager
-def regressing(model: PreTrainedModel) -> Iterator[Errors]:
-    """Collects the errors of every forward of a model inside the context."""
-    errors = Errors()
-    hooks = enters(model)
-    for hook in hooks:
-        hook.observe = errors
-    try:
-        yield errors
-    finally:
-        for hook in hooks:
-            hook.observe = None

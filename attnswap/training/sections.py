@@ -18,6 +18,8 @@ class LossSection:
             input: the mean over layers of ``|o - o_teacher|^2 / |o_teacher|^2``. It stands alone, without ce and kl.
         regression: Weight of the squared errors of what swaps predict (the row's logsumexp, of a sigmoid with
             ``bias: predicted``), a mean over layers and heads.
+        sinks: Weight of the attention to a text's first token, a mean over layers, heads and queries: it takes heads
+            off the sink that a pretrained model gave them, where its swap can do without.
     """
 
     ce: float = 1.0
@@ -25,9 +27,11 @@ class LossSection:
     temperature: float = 1.0
     transfer: float = 0.0
     regression: float = 0.0
+    sinks: float = 0.0
 
     def __post_init__(self) -> None:
-        require(min(self.ce, self.kl, self.transfer, self.regression) >= 0, "loss: a weight must not be negative")
+        weights = (self.ce, self.kl, self.transfer, self.regression, self.sinks)
+        require(min(weights) >= 0, "loss: a weight must not be negative")
         require(self.ce + self.kl + self.transfer > 0, "loss: one of ce, kl and transfer must be positive")
         require(self.temperature > 0, "loss.temperature: must be positive")
         require(
