@@ -15,6 +15,8 @@ from attnswap.errors import ConfigError
 from attnswap.evaluation.bootstrap import Comparison
 from attnswap.healing.experiment import Experiment
 from attnswap.healing.result import proof_of_use, recovered
+from attnswap.healing.speed import measure as measure_speed
+from attnswap.healing.speed import table as speed_table
 from attnswap.training import Stages, parse_config
 
 STAGES = [
@@ -143,3 +145,16 @@ def test_proof_of_use_asks_for_five_percent_at_every_context() -> None:
     assert proof_of_use(contexts[:1], {}, identity=False)["used"] is True
     assert proof_of_use(contexts, moved, identity=True)["used"] is None
     assert np.isfinite(list(found["cost_of_bypass"].values())).all()
+
+
+def test_a_step_of_each_stage_is_timed_beside_plain_distillation(tmp_path: Path) -> None:
+    stages = [
+        {"name": "outputs", "share": 0.5, "loss": {"transfer": 1.0, "ce": 0.0}, "train": "attention"},
+        {"name": "logits", "share": 0.5, "loss": {"kl": 1.0, "ce": 0.0}, "sequence_length": 48},
+    ]
+    found = measure_speed(parse_config(recipe(tmp_path, swap="softpick", stages=stages)), rounds=3)
+    assert [(entry["stage"], entry["length"]) for entry in found] == [("outputs", 64), ("logits", 48)]
+    for entry in found:
+        assert 0 < entry["least"] <= entry["ratio"] <= entry["largest"]
+        assert min(entry["plain_seconds"], entry["healing_seconds"]) > 0
+    assert "| softpick | outputs | 64 |" in speed_table({"recipes": {"softpick": found}})

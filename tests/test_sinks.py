@@ -1,4 +1,4 @@
-"""The weight on the first token as a loss: it is the weight, and learning takes it away."""
+"""The weight on the first token as a loss: beyond what is spared, and learning takes it away."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from attnswap.attention.problem import Problem
 from attnswap.surgery.call import LayerCall
 from attnswap.training import Distillation, LossSection, chunked_loss, sinks
 from attnswap.training.observing import observing
-from attnswap.training.sinks import FEW, FirstWeights
+from attnswap.training.sinks import FEW, Sinks
 
 
 def windows(lengths: list[int]) -> dict[str, Tensor]:
@@ -33,9 +33,10 @@ def test_it_is_the_weight_on_each_documents_first_token(
     monkeypatch: pytest.MonkeyPatch, swap: Any, lengths: list[int]
 ) -> None:
     monkeypatch.setattr(sinks, "ROWS", 1000)  # all queries
+    monkeypatch.setattr(sinks, "SPARED", 0.013)  # near the mean, so that some heads cost and others do not
     model, values = tiny_llama(), windows(lengths)
     attnswap.patch(model, swap, heads=[0, 2])
-    with observing(model, FirstWeights()) as found:
+    with observing(model, Sinks()) as found:
         weights = model(**inputs_of(values), use_cache=False, output_attentions=True).attentions
     expected = []
     for layer in (0, 1):
@@ -43,20 +44,21 @@ def test_it_is_the_weight_on_each_documents_first_token(
         for length in lengths:
             rows.append(weights[layer][0, [0, 2], start + FEW : start + length, start])
             start += length
-        expected.append(torch.cat(rows, 1).mean())
+        expected.append((torch.cat(rows, 1).mean(1) - 0.013).clamp(min=0).mean())
     assert torch.stack(found.means).tolist() == pytest.approx(torch.stack(expected).tolist(), rel=1e-4)
 
 
 def test_some_queries_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sinks, "SPARED", 0.0)
     model, values = tiny_llama(), windows([400])
     attnswap.patch(model, "ssmax")
     draws = []
     for _ in range(60):
-        with observing(model, FirstWeights()) as found, torch.no_grad():
+        with observing(model, Sinks()) as found, torch.no_grad():
             model(**inputs_of(values), use_cache=False)
         draws.append(found.mean())
     monkeypatch.setattr(sinks, "ROWS", 1000)
-    with observing(model, FirstWeights()) as found, torch.no_grad():
+    with observing(model, Sinks()) as found, torch.no_grad():
         model(**inputs_of(values), use_cache=False)
     assert len({float(draw) for draw in draws}) > 10
     assert float(torch.stack(draws).mean()) == pytest.approx(float(found.mean()), rel=0.25)
@@ -65,12 +67,25 @@ def test_some_queries_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_short_texts_have_no_sinks() -> None:
     model, values = tiny_llama(), windows([FEW, FEW])
     attnswap.patch(model, "ssmax")
-    with observing(model, FirstWeights()) as found:
+    with observing(model, Sinks()) as found:
         model(**inputs_of(values), use_cache=False)
     assert found.mean() == 0
 
 
-def test_learning_takes_the_weight_away_and_the_log_says_so() -> None:
+def test_heads_that_are_no_sinks_cost_nothing() -> None:
+    model, values = tiny_llama(), windows([200])
+    attnswap.patch(model, "ssmax")
+    with observing(model, Sinks()) as found:
+        model(**inputs_of(values), use_cache=False)
+    total = found.mean()
+    assert total is not None
+    total.backward()
+    assert total == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_learning_takes_the_weight_away_and_the_log_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sinks, "SPARED", 0.0)
     model, values = tiny_llama(), windows([160])
     attnswap.patch(model, "ssmax")
     objective = Distillation(None, LossSection(ce=1.0, sinks=100.0))

@@ -148,12 +148,26 @@ def test_weights_that_are_trained_teach_as_a_frozen_copy() -> None:
     attnswap.patch(model, "softpick")
     teacher = teacher_of(model)
     assert not teacher.shared
-    assert teacher.model.dtype == torch.bfloat16
+    kinds = {name.split(".")[-2]: p.dtype for name, p in teacher.model.named_parameters()}
+    assert kinds["q_proj"] == kinds["down_proj"] == torch.bfloat16
+    assert kinds["norm"] == kinds["embed_tokens"] == torch.float32
     assert not any(p.requires_grad for p in teacher.model.parameters())
     with torch.no_grad():
         model.model.embed_tokens.weight.add_(1.0)
     logits = teacher.logits(teacher.hidden(inputs_of(values))[0])
     torch.testing.assert_close(logits.float(), expected[0], atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, lambda: tiny_llama(tie_word_embeddings=True), tiny_gemma2])
+def test_in_mixed_precision_a_model_has_nothing_to_learn_from_itself(make: Any) -> None:
+    model, values = make(), batch()
+    objective = Distillation(teacher_of(model), LossSection(kl=1.0, ce=0.0))
+    model.train()
+    with chunked_loss(model, objective=objective), torch.autocast("cpu", torch.bfloat16):
+        loss = model(**values).loss
+    loss.backward()
+    assert loss == 0
+    assert not any(gradient.any() for gradient in gradients(model).values())
 
 
 # --- attention-output transfer --------------------------------------------------------------------------------------

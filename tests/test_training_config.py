@@ -66,12 +66,15 @@ HEALING = sorted((ROOT / "recipes" / "heal").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", HEALING, ids=lambda path: path.stem)
-def test_healing_recipes_are_valid_and_share_one_control(path: Path) -> None:
+def test_healing_recipes_are_valid_and_share_the_control_they_name(path: Path) -> None:
     config = load_config(path)
     assert (config.swap or {})["name"] == path.stem
     assert f"attnswap heal recipes/heal/{path.name}" in path.read_text()
+    named = re.findall(r"--control out/heal/([\w-]+)/control", path.read_text())
+    assert len(named) == 1
     experiment, first = (
-        Experiment(config=load_config(p, ["output_dir=out"]), out=Path("out")) for p in (path, HEALING[0])
+        Experiment(config=load_config(p, ["output_dir=out"]), out=Path("out"))
+        for p in (path, path.with_name(f"{named[0]}.yaml"))
     )
     ours, theirs = (_as_control(to_mapping(e.control_config)) for e in (experiment, first))
     assert ours == theirs

@@ -61,16 +61,11 @@ def inspect_command(
 def _measure(reference: str, placed: dict[str, Any], read: dict[str, Any]) -> "Structure":
     import numpy as np
 
-    from attnswap.errors import ConfigError, NumericsError
+    from attnswap.errors import NumericsError
     from attnswap.evaluation.structure import measure_structure
     from attnswap.loading import load_model, load_tokenizer
 
-    try:
-        found = measure_structure(load_model(reference, **placed), load_tokenizer(reference), **read)
-    except IndexError as error:  # of a table of learned positions
-        raise ConfigError(
-            f'"{reference}" cannot read windows of {read["window"]} tokens ({error}): give a shorter --window'
-        ) from error
+    found = measure_structure(load_model(reference, **placed), load_tokenizer(reference), **read)
     for name, value in vars(found).items():
         if not np.isfinite(value).all():
             raise NumericsError(f'"{reference}" gives a non-finite {name}: check its weights, or give --dtype fp32')

@@ -1,5 +1,6 @@
 """One recipe with its controls: the healed model, the same recipe without a swap, the swap alone, the original."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -225,7 +226,7 @@ class _Bench:
             found = measure_structure(model, self.tokenizer, text=self.experiment.text, window=window, windows=2)
             return found.to_dict()
 
-        return _kept(path.with_name(f"{path.name}-structure.json"), measure)
+        return self._kept(path.with_name(f"{path.name}-structure.json"), measure)
 
     def fidelity(self, path: Path, reference: str, original: str) -> dict[str, Any]:
         def measure() -> dict[str, Any]:
@@ -235,17 +236,22 @@ class _Bench:
             context, text = min(2048, self.longest), self.experiment.text
             return measure_fidelity(models[0], models[1], self.tokenizer, text=text, context=context).to_dict()
 
-        return _kept(path.with_name(f"{path.name}-fidelity.json"), measure)
+        return self._kept(path.with_name(f"{path.name}-fidelity.json"), measure)
 
-
-def _kept(file: Path, measure: Any) -> dict[str, Any]:
-    if file.is_file():
-        return _read(file)
-    say(f"measuring {file.stem}")
-    found: dict[str, Any] = measure()
-    if place()[0] == 0:
-        write_atomically(file, (json.dumps(found, indent=1) + "\n").encode())
-    return found
+    def _kept(self, file: Path, measure: Any) -> dict[str, Any]:
+        """Returns what a file holds if it was measured on this experiment's text and windows, else measures it."""
+        text = self.experiment.text
+        digest = None if text is None else hashlib.sha256(text.encode()).hexdigest()
+        seen = {"text_sha256": digest, "longest": self.longest, "dtype": str(self.experiment.dtype)}
+        if file.is_file():
+            kept: dict[str, Any] = _read(file)
+            if kept.pop("measured_on", None) == seen:
+                return kept
+        say(f"measuring {file.stem}")
+        found: dict[str, Any] = measure()
+        if place()[0] == 0:
+            write_atomically(file, (json.dumps({**found, "measured_on": seen}, indent=1) + "\n").encode())
+        return found
 
 
 def _differences(ours: dict[str, Any], theirs: dict[str, Any], path: str = "") -> list[str]:
@@ -273,7 +279,8 @@ def _as_control(values: dict[str, Any]) -> dict[str, Any]:
         loss = replace(stage.section.loss, regression=0.0, sinks=0.0)
         stages.append({**asdict(replace(stage.section, ramp=None, loss=loss, share=1.0)), "steps": stage.steps})
     training = {key: value for key, value in values["training"].items() if not kept or key != "max_steps"}
-    return {**values, "stages": stages, "training": training}
+    optimizer = {key: value for key, value in values["optimizer"].items() if key != "swap_lr_multiplier"}
+    return {**values, "stages": stages, "training": training, "optimizer": optimizer}
 
 
 def _read(file: Path) -> Any:

@@ -80,13 +80,13 @@ def plot(result: dict[str, Any], path: Path) -> Path:
     FigureCanvasAgg(figure)
     left, middle, right = figure.subplots(1, 3)
     points = result["curve"]
-    for key, colour in zip(("kl", "transfer", "regression"), COLOURS, strict=False):
+    for key, colour in zip(("kl", "transfer", "regression", "sinks"), COLOURS, strict=False):
         drawn = [(p["tokens"], p[key]) for p in points if key in p]
         if drawn:
             left.plot(*zip(*drawn, strict=True), color=colour, label=key)
-    left.set(xlabel="tokens", ylabel="loss (nats a token)", yscale="log", title="training")
+    left.set(xlabel="tokens", ylabel="parts of the loss", yscale="log", title="training")
     ramp = [(p["tokens"], p["lambda"]) for p in points if "lambda" in p]
-    if ramp:
+    if any(value < 1 for _, value in ramp):
         twin = left.twinx()
         twin.plot(*zip(*ramp, strict=True), color="grey", ls=":", label="lambda")
         twin.set(ylabel="lambda (dotted)", ylim=(0, 1.05))

@@ -1,5 +1,6 @@
 """What an experiment says, as plain values."""
 
+import itertools
 import math
 import platform
 import sys
@@ -13,7 +14,8 @@ import attnswap
 from attnswap import swaps
 from attnswap.evaluation.bootstrap import Comparison, compare
 from attnswap.healing.experiment import Experiment, Measured, commit
-from attnswap.training.config import to_mapping
+from attnswap.training.config import TrainConfig, to_mapping
+from attnswap.training.stages import plan_stages
 
 SCHEMA = "attnswap.heal/1"
 USED = 0.05
@@ -74,7 +76,7 @@ def summarise_healing(experiment: Experiment, measured: Measured) -> dict[str, A
         "proof_of_use": proof_of_use(contexts, measured.movement, identity=swap.exact_identity),
         "structure": {name: found["summary"] for name, found in measured.structure.items()},
         "fidelity": measured.fidelity["healed"],
-        "curve": curve(measured),
+        "curve": curve(measured, config),
         "environment": {
             "attnswap": attnswap.__version__,
             "torch": torch.__version__,
@@ -114,13 +116,20 @@ def proof_of_use(
     return {"cost_of_bypass": cost, "movement": kinds, "used": None if identity else least > USED}
 
 
-def curve(measured: Measured) -> list[dict[str, Any]]:
+def curve(measured: Measured, config: TrainConfig) -> list[dict[str, Any]]:
     """Returns the parts of the loss over training: tokens are those read up to that step."""
     healed = measured.training["healed"]
-    per_step = healed["tokens"] / max(1, healed["steps"])
-    keys = ("loss", "kl", "ce", "transfer", "regression", "lambda", "stage")
+    lengths = [0]  # of the window of each step, which differs between stages
+    for stage in plan_stages(config.stages, config.training["max_steps"]):
+        lengths += [stage.section.sequence_length or config.data.sequence_length] * stage.steps
+    read = list(itertools.accumulate(lengths))
+    keys = ("loss", "kl", "ce", "transfer", "regression", "sinks", "lambda", "stage")
     return [
-        {"step": entry["step"], "tokens": round(entry["step"] * per_step), **{k: entry[k] for k in keys if k in entry}}
+        {
+            "step": entry["step"],
+            "tokens": round(healed["tokens"] * read[entry["step"]] / read[-1]),
+            **{k: entry[k] for k in keys if k in entry},
+        }
         for entry in measured.log
         if "loss" in entry
     ]

@@ -13,7 +13,7 @@ from attnswap.training.head import IGNORED, CrossEntropy, RowLoss, in_blocks
 from attnswap.training.observing import observing
 from attnswap.training.regression import Errors
 from attnswap.training.sections import LossSection
-from attnswap.training.sinks import FirstWeights
+from attnswap.training.sinks import Sinks
 from attnswap.training.teacher import Teacher
 from attnswap.training.transfer import Transfer, transferring
 
@@ -45,7 +45,7 @@ class Distillation:
             if self.loss.regression:
                 lesson.errors = stack.enter_context(observing(model, Errors()))
             if self.loss.sinks:
-                lesson.sinks = stack.enter_context(observing(model, FirstWeights()))
+                lesson.sinks = stack.enter_context(observing(model, Sinks()))
             yield lesson
 
     def count(self, name: str, count: int, values: Tensor) -> None:
@@ -66,7 +66,7 @@ class _Lesson:
         self.hidden: Tensor | None = None
         self.transfer: Transfer | None = None
         self.errors: Errors | None = None
-        self.sinks: FirstWeights | None = None
+        self.sinks: Sinks | None = None
 
     def of_rows(self, targets: Tensor, positions: tuple[Tensor, Tensor]) -> RowLoss | None:
         """See :class:`attnswap.training.loss.Lesson`."""

@@ -30,7 +30,7 @@ from attnswap.training.packing import check_separation
 from attnswap.training.protect import protect
 from attnswap.training.stages import Stage, Stages, plan_stages, without_swaps
 from attnswap.training.summary import summarise
-from attnswap.training.teacher import Teacher, teacher_of
+from attnswap.training.teacher import frozen_teacher, teacher_of
 from attnswap.training.trainer import StepLog, SwapTrainer
 
 
@@ -166,8 +166,8 @@ def learning(model: PreTrainedModel, config: TrainConfig, plan: list[Stage]) -> 
     if any(stage.section.loss.taught for stage in plan):
         if config.teacher is not None:
             loaded = load_model(config.teacher, dtype=torch.float32)
-            loaded.to(device=model.device, dtype=torch.bfloat16)  # type: ignore[call-arg]
-            teacher = Teacher(loaded.eval().requires_grad_(False), shared=False)
+            loaded.to(device=model.device)  # type: ignore[call-arg]
+            teacher = frozen_teacher(loaded)
         elif config.swap is None and spec_of(model) is not None:
             raise ConfigError(
                 f'teacher: "{config.model.reference}" was saved with swaps; name the model it was before to learn from'

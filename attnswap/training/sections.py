@@ -18,8 +18,8 @@ class LossSection:
             input: the mean over layers of ``|o - o_teacher|^2 / |o_teacher|^2``. It stands alone, without ce and kl.
         regression: Weight of the squared errors of what swaps predict (the row's logsumexp, of a sigmoid with
             ``bias: predicted``), a mean over layers and heads.
-        sinks: Weight of the attention to a text's first token, a mean over layers, heads and queries: it takes heads
-            off the sink that a pretrained model gave them, where its swap can do without.
+        sinks: Weight of the attention to a text's first token beyond a fifth, a mean over layers and heads: it takes
+            heads off the sink that a pretrained model gave them, where its swap can do without.
     """
 
     ce: float = 1.0

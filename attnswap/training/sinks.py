@@ -1,4 +1,8 @@
-"""How much attention goes to the first token of a text, as a loss: heads that rest there are sinks."""
+"""How much attention goes to the first token of a text, as a loss: heads that rest there are sinks.
+
+Only what a head gives it beyond a share that makes no sink of it costs anything, since the first token may be read for
+what it says.
+"""
 
 import torch
 from torch import Tensor
@@ -9,12 +13,14 @@ from attnswap.surgery.call import LayerCall
 
 FEW = 64
 """Queries that see no more keys than this say little of a head, as in :mod:`attnswap.evaluation.structure`."""
+SPARED = 0.2
+"""What a head may give the first token at no cost; :mod:`attnswap.evaluation.structure` calls it a sink above 0.3."""
 ROWS = 64
 """Queries of each layer that are looked at, which the fused kernels do not show the weights of."""
 
 
-class FirstWeights:
-    """The mean weight on the first token, over the swapped heads and some neighbouring queries, of each layer."""
+class Sinks:
+    """How far the swapped heads of each layer are sinks, a mean over heads: each head by some neighbouring queries."""
 
     def __init__(self) -> None:
         self.means: list[Tensor] = []
@@ -30,8 +36,9 @@ class FirstWeights:
         weights = attend_block(problem, problem.terms, block, problem.maths_parameters())[1]
         n = visibility.n.expand(len(weights), -1, -1)[:, :1]
         first = n[..., None, block.k0 : block.k1] == 1  # it sees itself alone
-        rows = (n[..., start:stop] > FEW).expand(weights.shape[:3])
-        self.means.append(((weights * first).sum(-1) * rows).sum() / rows.sum().clamp(min=1))
+        rows = n[..., start:stop] > FEW
+        given = ((weights * first).sum(-1) * rows).sum((0, 2)) / rows.sum((0, 2)).clamp(min=1)
+        self.means.append((given - SPARED).clamp(min=0).mean())
 
     def mean(self) -> Tensor | None:
         """Returns the mean over layers, or None where nothing is swapped."""

@@ -24,10 +24,11 @@ class Teacher:
     Args:
         model: The model that answers: the student itself, whose swaps are passed by while it does, or another one.
         shared: It is the student itself.
+        mixed: Dtype of its matrix products where that is not the dtype of its hidden states.
     """
 
-    def __init__(self, model: PreTrainedModel, *, shared: bool) -> None:
-        self.model, self.shared = model, shared
+    def __init__(self, model: PreTrainedModel, *, shared: bool, mixed: torch.dtype | None = None) -> None:
+        self.model, self.shared, self.mixed = model, shared, mixed
         self._bare: Any = None
 
     @contextmanager
@@ -40,6 +41,8 @@ class Teacher:
                     stack.enter_context(bypassed(self.model))
                 stack.enter_context(_without_adapters(self.model))
                 stack.enter_context(evaluating(self.model))
+            elif self.mixed is not None:
+                stack.enter_context(torch.autocast(self.model.device.type, self.mixed))
             yield
 
     def hidden(self, inputs: dict[str, Any]) -> Tensor:
@@ -59,11 +62,11 @@ def teacher_of(model: PreTrainedModel, *, dtype: torch.dtype = torch.bfloat16) -
     """Returns the teacher of a patched model, to be made before the model is trained.
 
     While the model's own weights are frozen (LoRA, or only the swaps' parameters trained) they are the teacher:
-    nothing is copied. Otherwise it is a frozen copy without the swaps.
+    nothing is copied. Otherwise it is a frozen copy without the swaps, see :func:`frozen_teacher`.
 
     Args:
         model: The student, with whatever will be trained set to require gradients.
-        dtype: Dtype of a copy.
+        dtype: Dtype of a copy's matrices.
 
     Raises:
         ConfigError: The model's adapters hold its swaps, and more than they is trained.
@@ -78,8 +81,26 @@ def teacher_of(model: PreTrainedModel, *, dtype: torch.dtype = torch.bfloat16) -
     twin = copy.deepcopy(inner)
     if spec_of(twin) is not None:
         unpatch(twin)
-    twin.to(dtype=dtype)  # type: ignore[call-arg]
-    return Teacher(twin.eval().requires_grad_(False), shared=False)
+    return frozen_teacher(twin, dtype)
+
+
+def frozen_teacher(model: PreTrainedModel, dtype: torch.dtype = torch.bfloat16) -> Teacher:
+    """Makes a model of its own a teacher, in place: frozen, its matrices in another dtype.
+
+    It then computes as a student in mixed precision does, with hidden states in fp32, and agrees to the last bit with a
+    student that has learned nothing. Hidden states in 16 bits would differ by more than what is left to learn at the
+    end, most of all where activations are massive.
+
+    Args:
+        model: A model in fp32.
+        dtype: Dtype of its matrices but for the embeddings.
+    """
+    model.eval().requires_grad_(False)
+    kept = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and id(parameter) not in kept:
+            parameter.data = parameter.data.to(dtype)
+    return Teacher(model, shared=False, mixed=None if dtype == torch.float32 else dtype)
 
 
 @contextmanager

@@ -1,0 +1,134 @@
+"""What a step of each stage of a recipe costs beside a step of plain distillation of the unpatched model.
+
+python -m attnswap.healing.speed recipes/results/healing-speed recipes/heal/*.yaml
+
+The two take turns, so that whatever else a machine does falls on both.
+"""
+
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+import attnswap
+from attnswap.evaluation.result import write_atomically
+from attnswap.healing.experiment import commit
+from attnswap.loading import load_model
+from attnswap.surgery.attach import patched_modules
+from attnswap.training import Distillation, LossSection, chunked_loss, load_config, teacher_of
+from attnswap.training.config import TrainConfig
+
+ROUNDS = 5
+Step = Callable[[], None]
+
+
+@contextmanager
+def stepping(model: PreTrainedModel, loss: LossSection, length: int, config: TrainConfig) -> Iterator[Step]:
+    """Yields a function that makes one step of training of the attention modules on a window of random tokens."""
+    teacher = teacher_of(model)
+    model.requires_grad_(False)
+    trained = [p for _, module in patched_modules(model).values() for p in module.parameters()]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)  # at rate 0 all steps are alike
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0)).to(model.device)
+    batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(length, device=model.device)[None]}
+    model.train()
+
+    def step() -> None:
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(config.training.get("bf16"))):
+            total = model(**batch).loss
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with chunked_loss(model, objective=Distillation(teacher, loss)):
+        yield step
+
+
+def measure(config: TrainConfig, rounds: int = ROUNDS) -> list[dict[str, Any]]:
+    """Times the stages of a recipe.
+
+    Args:
+        config: The recipe.
+        rounds: How often each step is timed, after one that is not.
+
+    Returns:
+        For each stage its name, the length of its windows, the median seconds of a step of plain distillation and of
+        its own, and the ratio's median and range over rounds.
+    """
+    found = []
+    for stage in config.stages:
+        length = stage.sequence_length or config.data.sequence_length
+        plain, healed = (load_model(config.model.reference, dtype=torch.float32) for _ in range(2))
+        assert config.swap is not None
+        attnswap.patch(healed, config.swap, part=config.part, layers=config.layers, heads=config.heads)
+        taught = LossSection(kl=1.0, ce=0.0)
+        with stepping(plain, taught, length, config) as theirs, stepping(healed, stage.loss, length, config) as ours:
+            times = [(_timed(theirs), _timed(ours)) for _ in range(rounds + 1)][1:]
+        ratios = [b / a for a, b in times]
+        found.append(
+            {
+                "stage": stage.name,
+                "length": length,
+                "plain_seconds": statistics.median(a for a, _ in times),
+                "healing_seconds": statistics.median(b for _, b in times),
+                "ratio": statistics.median(ratios),
+                "least": min(ratios),
+                "largest": max(ratios),
+            }
+        )
+    return found
+
+
+def _timed(step: Step) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def table(result: dict[str, Any]) -> str:
+    """Returns the figures as Markdown."""
+    head = "| recipe | stage | tokens of a window | plain distillation (s) | healing (s) | ratio [range] |"
+    lines = [head, "| --- | --- | ---: | ---: | ---: | ---: |"]
+    for name, stages in result["recipes"].items():
+        for s in stages:
+            ratio = f"{s['ratio']:.2f} [{s['least']:.2f}, {s['largest']:.2f}]"
+            times = f"{s['plain_seconds']:.2f} | {s['healing_seconds']:.2f}"
+            lines.append(f"| {name} | {s['stage']} | {s['length']} | {times} | {ratio} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(folder: str, recipes: list[str]) -> None:
+    """Times recipes and writes ``speed.json`` and ``speed.md``."""
+    result: dict[str, Any] = {
+        "schema": "attnswap.healing-speed/1",
+        "command": " ".join(["python -m attnswap.healing.speed", folder, *recipes]),
+        "commit": commit(),
+        "environment": {
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "threads": torch.get_num_threads(),
+        },
+        "rounds": ROUNDS,
+        "recipes": {},
+    }
+    for recipe in recipes:
+        result["recipes"][Path(recipe).stem] = measure(load_config(Path(recipe)))
+        print(table(result), flush=True)
+    write_atomically(Path(folder) / "speed.json", (json.dumps(result, indent=1) + "\n").encode())
+    write_atomically(Path(folder) / "speed.md", table(result).encode())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
