@@ -70,7 +70,8 @@ def test_an_experiment_measures_every_control_and_is_not_done_twice(
     assert result["structure"]["original"]["row_sum"] == pytest.approx(1.0, abs=1e-5)
     assert result["structure"]["healed"]["row_sum"] < 1
     assert result["fidelity"]["kl"] > 0
-    assert [point["tokens"] for point in result["curve"]][-1] == result["tokens"]
+    read = {point["step"]: point["tokens"] for point in result["curve"]}
+    assert (read[7], read[10]) == (7 * 2 * 64, result["tokens"]), "windows of the second stage are longer"
     assert result["recipe"]["swap"] == {"name": "softpick"} or result["recipe"]["swap"] == "softpick"
     assert "attnswap" in json.loads((out / "healed" / "config.json").read_text())
     assert "attnswap" not in json.loads((out / "control" / "config.json").read_text())
@@ -78,14 +79,24 @@ def test_an_experiment_measures_every_control_and_is_not_done_twice(
     stamp = (out / "healed" / "model.safetensors").stat().st_mtime_ns
     capsys.readouterr()
     assert run(tmp_path) == 0
-    assert "training" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "training" not in said
+    assert "measuring" not in said
     assert (out / "healed" / "model.safetensors").stat().st_mtime_ns == stamp
+
+    (tmp_path / "held-out.txt").write_text("a cat sat on the mat. " * 60)
+    assert run(tmp_path) == 0
+    said = capsys.readouterr().out
+    assert "training" not in said
+    for name in ("original", "original-structure", "healed-structure", "healed-fidelity"):
+        assert f"measuring {name}\n" in said, "measured on another text"
 
     written(tmp_path, output_dir=str(tmp_path / "second"), swap={"name": "softpick", "eps": 1e-3})
     assert run(tmp_path, "--control", str(out / "control")) == 0
     assert not (tmp_path / "second" / "control").exists()
     second = json.loads((tmp_path / "second" / "result" / "result.json").read_text())
-    assert second["contexts"][0]["perplexity"]["control"] == result["contexts"][0]["perplexity"]["control"]
+    control = second["contexts"][0]["perplexity"]["control"]
+    assert control == pytest.approx(result["contexts"][0]["perplexity"]["control"], rel=1e-6)
 
     written(tmp_path, output_dir=str(tmp_path / "third"), training={"eval_strategy": "no", "learning_rate": 0.02})
     assert run(tmp_path, "--control", str(out / "control")) == 2

@@ -21,6 +21,7 @@ from attnswap.evaluation.result import write_atomically
 from attnswap.evaluation.structure import measure_structure
 from attnswap.loading import load_model, load_tokenizer
 from attnswap.processes import place
+from attnswap.text import evaluation_text
 from attnswap.training.config import TrainConfig, load_config, parse_config, to_mapping
 from attnswap.training.data import load_data
 from attnswap.training.durable import latest_checkpoint
@@ -178,6 +179,7 @@ class _Bench:
         self.experiment, self.tokenizer = experiment, tokenizer
         self._first: Evaluation | None = None
         self.longest = max(experiment.contexts)
+        self.text = evaluation_text() if experiment.text is None else experiment.text
 
     def losses(self, path: Path, load: Any, *, bypass: bool = False) -> Evaluation:
         file = path.with_name(f"{path.name}-losses.json")
@@ -215,9 +217,11 @@ class _Bench:
                 check_comparable(found.protocol, self._first.protocol)
             except ConfigError:
                 return None
-        elif found.protocol.scored_tokens > self.experiment.max_tokens or self.experiment.text is not None:
-            return None
-        return found
+            return found
+        scored, wanted = found.protocol.scored_tokens, self.experiment.max_tokens
+        whole = scored <= wanted and found.corpus["tokens"] <= wanted + self.longest  # there is no more text
+        same = found.corpus["sha256"] == hashlib.sha256(self.text.encode()).hexdigest()
+        return found if same and (scored == wanted or whole) else None
 
     def structure(self, path: Path, source: Any) -> dict[str, Any]:
         def measure() -> dict[str, Any]:
@@ -240,8 +244,7 @@ class _Bench:
 
     def _kept(self, file: Path, measure: Any) -> dict[str, Any]:
         """Returns what a file holds if it was measured on this experiment's text and windows, else measures it."""
-        text = self.experiment.text
-        digest = None if text is None else hashlib.sha256(text.encode()).hexdigest()
+        digest = hashlib.sha256(self.text.encode()).hexdigest()
         seen = {"text_sha256": digest, "longest": self.longest, "dtype": str(self.experiment.dtype)}
         if file.is_file():
             kept: dict[str, Any] = _read(file)
