@@ -179,7 +179,8 @@ class _Bench:
         self.experiment, self.tokenizer = experiment, tokenizer
         self._first: Evaluation | None = None
         self.longest = max(experiment.contexts)
-        self.text = evaluation_text() if experiment.text is None else experiment.text
+        text = evaluation_text() if experiment.text is None else experiment.text
+        self.digest = hashlib.sha256(text.encode()).hexdigest()
 
     def losses(self, path: Path, load: Any, *, bypass: bool = False) -> Evaluation:
         file = path.with_name(f"{path.name}-losses.json")
@@ -220,7 +221,7 @@ class _Bench:
             return found
         scored, wanted = found.protocol.scored_tokens, self.experiment.max_tokens
         whole = scored <= wanted and found.corpus["tokens"] <= wanted + self.longest  # there is no more text
-        same = found.corpus["sha256"] == hashlib.sha256(self.text.encode()).hexdigest()
+        same = found.corpus["sha256"] == self.digest
         return found if same and (scored == wanted or whole) else None
 
     def structure(self, path: Path, source: Any) -> dict[str, Any]:
@@ -244,8 +245,7 @@ class _Bench:
 
     def _kept(self, file: Path, measure: Any) -> dict[str, Any]:
         """Returns what a file holds if it was measured on this experiment's text and windows, else measures it."""
-        digest = hashlib.sha256(self.text.encode()).hexdigest()
-        seen = {"text_sha256": digest, "longest": self.longest, "dtype": str(self.experiment.dtype)}
+        seen = {"text_sha256": self.digest, "longest": self.longest, "dtype": str(self.experiment.dtype)}
         if file.is_file():
             kept: dict[str, Any] = _read(file)
             if kept.pop("measured_on", None) == seen:
