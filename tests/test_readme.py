@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from attnswap.cli.show import markdown_table
+from attnswap.cli.show import table_of_swaps
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -19,7 +19,7 @@ def block(name: str) -> str:
 
 
 def test_table_of_swaps():
-    assert block("swaps") == markdown_table()
+    assert block("swaps") == table_of_swaps()
 
 
 def test_demo_table_is_the_committed_result():

@@ -21,6 +21,7 @@ from attnswap.errors import AttnSwapError
 from attnswap.evaluation import Evaluation, compare, evaluate_perplexity, plot
 from attnswap.evaluation.result import write_atomically
 from attnswap.loading import EMBEDDED, load_model, load_tokenizer
+from attnswap.markdown import markdown_table
 from attnswap.text import evaluation_text
 
 RECIPES = Path(attnswap.__file__).parent.parent / "recipes"
@@ -112,7 +113,7 @@ def compare_all(found: dict[str, Evaluation]) -> list[dict[str, float]]:
 def write(out: Path, found: dict[str, Evaluation], rows: list[dict[str, float]], steps: int, seconds: float) -> None:
     """Writes the table, the JSON and the picture, and prints the table."""
     head = ("context", *found, "ln ssmax/original", "ln ssmax/control [95%]")
-    table, lines = Table(*head), [" | ".join(head), " | ".join("---" for _ in head)]
+    table, lines = Table(*head), []
     for row in rows:
         cells = [
             str(row["context"]),
@@ -121,8 +122,8 @@ def write(out: Path, found: dict[str, Evaluation], rows: list[dict[str, float]],
             f"{row['log_ratio_to_control']:+.4f} [{row['control_low']:+.4f}, {row['control_high']:+.4f}]",
         ]
         table.add_row(*cells)
-        lines.append(" | ".join(cells))
-    text = "\n".join(f"| {line} |" for line in lines) + "\n"
+        lines.append(cells)
+    text = markdown_table(head, lines, words=len(head)) + "\n"
     scored = len(next(iter(found["original"].nll.values())))
     result = {"schema": "attnswap.demo/1", "steps": steps, "scored_tokens": scored, "seconds": seconds, "rows": rows}
     write_atomically(out / "demo.md", text.encode())

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from attnswap.markdown import markdown_table
+
 if TYPE_CHECKING:
     from attnswap.evaluation.structure import Structure
 
@@ -93,9 +95,7 @@ def markdown(structures: "Sequence[Structure]", names: Sequence[str]) -> str:
     """Returns the same table as Markdown, and the picture below it."""
     from attnswap.evaluation.structure import SINK
 
-    header = ["attention", *(name.replace("|", "\\|") for name in names)]
-    lines = [header, ["---", *("---:" for _ in names)], *_rows(structures)]
-    body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    body = markdown_table(["attention", *names], _rows(structures), words=1)
     return (
         f"{body}\n\nMeans over heads; activations are the largest of all layers. A sink gives the first token more "
         f"than {SINK} of its weight, a dead head attends to nothing for 95% of its queries.\n\n"

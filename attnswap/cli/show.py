@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from attnswap import swaps
 from attnswap.errors import ConfigError, nearest
 from attnswap.loading import resolve
+from attnswap.markdown import markdown_table
 from attnswap.surgery.spec import KEY, PatchSpec
 
 COLUMNS = ("swap", "weights", "row sum", "identity start", "learned", "route", "paper")
@@ -32,10 +33,9 @@ def swap_row(swap: swaps.Swap) -> tuple[str, ...]:
     )
 
 
-def markdown_table() -> str:
+def table_of_swaps() -> str:
     """Returns the table of swaps as the README shows it."""
-    rows = [COLUMNS, tuple("---" for _ in COLUMNS), *(swap_row(s) for s in swaps.list_swaps())]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+    return markdown_table(COLUMNS, [swap_row(swap) for swap in swaps.list_swaps()], words=len(COLUMNS))
 
 
 def list_command(
@@ -49,7 +49,7 @@ def list_command(
         ]
         print(json.dumps([{"name": v["config"]["name"], **v} for v in values], indent=2))
     elif markdown:
-        print(markdown_table())
+        print(table_of_swaps())
     else:
         table = Table(Column("swap", no_wrap=True), "weights", "row sum", "identity start", "arXiv", show_lines=True)
         for swap in swaps.list_swaps():

@@ -17,6 +17,7 @@ from attnswap.evaluation.sections import suite_report
 from attnswap.evaluation.structure_figure import plot_structure
 from attnswap.evaluation.suite import Profile, SuiteOptions, profile
 from attnswap.loading import load_model, load_tokenizer
+from attnswap.markdown import markdown_table
 
 
 def run_suite(
@@ -93,8 +94,7 @@ def markdown(report: dict[str, Any]) -> str:
     for section in report["sections"]:
         columns, rows = section["table"]["columns"], section["table"]["rows"]
         lines += [f"## {section['title']}", "", section["text"], ""]
-        lines += ["| " + " | ".join(columns) + " |", "|" + " ---: |" * len(columns)]
-        lines += ["| " + " | ".join(map(show, row)) + " |" for row in rows] + [""]
+        lines += [markdown_table(columns, [[show(cell) for cell in row] for row in rows]), ""]
     return "\n".join(lines)
 
 

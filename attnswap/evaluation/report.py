@@ -10,6 +10,7 @@ from rich.table import Table
 from attnswap.evaluation.bootstrap import compare
 from attnswap.evaluation.figure import plot
 from attnswap.evaluation.result import Evaluation, write_atomically
+from attnswap.markdown import markdown_table
 
 
 def table(evaluation: Evaluation, baseline: Evaluation | None = None) -> Table:
@@ -28,10 +29,8 @@ def table(evaluation: Evaluation, baseline: Evaluation | None = None) -> Table:
 def markdown(evaluation: Evaluation, baseline: Evaluation | None = None) -> str:
     """Returns the same table as Markdown."""
     header, rows = _cells(evaluation, baseline)
-    lines = [header, ["---:"] * len(header), *rows]
-    body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     notes = "".join(f"\n{note}\n" for note in evaluation.notes)
-    return f"{_title(evaluation, baseline)}\n\n{body}\n{notes}"
+    return f"{_title(evaluation, baseline)}\n\n{markdown_table(header, rows)}\n{notes}"
 
 
 def full_report(evaluation: Evaluation, baseline: Evaluation | None = None) -> dict[str, Any]:

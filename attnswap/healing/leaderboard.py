@@ -5,11 +5,13 @@ python -m attnswap.healing.leaderboard recipes/results
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from attnswap.evaluation.result import write_atomically
 from attnswap.healing.result import SCHEMA
+from attnswap.markdown import markdown_table
 
 PAGE = "leaderboard.md"
 
@@ -24,17 +26,18 @@ def read_results(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def table(results: dict[str, dict[str, Any]], link: str = "") -> str:
+def table(results: dict[str, dict[str, Any]], link: str = "", contexts: Sequence[int] | None = None) -> str:
     """Returns one row for each experiment, the closest to its control first.
 
     Args:
         results: See :func:`read_results`.
         link: What stands before the name of each folder in links.
+        contexts: Context lengths with a column; None: all that were measured.
     """
-    contexts = sorted({entry["context"] for result in results.values() for entry in result["contexts"]})
+    contexts = contexts or sorted({entry["context"] for result in results.values() for entry in result["contexts"]})
     head = ["experiment", "swap", "layers", "tokens", *(f"/ control at {n}" for n in contexts)]
     head += ["recovered", "cost without swap", "sinks", "dead heads", "KL"]
-    lines = ["| " + " | ".join(head) + " |", "| --- | --- | --- |" + " ---: |" * (len(head) - 3)]
+    rows = []
     for name, result in sorted(results.items(), key=lambda item: worst(item[1])):
         by_context = {entry["context"]: entry for entry in result["contexts"]}
         cells = [f"[{name}]({link}{name}/)", _swap(result), str(result["layers"] or "all"), f"{result['tokens']:,}"]
@@ -44,8 +47,8 @@ def table(results: dict[str, dict[str, Any]], link: str = "") -> str:
         cells.append(f"{min(result['proof_of_use']['cost_of_bypass'].values()):+.1%}")
         healed = result["structure"]["healed"]
         cells += [f"{healed['sink_rate']:.1%}", f"{healed['dead_head_rate']:.1%}", f"{result['fidelity']['kl']:.4f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown_table(head, rows, words=3)
 
 
 def worst(result: dict[str, Any]) -> float:

@@ -11,6 +11,7 @@ from rich.table import Table
 from attnswap.errors import ConfigError, NumericsError
 from attnswap.evaluation.figure import COLOURS
 from attnswap.evaluation.result import write_atomically
+from attnswap.markdown import markdown_table
 
 HEAD = ("context", "original", "control", "unhealed", "healed", "healed / control [95%]", "recovered", "without swap")
 
@@ -53,13 +54,12 @@ def title(result: dict[str, Any]) -> str:
 def markdown(result: dict[str, Any]) -> str:
     """Returns the table and what else was measured as Markdown."""
     lines = [f"{title(result)}; perplexity on {result['corpus']['id']}", ""]
-    lines += ["| " + " | ".join(HEAD) + " |", "| " + " | ".join("---:" for _ in HEAD) + " |"]
-    lines += ["| " + " | ".join(row) + " |" for row in rows_of(result)]
-    names = list(result["structure"])
-    lines += ["", "| attention | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
-    for figure in result["structure"][names[0]]:
-        values = (result["structure"][name][figure] for name in names)
-        lines.append(f"| {figure.replace('_', ' ')} | " + " | ".join(f"{value:.4g}" for value in values) + " |")
+    structure = result["structure"]
+    attention = [
+        [figure.replace("_", " "), *(f"{found[figure]:.4g}" for found in structure.values())]
+        for figure in next(iter(structure.values()))
+    ]
+    lines += [markdown_table(HEAD, rows_of(result)), "", markdown_table(["attention", *structure], attention, words=1)]
     fidelity, use = result["fidelity"], result["proof_of_use"]
     lines += [
         "",

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,22 @@ import attnswap
 from attnswap.evaluation.result import write_atomically
 from attnswap.healing.experiment import commit
 from attnswap.loading import load_model
-from attnswap.surgery.attach import patched_modules
-from attnswap.training import Distillation, LossSection, chunked_loss, load_config, teacher_of
+from attnswap.markdown import markdown_table
+from attnswap.training import Distillation, LossSection, StageSection, chunked_loss, load_config, teacher_of
 from attnswap.training.config import TrainConfig
+from attnswap.training.stages import left_alone
 
 ROUNDS = 5
 Step = Callable[[], None]
 
 
 @contextmanager
-def stepping(model: PreTrainedModel, loss: LossSection, length: int, config: TrainConfig) -> Iterator[Step]:
-    """Yields a function that makes one step of training of the attention modules on a window of random tokens."""
+def stepping(model: PreTrainedModel, stage: StageSection, length: int, config: TrainConfig) -> Iterator[Step]:
+    """Yields a function that makes one step of a stage on a window of random tokens."""
     teacher = teacher_of(model)
-    model.requires_grad_(False)
-    trained = [p for _, module in patched_modules(model).values() for p in module.parameters()]
-    for parameter in trained:
-        parameter.requires_grad_(True)
+    for parameter in left_alone(model, stage):
+        parameter.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)  # at rate 0 all steps are alike
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0)).to(model.device)
@@ -52,7 +53,7 @@ def stepping(model: PreTrainedModel, loss: LossSection, length: int, config: Tra
         optimizer.step()
         optimizer.zero_grad()
 
-    with chunked_loss(model, objective=Distillation(teacher, loss)):
+    with chunked_loss(model, objective=Distillation(teacher, stage.loss)):
         yield step
 
 
@@ -73,8 +74,9 @@ def measure(config: TrainConfig, rounds: int = ROUNDS) -> list[dict[str, Any]]:
         plain, healed = (load_model(config.model.reference, dtype=torch.float32) for _ in range(2))
         assert config.swap is not None
         attnswap.patch(healed, config.swap, part=config.part, layers=config.layers, heads=config.heads)
-        taught = LossSection(kl=1.0, ce=0.0)
-        with stepping(plain, taught, length, config) as theirs, stepping(healed, stage.loss, length, config) as ours:
+        trains = "attention" if stage.train == "swap" else stage.train  # a model without swaps has no parameters of one
+        taught = replace(stage, loss=LossSection(kl=1.0, ce=0.0), train=trains)
+        with stepping(plain, taught, length, config) as theirs, stepping(healed, stage, length, config) as ours:
             times = [(_timed(theirs), _timed(ours)) for _ in range(rounds + 1)][1:]
         ratios = [b / a for a, b in times]
         found.append(
@@ -99,14 +101,14 @@ def _timed(step: Step) -> float:
 
 def table(result: dict[str, Any]) -> str:
     """Returns the figures as Markdown."""
-    head = "| recipe | stage | tokens of a window | plain distillation (s) | healing (s) | ratio [range] |"
-    lines = [head, "| --- | --- | ---: | ---: | ---: | ---: |"]
+    head = ("recipe", "stage", "tokens of a window", "plain distillation (s)", "healing (s)", "ratio [range]")
+    rows = []
     for name, stages in result["recipes"].items():
         for s in stages:
             ratio = f"{s['ratio']:.2f} [{s['least']:.2f}, {s['largest']:.2f}]"
-            times = f"{s['plain_seconds']:.2f} | {s['healing_seconds']:.2f}"
-            lines.append(f"| {name} | {s['stage']} | {s['length']} | {times} | {ratio} |")
-    return "\n".join(lines) + "\n"
+            times = f"{s['plain_seconds']:.2f}", f"{s['healing_seconds']:.2f}"
+            rows.append((name, s["stage"], str(s["length"]), *times, ratio))
+    return markdown_table(head, rows, words=2) + "\n"
 
 
 def main(folder: str, recipes: list[str]) -> None:

@@ -156,23 +156,35 @@ class Stages(TrainerCallback):
         self.distillation.loss = stage.section.loss
         self.distillation.means()  # what the stage before has not logged
         self._thaw()
-        if stage.section.train == "all":
-            return
-        chosen = {id(p) for p in swap_parameters(model).values()}
-        if stage.section.train == "attention":
-            chosen |= {id(p) for _, module in patched_modules(model).values() for p in module.parameters()}
-        if not any(p.requires_grad and id(p) in chosen for p in model.parameters()):
-            raise ConfigError(f'stages: "{stage.section.name}" has nothing to train')
+        rest = left_alone(model, stage.section)
         if place(model)[1] > 1:
             return  # other processes wait for every gradient; those of the rest are 0
-        self._frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
-        for parameter in self._frozen:
+        self._frozen = rest
+        for parameter in rest:
             parameter.requires_grad_(False)
 
     def _thaw(self) -> None:
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._frozen = []
+
+
+def left_alone(model: PreTrainedModel, section: StageSection) -> list[torch.nn.Parameter]:
+    """Returns the trainable parameters of a model that a stage does not train.
+
+    Raises:
+        ConfigError: The stage would train nothing.
+    """
+    if section.train == "all":
+        return []
+    chosen = {id(p) for p in swap_parameters(model).values()}
+    if section.train == "attention":
+        chosen |= {id(p) for _, module in patched_modules(model).values() for p in module.parameters()}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    rest = [p for p in trainable if id(p) not in chosen]
+    if len(rest) == len(trainable):
+        raise ConfigError(f'stages: "{section.name}" has nothing to train')
+    return rest
 
 
 def lambda_of(model: PreTrainedModel) -> float | None:

@@ -26,6 +26,7 @@ from attnswap.attention.triton import launch, operands
 from attnswap.attention.triton.ops import ORDER
 from attnswap.attention.triton.tiles import KERNELS, Tiles
 from attnswap.attention.visibility import Visibility
+from attnswap.markdown import markdown_table
 from attnswap.swaps.base import Swap
 from attnswap.swaps.entmax import Entmax
 from attnswap.swaps.forgetting_gate import ForgettingGate
@@ -180,15 +181,15 @@ def everything() -> Iterator[tuple[str, str, str, int, str]]:
 def table(rows: list[Row]) -> str:
     """Writes the rows as markdown, with one line for the swaps of a kernel: the highest of each number."""
     names = ("target", "dtype", "head width", "kernel", "tile", "matrix instructions", "shared (limit)", "registers")
-    lines = [f"| {' | '.join((*names, 'spills'))} |", "| --- " * 9 + "|"]
+    lines = []
     keys = dict.fromkeys((r.target, r.dtype, r.width, r.kernel) for r in rows)
     for key in keys:
         own = [r for r in rows if (r.target, r.dtype, r.width, r.kernel) == key]
         spills = ", ".join(f"{r.spills} ({r.swap})" for r in own if r.spills) or "0"
         shared = f"{max(r.shared for r in own)} ({own[0].shared_limit})"
         cells = (*key, own[0].tile, own[0].matrix or "none", shared, max(r.registers for r in own), spills)
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+        lines.append([str(cell) for cell in cells])
+    return markdown_table((*names, "spills"), lines, words=len(names) + 1)
 
 
 def main() -> None:
