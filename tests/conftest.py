@@ -28,11 +28,12 @@ from transformers import (
 )
 
 import attnswap
+from attnswap import swaps
 from attnswap.surgery.attach import child_of
 from attnswap.surgery.stacks import attention_modules
 
 ARCHITECTURES = ["llama", "mistral", "qwen3", "gemma2", "gpt_oss", "gpt2", "gpt_neox"]
-SWAPS = ["ssmax", "softpick", "sigmoid", "selective-temperature", "forgetting-gate"]
+SWAPS = swaps.names()
 VOCABULARY = 97
 WINDOW = 6
 

@@ -88,6 +88,19 @@ def softmax_row(s, sink):
     return e / (e.sum() + (0.0 if sink is None else np.exp(sink - m)))
 
 
+def entmax_row(s: np.ndarray, sink: float | None, alpha: float) -> np.ndarray:
+    """Weights ((alpha - 1) s - tau)_+ ^ (1 / (alpha - 1)), tau by bisection until they sum to 1."""
+    if alpha == 1:
+        return softmax_row(s, sink)
+    x = (alpha - 1) * (s if sink is None else np.append(s, sink))
+    low, high = x.max() - 1, x.max()
+    for _ in range(100):
+        tau = (low + high) / 2
+        w = np.maximum(x - tau, 0) ** (1 / (alpha - 1))
+        low, high = (tau, high) if w.sum() > 1 else (low, tau)
+    return w[: len(s)]
+
+
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
@@ -118,6 +131,9 @@ def row_weights(swap, p, z, n, lam, sink, head, kv_head, hidden, i, keys, real):
     if swap.name == "softmax-1":
         rest = lam * np.exp(p["sink"][head]) + (0.0 if sink is None else np.exp(sink))
         return np.exp(z) / (np.exp(z).sum() + rest), ones
+    if swap.name == "entmax":
+        alpha = 1 + sigmoid(p["alpha_logit"][head]) if swap.alpha == "learned" else swap.alpha
+        return entmax_row(z, sink, 1 + lam * (alpha - 1)), ones
     if swap.name == "sigmoid" and swap.bias == "predicted":
         known = np.log(np.exp(z).sum() + (0.0 if sink is None else np.exp(sink)))
         told = p["weight"][head] @ hidden[i] + p["offset"][head] + p["slope"][head] * np.log(n)

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from attnswap import swaps
 from attnswap.cli.show import table_of_swaps
+from attnswap.healing.leaderboard import read_results, table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -38,6 +40,13 @@ def test_the_demo_lowers_held_out_loss_by_two_standard_errors():
     rows = json.loads((ROOT / "recipes" / "results" / "demo" / "demo.json").read_text())["rows"]
     for row in rows:
         assert -row["log_ratio_to_original"] > 2 * row["standard_error"]
+
+
+def test_table_of_healed_models_is_the_committed_results():
+    results = read_results(ROOT / "recipes" / "results")
+    whole = {name: result for name, result in results.items() if name == result["swap"]["name"]}
+    assert whole.keys() == {swap.name for swap in swaps.list_swaps()}, "a swap has no result"
+    assert table(whole, link="recipes/results/", contexts=(512, 2048, 8192)) == block("healing")
 
 
 @pytest.mark.parametrize("path", re.findall(r"`((?:recipes|notebooks|tests)/[\w./-]+)`", README))

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from attnswap.training.packing import IGNORED
+
 ROWS = 16
 """Rows of logits that losses work on at once: what a core's cache holds of a vocabulary of 50k."""
-
-IGNORED = -100
-"""The label of a position that is not learned."""
 
 
 class RowLoss(Protocol):

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from attnswap.errors import UnsupportedModelError
 
 IGNORED = -100
+"""The label of a position that is not learned."""
 
 
 @dataclass(frozen=True)
