@@ -149,6 +149,18 @@ def test_overrides() -> None:
     assert BASE == {"output_dir": "out", "swap": "ssmax"}
 
 
+def test_an_override_reaches_into_a_list() -> None:
+    stages: list[dict[str, Any]] = [{"name": "first", "share": 0.5}, {"name": "second", "share": 0.5}]
+    base = {**BASE, "stages": stages, "training": {"max_steps": 9}}
+    config = parse_config(base, ["stages.1.ramp.over=0.25", "stages.0.share=0.7"])
+    assert [stage.share for stage in config.stages] == [0.7, 0.5]
+    assert config.stages[1].ramp is not None and config.stages[1].ramp.over == 0.25
+    assert "ramp" not in stages[1], "the recipe given was changed"
+    for wrong in ("stages.2.share=1", "stages.-1.share=1", "stages.first.share=1"):
+        with pytest.raises(ConfigError, match="none of the 2 entries"):
+            parse_config(base, [wrong])
+
+
 @pytest.mark.parametrize("override", ["training", "=3", "a..b=1", "output_dir.x=1", "ramp=[", "swap=*a", "nothing=1"])
 def test_bad_overrides(override: str) -> None:
     with pytest.raises(ConfigError):

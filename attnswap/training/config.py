@@ -250,7 +250,8 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
     Args:
         path: A YAML file of at most 1 MB.
-        overrides: ``key=value`` with a dotted key; the value is YAML, e.g. ``training.max_steps=50``.
+        overrides: ``key=value`` with a dotted key; the value is YAML, e.g. ``training.max_steps=50``. Entries of lists
+            go by their number: ``stages.0.share=0.5``.
 
     Raises:
         ConfigError: The file or an override is not a valid recipe; the message names the key.
@@ -278,17 +279,29 @@ def _apply(mapping: dict[str, Any], override: str) -> None:
     parts = key.strip().split(".")
     if not equals or not all(parts):
         raise ConfigError(f'"{override}": an override is written key=value, e.g. training.max_steps=50')
+    held: Any = mapping
     for i, part in enumerate(parts[:-1]):
-        inner = mapping.get(part)
+        place = _place(held, part, override)
+        inner = held.get(place) if isinstance(held, dict) else held[place]
         if part == "swap" and i == 0 and isinstance(inner, str):  # swap: ssmax is short for swap: {name: ssmax}
             inner = {"name": inner}
         inner = {} if inner is None else inner
-        if not isinstance(inner, dict):
+        if not isinstance(inner, dict | list):
             raise ConfigError(f'"{override}": {".".join(parts[: i + 1])} is {show(inner)}, which has no keys')
-        mapping[part] = inner
-        mapping = inner
-    mapping[parts[-1]] = parse_yaml(text, f'"{key}"')
+        held[place] = inner
+        held = inner
+    held[_place(held, parts[-1], override)] = parse_yaml(text, f'"{key}"')
+
+
+def _place(held: dict[str, Any] | list[Any], part: str, override: str) -> Any:
+    if isinstance(held, dict):
+        return part
+    if not part.isdecimal() or int(part) >= len(held):
+        raise ConfigError(f'"{override}": "{part}" is none of the {len(held)} entries of a list, counted from 0')
+    return int(part)
 
 
 def _copy(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_copy(inner) for inner in value]
     return {k: _copy(v) for k, v in value.items()} if isinstance(value, dict) else value
