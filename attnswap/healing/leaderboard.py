@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from attnswap.evaluation.result import write_atomically
+from attnswap.healing.report import swap_of
 from attnswap.healing.result import SCHEMA
 from attnswap.markdown import markdown_table
 
@@ -40,7 +41,7 @@ def table(results: dict[str, dict[str, Any]], link: str = "", contexts: Sequence
     rows = []
     for name, result in sorted(results.items(), key=lambda item: worst(item[1])):
         by_context = {entry["context"]: entry for entry in result["contexts"]}
-        cells = [f"[{name}]({link}{name}/)", _swap(result), str(result["layers"] or "all"), f"{result['tokens']:,}"]
+        cells = [f"[{name}]({link}{name}/)", swap_of(result), str(result["layers"] or "all"), f"{result['tokens']:,}"]
         cells += [_ratio(by_context[n]) if n in by_context else "-" for n in contexts]
         shares = [e["recovered_fraction"] for e in result["contexts"] if e["recovered_fraction"] is not None]
         cells.append(f"{min(shares):.3f}" if shares else "nothing to")
@@ -70,11 +71,6 @@ model, in nats a token.
 
 {table(results)}
 """
-
-
-def _swap(result: dict[str, Any]) -> str:
-    options = ", ".join(f"{k}={v}" for k, v in result["swap"].items() if k != "name")
-    return result["swap"]["name"] + (f" ({options})" if options else "")
 
 
 def _ratio(entry: dict[str, Any]) -> str:

@@ -45,10 +45,14 @@ def table(result: dict[str, Any]) -> Table:
 
 def title(result: dict[str, Any]) -> str:
     """Says in a line what was healed."""
-    options = {k: v for k, v in result["swap"].items() if k != "name"}
-    chosen = "" if not options else " (" + ", ".join(f"{k}={v}" for k, v in options.items()) + ")"
     where = "all layers" if result["layers"] is None else f"layers {result['layers']}"
-    return f"{result['swap']['name']}{chosen}, {where} of {result['model']}: {result['tokens']:,} tokens"
+    return f"{swap_of(result)}, {where} of {result['model']}: {result['tokens']:,} tokens"
+
+
+def swap_of(result: dict[str, Any]) -> str:
+    """Returns the swap's name with the options it was given."""
+    options = ", ".join(f"{k}={v}" for k, v in result["swap"].items() if k != "name")
+    return result["swap"]["name"] + (f" ({options})" if options else "")
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -77,13 +77,18 @@ def summarise_healing(experiment: Experiment, measured: Measured) -> dict[str, A
         "structure": {name: found["summary"] for name, found in measured.structure.items()},
         "fidelity": measured.fidelity["healed"],
         "curve": curve(measured, config),
-        "environment": {
-            "attnswap": attnswap.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-            "threads": torch.get_num_threads(),
-        },
+        "environment": environment(),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Returns what a measurement ran with: versions and threads."""
+    return {
+        "attnswap": attnswap.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
     }
 
 

@@ -6,7 +6,6 @@ The two take turns, so that whatever else a machine does falls on both.
 """
 
 import json
-import platform
 import statistics
 import sys
 import time
@@ -22,6 +21,7 @@ from transformers import PreTrainedModel
 import attnswap
 from attnswap.evaluation.result import write_atomically
 from attnswap.healing.experiment import commit
+from attnswap.healing.result import environment
 from attnswap.loading import load_model
 from attnswap.markdown import markdown_table
 from attnswap.training import Distillation, LossSection, StageSection, chunked_loss, load_config, teacher_of
@@ -117,11 +117,7 @@ def main(folder: str, recipes: list[str]) -> None:
         "schema": "attnswap.healing-speed/1",
         "command": " ".join(["python -m attnswap.healing.speed", folder, *recipes]),
         "commit": commit(),
-        "environment": {
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "threads": torch.get_num_threads(),
-        },
+        "environment": environment(),
         "rounds": ROUNDS,
         "recipes": {},
     }
