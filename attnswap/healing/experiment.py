@@ -121,11 +121,12 @@ def heal(experiment: Experiment) -> Measured:
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.reference)
     bench = _Bench(experiment, tokenizer)
     original = config.model.reference
-    losses = {
-        "original": bench.losses(control / "original", lambda: load_model(original, dtype=torch.float32)),
-        "control": bench.losses(control / "control", lambda: load_model(str(control), dtype=torch.float32)),
-        "unhealed": bench.losses(out / "unhealed", lambda: _unhealed(config)),
-    }
+    losses = {"original": bench.losses(control / "original", lambda: load_model(original, dtype=torch.float32))}
+    if _read(control / "summary.json").get("steps_at_rest") and _equal(str(control), original):
+        losses["control"] = losses["original"]
+    else:
+        losses["control"] = bench.losses(control / "control", lambda: load_model(str(control), dtype=torch.float32))
+    losses["unhealed"] = bench.losses(out / "unhealed", lambda: _unhealed(config))
     if config.fit is not None:
         losses["fitted"] = bench.losses(out / "fitted", lambda: _unhealed(config, tokenizer))
     losses["healed"] = bench.losses(healed / "healed", lambda: load_model(str(healed), dtype=torch.float32))
@@ -170,6 +171,12 @@ def _unhealed(config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None = N
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(config.training.get("bf16"))):
             fit(model, text_batches(load_data(config.data, tokenizer).train, config.fit.tokens))
     return model
+
+
+def _equal(reference: str, other: str) -> bool:
+    """Says whether two models hold the same weights to the last bit."""
+    ours, theirs = (load_model(name, dtype=torch.float32).state_dict() for name in (reference, other))
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 class _Bench:

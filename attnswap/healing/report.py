@@ -64,12 +64,18 @@ def markdown(result: dict[str, Any]) -> str:
         for figure in next(iter(structure.values()))
     ]
     lines += [markdown_table(HEAD, rows_of(result)), "", markdown_table(["attention", *structure], attention, words=1)]
-    fidelity, use = result["fidelity"], result["proof_of_use"]
+    fidelity, use, control = result["fidelity"], result["proof_of_use"], result.get("control_steps", {})
     lines += [
         "",
         f"KL to the original {fidelity['kl']:.4f} nats a token, the same favourite token {fidelity['top1']:.1%}. "
         + (f"Largest move of the swap's parameters: {use['movement']}. " if use["movement"] else "")
-        + (f"The swap is used: {use['used']}." if use["used"] is not None else ""),
+        + (f"The swap is used: {use['used']}." if use["used"] is not None else "")
+        + (
+            f" The control had nothing to learn: {control['steps_at_rest']} of its {control['steps']} steps were left "
+            "out after others whose gradients were 0."
+            if control.get("steps_at_rest")
+            else ""
+        ),
         "",
     ]
     return "\n".join(lines)

@@ -68,6 +68,7 @@ def summarise_healing(experiment: Experiment, measured: Measured) -> dict[str, A
         "data": healed["data"],
         "tokens": healed["tokens"],
         "steps": healed["steps"],
+        "control_steps": {name: measured.training["control"].get(name, 0) for name in ("steps", "steps_at_rest")},
         "seconds": {name: summary["seconds"] for name, summary in measured.training.items()},
         "seconds_per_step": {name: summary["seconds_per_step"] for name, summary in measured.training.items()},
         "corpus": first.corpus,

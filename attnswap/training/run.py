@@ -28,6 +28,7 @@ from attnswap.training.movement import Moved, as_json
 from attnswap.training.output import Output
 from attnswap.training.packing import check_separation
 from attnswap.training.protect import protect
+from attnswap.training.rest import at_rest
 from attnswap.training.stages import Stage, Stages, plan_stages, without_swaps
 from attnswap.training.summary import summarise
 from attnswap.training.teacher import frozen_teacher, teacher_of
@@ -115,6 +116,7 @@ def train(config: TrainConfig) -> TrainResult:
             swap_lr_multiplier=config.optimizer.swap_lr_multiplier,
             stages=plan,
             windows=data.sizes,
+            rest=at_rest(config, plan, args),
         )
         protection = protect(trainer)
         try:

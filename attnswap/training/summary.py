@@ -32,12 +32,14 @@ def summarise(
         metrics: What training returned.
         after: Held-out metrics of the saved weights; None: not evaluated.
         movement: How far each swap parameter moved.
-        seconds: Duration of each step.
+        seconds: Duration of each step of this process.
         trainable: Number of weights trained.
         skipped: The steps that were left out.
         described: What identifies the training text.
     """
     args, state = trainer.args, trainer.state
+    at_rest = [] if trainer.rest is None else trainer.rest.left
+    computed = [duration for step, duration in enumerate(seconds) if step not in at_rest]
     before = next((entry for entry in state.log_history if "eval_loss" in entry and entry["step"] == 0), None)
     return {
         "schema": "attnswap.train/1",
@@ -56,8 +58,9 @@ def summarise(
         "processes": args.world_size,
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else config.model.dtype,
         "skipped_steps": skipped,
+        "steps_at_rest": len(at_rest),
         "seconds": metrics["train_runtime"],
-        "seconds_per_step": statistics.median(seconds) if seconds else None,
+        "seconds_per_step": statistics.median(computed) if computed else None,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "parameters_trained": trainable,
         "parameters_of_swap": sum(p.numel() for p in attnswap.swap_parameters(trainer.model).values()),

@@ -16,6 +16,7 @@ import attnswap
 from attnswap.errors import ConfigError
 from attnswap.processes import whole
 from attnswap.training.movement import Movement, by_kind
+from attnswap.training.rest import AtRest
 from attnswap.training.stages import Stage, StagedWindows, staged_schedule
 
 
@@ -32,6 +33,7 @@ class SwapTrainer(Trainer):
         stages: Stages with rates and windows of their own; the callback :class:`attnswap.training.Stages` does the
             rest of what they ask for.
         windows: How many windows the data set holds for each stage, in order.
+        rest: Says which steps need not be computed.
         **kwargs: As for ``Trainer``.
 
     Attributes:
@@ -47,9 +49,13 @@ class SwapTrainer(Trainer):
         swap_lr_multiplier: float = 10.0,
         stages: Sequence[Stage] = (),
         windows: Sequence[int] = (),
+        rest: AtRest | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.rest = rest
+        if rest is not None:
+            self.add_callback(rest)
         self.swap_lr_multiplier = swap_lr_multiplier
         self.stages, self.windows = list(stages), list(windows)
         self.movement = Movement(self.model)
@@ -98,6 +104,12 @@ class SwapTrainer(Trainer):
         args = self.args
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         return StagedWindows(self.windows, [stage.steps * batch for stage in self.stages], args.seed)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Computes a step's loss and gradients, or neither where the model is known to be at rest."""
+        if self.rest is not None and self.rest.here:
+            return torch.zeros((), device=self.args.device)
+        return super().training_step(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the model; one that FSDP shards is put together, except in checkpoints to resume from."""
