@@ -27,6 +27,7 @@ from attnswap.markdown import markdown_table
 from attnswap.training import Distillation, LossSection, StageSection, chunked_loss, load_config, teacher_of
 from attnswap.training.config import TrainConfig
 from attnswap.training.stages import left_alone
+from attnswap.training.teacher import matrix_dtype
 
 ROUNDS = 5
 Step = Callable[[], None]
@@ -35,7 +36,7 @@ Step = Callable[[], None]
 @contextmanager
 def stepping(model: PreTrainedModel, stage: StageSection, length: int, config: TrainConfig) -> Iterator[Step]:
     """Yields a function that makes one step of a stage on a window of random tokens."""
-    teacher = teacher_of(model)
+    teacher = teacher_of(model, dtype=matrix_dtype(config.training))
     for parameter in left_alone(model, stage):
         parameter.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -31,7 +31,7 @@ from attnswap.training.protect import protect
 from attnswap.training.rest import at_rest
 from attnswap.training.stages import Stage, Stages, plan_stages, without_swaps
 from attnswap.training.summary import summarise
-from attnswap.training.teacher import frozen_teacher, teacher_of
+from attnswap.training.teacher import frozen_teacher, matrix_dtype, teacher_of
 from attnswap.training.trainer import StepLog, SwapTrainer
 
 
@@ -169,13 +169,13 @@ def learning(model: PreTrainedModel, config: TrainConfig, plan: list[Stage]) -> 
         if config.teacher is not None:
             loaded = load_model(config.teacher, dtype=torch.float32)
             loaded.to(device=model.device)  # type: ignore[call-arg]
-            teacher = frozen_teacher(loaded)
+            teacher = frozen_teacher(loaded, matrix_dtype(config.training))
         elif config.swap is None and spec_of(model) is not None:
             raise ConfigError(
                 f'teacher: "{config.model.reference}" was saved with swaps; name the model it was before to learn from'
             )
         else:
-            teacher = teacher_of(model)
+            teacher = teacher_of(model, dtype=matrix_dtype(config.training))
     switch = Stages(plan, Distillation(teacher, plan[0].section.loss))
     try:
         yield [switch]

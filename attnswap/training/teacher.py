@@ -87,9 +87,9 @@ def teacher_of(model: PreTrainedModel, *, dtype: torch.dtype = torch.bfloat16) -
 def frozen_teacher(model: PreTrainedModel, dtype: torch.dtype = torch.bfloat16) -> Teacher:
     """Makes a model of its own a teacher, in place: frozen, its matrices in another dtype.
 
-    It then computes as a student in mixed precision does, with hidden states in fp32, and agrees to the last bit with a
-    student that has learned nothing. Hidden states in 16 bits would differ by more than what is left to learn at the
-    end, most of all where activations are massive.
+    In bf16 it computes as a student in mixed precision does, with hidden states in fp32, and agrees to the last bit
+    with a student that has learned nothing. Hidden states in 16 bits would differ by more than what is left to learn
+    at the end, most of all where activations are massive.
 
     Args:
         model: A model in fp32.
@@ -101,6 +101,11 @@ def frozen_teacher(model: PreTrainedModel, dtype: torch.dtype = torch.bfloat16) 
         if parameter.ndim > 1 and id(parameter) not in kept:
             parameter.data = parameter.data.to(dtype)
     return Teacher(model, shared=False, mixed=None if dtype == torch.float32 else dtype)
+
+
+def matrix_dtype(training: dict[str, Any]) -> torch.dtype:
+    """Returns the dtype of a teacher's matrices that goes with a recipe's ``training``: fp32 where that is fp32."""
+    return torch.bfloat16 if training.get("bf16") or training.get("fp16") else torch.float32
 
 
 @contextmanager
