@@ -7,6 +7,8 @@ Nothing here is measured: memory is counted; time is floating point operations o
 
 from dataclasses import dataclass
 
+from attnswap.markdown import markdown_table
+
 GIB = 2**30
 PEAK = 989e12
 """bf16 operations per second of an H100 SXM without sparsity, as its maker says."""
@@ -70,20 +72,18 @@ def tokens_per_second(shape: Shape, run: Run) -> float:
 
 def table() -> str:
     """Returns the table as Markdown."""
-    lines = [
-        "| model | trained | context | GPUs of 80 GB | state a GPU | activations | gathered | sum | tokens/s a GPU |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    head = ("model", "trained", "context", "GPUs of 80 GB", "state a GPU", "activations", "gathered", "sum")
+    rows = []
     for shape in SHAPES:
         for run in RUNS[shape.name]:
             parts = state_gib(shape, run), activations_gib(shape, run), gathered_gib(shape, run)
             fits = "" if sum(parts) < 0.9 * CAPACITY else " (does not fit)"
-            sizes = " | ".join(f"{part:.1f} GiB" for part in (*parts, sum(parts)))
-            lines.append(
-                f"| {shape.name} | {'all weights' if run.full else 'adapter'} | {run.context} | {run.gpus} "
-                f"| {sizes}{fits} | {tokens_per_second(shape, run):,.0f} |"
-            )
-    return "\n".join(lines)
+            sizes = [f"{part:.1f} GiB" for part in (*parts, sum(parts))]
+            sizes[-1] += fits
+            trained = "all weights" if run.full else "adapter"
+            speed = f"{tokens_per_second(shape, run):,.0f}"
+            rows.append([shape.name, trained, str(run.context), str(run.gpus), *sizes, speed])
+    return markdown_table((*head, "tokens/s a GPU"), rows, words=2)
 
 
 if __name__ == "__main__":

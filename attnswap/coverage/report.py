@@ -7,6 +7,9 @@ from typing import Any
 from rich.table import Table
 
 from attnswap.evaluation.result import write_atomically
+from attnswap.markdown import markdown_table
+
+HEAD = ("type", "swap", "verdict", "why")
 
 
 def _lines(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -23,7 +26,7 @@ def coverage_table(report: dict[str, Any]) -> Table:
     """Returns what the terminal shows: every row that does not simply pass, and how many do."""
     title = f"{report['passing']} of {report['types']} types pass every column (transformers {report['transformers']})"
     shown = Table(title=title, box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for name in ("type", "swap", "verdict", "why"):
+    for name in HEAD:
         shown.add_column(name)
     for line in _lines(report):
         if line[2] != "pass" or line[3]:
@@ -48,9 +51,7 @@ def write_coverage(report: dict[str, Any], out: Path) -> None:
         interface=", ".join(by_seam["interface"]),
         scores=", ".join(by_seam["scores"]),
         beside="; ".join(beside) or "none",
-        rest="\n".join(
-            f"| {t} | {swap or '-'} | {verdict} | {why.replace('|', '/')} |" for t, swap, verdict, why in rest
-        ),
+        rest=markdown_table(HEAD, [(t, swap or "-", *said) for t, swap, *said in rest], words=len(HEAD)),
     )
     write_atomically(out / "README.md", text.encode())
 
@@ -72,7 +73,5 @@ A column that the stock model fails too does not count: {beside}.
 
 ## The others
 
-| type | swap | verdict | why |
-| --- | --- | --- | --- |
 {rest}
 """
