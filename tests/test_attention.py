@@ -495,3 +495,24 @@ def test_a_long_bf16_query_is_scaled_head_by_head_to_the_same_bits(batch: int, m
     for found, at_once, changed in zip(by_head, run(scale), other, strict=True):
         assert torch.allclose(found, at_once, rtol=1e-5) and not torch.allclose(found, changed, rtol=1e-2)
     assert torch.equal(by_head[0], run(scale)[0])
+
+
+def test_softmax_one_is_a_stock_kernel_and_a_gate_of_its_logsumexp() -> None:
+    q, k, v = (x.requires_grad_() for x in tensors(queries=7, width=3))
+    sink = torch.tensor([-1.0, 0.0, 0.5, 2.0], dtype=torch.float64, requires_grad=True)
+    ours = attnswap.attention(q, k, v, "softmax-1", is_causal=True, sink=sink)
+
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, logsumexp = flash(q.detach(), k.detach(), v.detach(), 0.0, True)
+    gated = out * torch.sigmoid(logsumexp - sink.detach()[:, None])[..., None]
+    torch.testing.assert_close(ours.detach(), gated, rtol=1e-12, atol=1e-12)
+
+    # The kernel gives its logsumexp no gradient; where one does, the gate trains like the null key.
+    hidden = torch.ones(7, 7, dtype=torch.bool).triu(1)
+    scores = (q @ k.mT * 3**-0.5).masked_fill(hidden, -torch.inf)
+    gate = torch.sigmoid(scores.logsumexp(-1) - sink[:, None])[..., None]
+    weights = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    inputs = (q, k, v, sink)
+    theirs = torch.autograd.grad(((scores.softmax(-1) @ v) * gate * weights).sum(), inputs)
+    for a, b in zip(torch.autograd.grad((ours * weights).sum(), inputs), theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
