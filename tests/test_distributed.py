@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import tiny
+from safetensors.torch import load_file
 from training_helpers import accelerate, logged, recipe, spawn
 
 import attnswap
@@ -91,6 +92,42 @@ def test_the_losses_of_one_process(engine, processes, swap, training, tmp_path):
     assert one[-1] < one[0] - 0.1 and many[-1] < many[0] - 0.1
     if not half:
         torch.testing.assert_close(logits(tmp_path / "many"), logits(single.output_dir), atol=1e-3, rtol=0)
+
+
+def staged(tmp_path: Path) -> Path:
+    path = write(tmp_path, "softpick", per_device_train_batch_size=4, max_steps=8, learning_rate=2e-3)
+    values = yaml.safe_load(path.read_text())
+    losses = {"outputs": {"transfer": 1.0, "ce": 0.0}, "logits": {"kl": 1.0, "ce": 0.0}, "text": {"ce": 1.0}}
+    values["stages"] = [
+        {"name": name, "share": share, "loss": loss, "train": "attention"}
+        for (name, loss), share in zip(losses.items(), (0.5, 0.25, 0.25), strict=True)
+    ]
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_stages_train_what_they_train_in_one_process(tmp_path):
+    """Attention moves as in one process, but for what a mean over fewer windows makes of it; the rest not at all."""
+    path = staged(tmp_path)
+    single = train(parse_config(yaml.safe_load(path.read_text())))
+    launch(2, "ddp", path, "training.per_device_train_batch_size=2", f"output_dir={tmp_path}/many")
+    one, many = logged(single.output_dir, "loss"), logged(tmp_path / "many", "loss")
+    assert len(one) == len(many) == 8
+    assert many == pytest.approx(one, rel=0.1)
+    assert many[3] < 0.6 * many[0]
+    before = load_file(tmp_path / "model" / "model.safetensors")
+    after = load_file(tmp_path / "many" / "model.safetensors")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(".self_attn." in name for name in moved)
+
+
+@pytest.mark.slow
+def test_layers_that_are_sharded_cannot_learn_one_by_one(tmp_path):
+    path = staged(tmp_path)
+    done = accelerate(2, "tests/distributed_run.py", "fsdp2", str(path), f"output_dir={tmp_path}/many")
+    assert done.returncode != 0
+    assert "launch such stages with DDP" in done.stderr
+    assert not (tmp_path / "many").exists()
 
 
 @pytest.mark.parametrize(

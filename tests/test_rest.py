@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from test_healing import run, written
 from training_helpers import recipe
 
+from attnswap.healing.experiment import same_weights
 from attnswap.training import SwapTrainer, parse_config, train
 from attnswap.training.rest import TRIED
 
@@ -65,3 +66,21 @@ def test_a_control_at_rest_is_the_original_and_not_measured_again(
     assert result["control_steps"] == {"steps": 9, "steps_at_rest": 9 - 2 * TRIED}
     assert [entry["control_to_original"]["ratio"] for entry in result["contexts"]] == [1.0, 1.0]
     assert "3 of its 9 steps were left out" in (folder / "result.md").read_text()
+    model, control, healed = (str(tmp_path / name) for name in ("model", "out/control", "out/healed"))
+    assert same_weights(control, model)
+    assert not same_weights(healed, model)
+
+
+def test_where_only_swaps_are_trained_the_control_is_the_original(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = [{"name": "swaps", "share": 1.0, "loss": {"kl": 1.0, "ce": 0.0}, "train": "swap"}]
+    written(tmp_path, swap="ssmax", stages=stages, training=MIXED)
+    assert run(tmp_path) == 0, capsys.readouterr().err
+    assert not (tmp_path / "out" / "control").exists()
+    result = json.loads((tmp_path / "out" / "result" / "result.json").read_text())
+    assert [entry["control_to_original"]["ratio"] for entry in result["contexts"]] == [1.0, 1.0]
+    assert set(result["seconds"]) == {"healed"}
+    written(tmp_path, swap="ssmax", training=MIXED, optimizer={"freeze": "all_but_swap"})
+    assert run(tmp_path, "--control", str(tmp_path / "out" / "healed")) == 2
+    assert "trains nothing" in capsys.readouterr().err

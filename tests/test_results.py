@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import yaml
 
 from attnswap.errors import ConfigError, NumericsError
 from attnswap.healing.leaderboard import PAGE, page, read_results, table
@@ -56,6 +57,11 @@ def test_a_result_is_complete_and_its_folder_holds_what_it_was_made_of(name: str
         path.name for path in folder.iterdir()
     }
     assert (folder / "result.md").read_text() == markdown(result)
+    ran = yaml.safe_load((folder / "recipe.yaml").read_text())
+    assert ran | {"output_dir": result["recipe"]["output_dir"]} == result["recipe"]
+    logged = [json.loads(line) for line in (folder / "steps.jsonl").open()]
+    curve = {point["step"]: point["loss"] for point in result["curve"]}
+    assert curve == {entry["step"]: entry["loss"] for entry in logged if "loss" in entry}
     assert "attnswap heal" in (folder / "README.md").read_text()
     assert markdown(result).split("\n\n")[1] in (folder / "README.md").read_text(), "the README shows another table"
 

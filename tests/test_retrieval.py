@@ -5,10 +5,10 @@ import re
 
 import pytest
 import torch
-from training_helpers import byte_tokenizer, tiny_llama
+from training_helpers import byte_tokenizer, tiny_gpt2, tiny_llama
 
 import attnswap
-from attnswap.errors import ConfigError
+from attnswap.errors import ConfigError, UnsupportedModelError
 from attnswap.evaluation.quantize import round_to_nearest, rounded
 from attnswap.evaluation.retrieval import TASKS, _Builder, measure_retrieval
 
@@ -125,6 +125,18 @@ def test_weights_are_rounded_to_the_nearest_level_of_their_group(bits: int) -> N
             torch.testing.assert_close(ours, nearest, atol=1e-6, rtol=1e-5)
     assert torch.equal(round_to_nearest(torch.zeros(2, 64), bits), torch.zeros(2, 64))
     assert round_to_nearest(torch.randn(3, 50), bits).shape == (3, 50)
+
+
+def test_rounding_knows_the_layers_of_gpt2_and_refuses_a_model_without_any() -> None:
+    model = tiny_gpt2()
+    weight = model.transformer.h[0].mlp.c_fc.weight  # (in, out)
+    before = weight.clone()
+    with rounded(model, 4) as count:
+        assert torch.equal(weight, round_to_nearest(before.T, 4).T)
+        assert count == sum(p.numel() for name, p in model.named_parameters() if ".c_" in name and p.ndim == 2)
+    assert torch.equal(weight, before)
+    with pytest.raises(UnsupportedModelError, match="no linear layers"), rounded(torch.nn.LayerNorm(3), 4):
+        pass
 
 
 def test_rounding_lasts_as_long_as_the_context_and_spares_head_and_swap() -> None:

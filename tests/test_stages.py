@@ -1,5 +1,6 @@
 """Stages of healing: what is learned is what the formula says, from the right teacher, at the right lambda."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,8 @@ import pytest
 import torch
 from kill_saves import Tokens
 from torch import Tensor
-from training_helpers import VOCABULARY, logged, recipe, tiny_gemma2, tiny_llama, write_model
-from transformers import Trainer, TrainingArguments
+from training_helpers import VOCABULARY, logged, recipe, tiny_gemma2, tiny_gpt2, tiny_llama, write_model
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 import attnswap
 from attnswap.errors import ConfigError
@@ -31,6 +32,7 @@ from attnswap.training.config import LoraSection
 from attnswap.training.lora import add_lora
 from attnswap.training.ramp import ramps
 from attnswap.training.stages import StagedWindows, staged_schedule, without_swaps
+from attnswap.training.trainer import StepLog
 
 
 def batch() -> dict[str, Tensor]:
@@ -158,7 +160,17 @@ def test_weights_that_are_trained_teach_as_a_frozen_copy() -> None:
     torch.testing.assert_close(logits.float(), expected[0], atol=2e-2, rtol=0)
 
 
-@pytest.mark.parametrize("make", [tiny_llama, lambda: tiny_llama(tie_word_embeddings=True), tiny_gemma2])
+def gpt2_without_dropout() -> PreTrainedModel:
+    model = tiny_gpt2()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+@pytest.mark.parametrize(
+    "make", [tiny_llama, lambda: tiny_llama(tie_word_embeddings=True), tiny_gemma2, gpt2_without_dropout]
+)
 def test_in_mixed_precision_a_model_has_nothing_to_learn_from_itself(make: Any) -> None:
     model, values = make(), batch()
     objective = Distillation(teacher_of(model), LossSection(kl=1.0, ce=0.0))
@@ -298,16 +310,17 @@ def test_stages_share_the_steps_of_a_run() -> None:
         plan_stages(sections, 2)
     plan = plan_stages([StageSection("t", 0.5, TRANSFER, train="attention"), StageSection("kl", 0.5, KL)], 10)
     assert [(s.section.name, s.first, s.steps) for s in without_swaps(plan)] == [("kl", 0, 5)]
-    with pytest.raises(ConfigError, match="no control"):
-        without_swaps(plan[:1])
+    assert [stage.index for stage in without_swaps(plan)] == [1], "whose windows are those of the healed run"
+    assert without_swaps(plan[:1]) == []
 
 
 def test_each_stage_draws_from_its_own_windows_and_has_its_own_rates() -> None:
-    drawn = list(StagedWindows([3, 4], [7, 2], seed=0))
+    drawn = list(StagedWindows([3, 4], [7, 2], [0, 1]))
     assert len(drawn) == 9
     assert set(drawn[:3]) == set(drawn[3:6]) == {0, 1, 2}
     assert set(drawn[7:]) <= {3, 4, 5, 6}
-    assert drawn == list(StagedWindows([3, 4], [7, 2], seed=0)) != list(StagedWindows([3, 4], [7, 2], seed=1))
+    assert drawn == list(StagedWindows([3, 4], [7, 2], [0, 1])) != list(StagedWindows([3, 4], [7, 2], [1, 2]))
+    assert [window - 3 for window in drawn[7:]] == list(StagedWindows([4], [2], [1])), "without the stage before"
 
     plan = plan_stages([StageSection("a", 0.5), StageSection("b", 0.5, learning_rate=0.2)], 20)
     args = TrainingArguments("x", learning_rate=0.1, warmup_steps=2, lr_scheduler_type="linear", use_cpu=True)
@@ -399,8 +412,6 @@ def test_a_recipe_with_stages_ends_at_the_swap_and_resumes(tmp_path: Path) -> No
 
 
 def _log(directory: Path) -> list[dict[str, Any]]:
-    import json
-
     return json.loads((directory / "training_log.json").read_text())
 
 
@@ -426,6 +437,11 @@ def test_the_control_leaves_out_what_only_swaps_learn(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"stages": STAGES, "ramp": 0.5}, "stages move it"),
+        (
+            {"stages": STAGES, "training": {"max_steps": 20, "gradient_checkpointing": True}},
+            "leave it out for transfer",
+        ),
+        ({"stages": STAGES[:1], "swap": "none", "training": {"max_steps": 20}}, "no control"),
         ({"stages": [{"name": "a", "share": 1.0, "ramp": {"end": 0.5}}]}, "must end at 1"),
         ({"stages": STAGES, "training": {"max_steps": -1}}, "max_steps"),
         ({"stages": STAGES, "training": {"load_best_model_at_end": True}}, "load_best_model_at_end"),
@@ -438,6 +454,25 @@ def test_recipes_whose_stages_make_no_sense_are_refused(tmp_path: Path, changes:
     with pytest.raises(ConfigError, match=words):
         train(parse_config(recipe(tmp_path, **{"swap": "softpick", **changes})))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_teacher_computes_in_the_dtype_of_a_student_without_mixed_precision(tmp_path: Path, dtype: str) -> None:
+    stages = [{"name": "logits", "share": 1.0, "loss": {"ce": 0.0, "kl": 1.0}}]
+    model = {"reference": str(tmp_path / "model"), "dtype": dtype}
+    training = {"max_steps": 2, "eval_strategy": "no"}
+    result = train(parse_config(recipe(tmp_path, model=model, stages=stages, training=training)))
+    assert logged(result.output_dir, "kl") == [0.0, 0.0]
+
+
+def test_losses_that_look_at_layers_refuse_to_see_them_twice() -> None:
+    model = tiny_llama()
+    attnswap.patch(model, "softpick")
+    objective = Distillation(teacher_of(model), LossSection(ce=0.0, transfer=1.0))
+    model.activation_checkpointing_enable()
+    model.train()
+    with chunked_loss(model, objective=objective), pytest.raises(ConfigError, match="runs twice"):
+        model(**batch())
 
 
 def test_a_model_saved_with_swaps_needs_a_named_teacher(tmp_path: Path) -> None:
@@ -453,6 +488,23 @@ def test_a_model_saved_with_swaps_needs_a_named_teacher(tmp_path: Path) -> None:
         train(parse_config(recipe(tmp_path, **changes)))
     result = train(parse_config(recipe(tmp_path, **changes, teacher=str(tmp_path / "model"))))
     assert logged(result.output_dir, "kl")[0] > 1e-6
+
+
+def test_a_resumed_run_logs_each_step_once_and_counts_all_of_its_seconds(tmp_path: Path) -> None:
+    values = recipe(tmp_path, training={"save_strategy": "steps", "save_steps": 4, "eval_strategy": "no"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepLog, "on_log", _stop_at(6, StepLog.on_log))
+        with pytest.raises(KeyboardInterrupt):
+            train(parse_config(values))
+    log = tmp_path / "out.partial" / "steps.jsonl"
+    assert json.loads(log.read_text().splitlines()[-1])["step"] == 6
+    with log.open("a") as file:  # what a run that is stopped in order leaves
+        file.write(json.dumps({"train_runtime": 1000.0, "step": 6}) + "\n")
+    values["training"]["resume_from_checkpoint"] = "latest"
+    result = train(parse_config(values))
+    lines = [json.loads(line) for line in (result.output_dir / "steps.jsonl").open()]
+    assert [entry["step"] for entry in lines if "loss" in entry] == list(range(1, 11))
+    assert 1000 < result.summary["seconds"] < 1100
 
 
 # --- calibration ----------------------------------------------------------------------------------------------------

@@ -5,8 +5,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from attnswap.errors import ConfigError
+from attnswap.errors import ConfigError, UnsupportedModelError
 from attnswap.surgery.attach import base_of
 from attnswap.surgery.patch import swap_parameters
 
@@ -18,8 +19,8 @@ GROUP = 64
 def rounded(model: nn.Module, bits: int, group: int = GROUP) -> Iterator[int]:
     """Rounds the weights of a model's linear layers to the nearest of ``2^bits - 1`` levels while the context lasts.
 
-    Symmetric round-to-nearest with a scale per group of a row; embeddings, the head, norms and the swaps' own
-    parameters stay. Afterwards the weights are what they were, bit for bit.
+    Symmetric round-to-nearest with a scale per group of a row; embeddings, the head, norms, experts that are kept in
+    one tensor and the swaps' own parameters stay. Afterwards the weights are what they were, bit for bit.
 
     Args:
         model: The model; a peft wrapper is looked through.
@@ -31,17 +32,24 @@ def rounded(model: nn.Module, bits: int, group: int = GROUP) -> Iterator[int]:
 
     Raises:
         ConfigError: ``bits`` is out of range.
+        UnsupportedModelError: The model has no linear layers to round.
     """
     if not 2 <= bits <= 8:
         raise ConfigError(f"bits must lie between 2 and 8, not {bits}")
     inner = base_of(model)
     own = {id(p) for p in swap_parameters(inner).values()}
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
-    chosen = [m for m in inner.modules() if isinstance(m, nn.Linear) and m is not head and id(m.weight) not in own]
+    linear = [m for m in inner.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    chosen = [module for module in linear if id(module.weight) not in own]
+    if not chosen:
+        raise UnsupportedModelError(f"{type(inner).__name__} has no linear layers whose weights could be rounded")
     kept = [module.weight.data for module in chosen]
     try:
         for module, weight in zip(chosen, kept, strict=True):
-            module.weight.data = round_to_nearest(weight, bits, group)
+            turned = isinstance(module, Conv1D)  # GPT-2's: (in, out)
+            module.weight.data = (
+                round_to_nearest(weight.T, bits, group).T if turned else round_to_nearest(weight, bits, group)
+            )
         yield sum(weight.numel() for weight in kept)
     finally:
         for module, weight in zip(chosen, kept, strict=True):

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -66,12 +65,21 @@ class Experiment:
             self._check_control(self.control)
 
     @property
+    def control_learns(self) -> bool:
+        """Whether the recipe trains anything without its swap; if not, its control is the original."""
+        config = self.config
+        plan = plan_stages(config.stages, config.training["max_steps"]) if config.stages else []
+        return config.optimizer.freeze == "none" and (not plan or bool(without_swaps(plan)))
+
+    @property
     def control_config(self) -> TrainConfig:
         """The recipe without its swap."""
         changes: dict[str, Any] = dict.fromkeys(SWAP_KEYS)
         return replace(self.config, **changes, output_dir=str(self.out / "control"))
 
     def _check_control(self, folder: Path) -> None:
+        if not self.control_learns:
+            raise ConfigError("--control: without its swap this recipe trains nothing, so its control is the original")
         try:
             theirs = to_mapping(load_config(folder / "recipe.yaml"))
         except ConfigError as error:
@@ -92,7 +100,7 @@ class Measured:
             healed weights with their swaps passed by), and of ``fitted`` where the recipe fits the swap first.
         structure: What attention does.
         fidelity: Divergence from the original.
-        training: The summaries of ``healed`` and ``control``.
+        training: The summaries of ``healed`` and, where there is something to train, ``control``.
         movement: How far the swap's parameters moved.
         log: The healed model's training log.
     """
@@ -115,33 +123,36 @@ def heal(experiment: Experiment) -> Measured:
         ConfigError: The recipe or its control does not fit.
         StoppedError: A signal asked for the end; the same call goes on from there.
     """
-    out, config = experiment.out, experiment.config
-    healed = _trained(replace(config, output_dir=str(out / "healed")))
-    control = experiment.control or _trained(experiment.control_config)
+    config = experiment.config
+    healed = _trained(replace(config, output_dir=str(experiment.out / "healed")))
+    control = experiment.control
+    if control is None:
+        control = _trained(experiment.control_config) if experiment.control_learns else healed
+    trained = {"healed": _read(healed / "summary.json")}
+    trained |= {"control": _read(control / "summary.json")} if control != healed else {}
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.reference)
     bench = _Bench(experiment, tokenizer)
     original = config.model.reference
     losses = {"original": bench.losses(control / "original", lambda: load_model(original, dtype=torch.float32))}
-    if _read(control / "summary.json").get("steps_at_rest") and _equal(str(control), original):
+    if control == healed or (trained["control"].get("steps_at_rest") and same_weights(str(control), original)):
         losses["control"] = losses["original"]
     else:
         losses["control"] = bench.losses(control / "control", lambda: load_model(str(control), dtype=torch.float32))
-    losses["unhealed"] = bench.losses(out / "unhealed", lambda: _unhealed(config))
+    losses["unhealed"] = bench.losses(healed / "unhealed", lambda: _unhealed(config))
     if config.fit is not None:
-        losses["fitted"] = bench.losses(out / "fitted", lambda: _unhealed(config, tokenizer))
+        losses["fitted"] = bench.losses(healed / "fitted", lambda: _unhealed(config, tokenizer))
     losses["healed"] = bench.losses(healed / "healed", lambda: load_model(str(healed), dtype=torch.float32))
     losses["bypassed"] = bench.losses(
         healed / "bypassed", lambda: load_model(str(healed), dtype=torch.float32), bypass=True
     )
     structure = {
         "original": bench.structure(control / "original", original),
-        "unhealed": bench.structure(out / "unhealed", lambda: _unhealed(config)),
+        "unhealed": bench.structure(healed / "unhealed", lambda: _unhealed(config)),
         "healed": bench.structure(healed / "healed", str(healed)),
     }
     fidelity = {"healed": bench.fidelity(healed / "healed", str(healed), original)}
-    training = {name: _read(folder / "summary.json") for name, folder in (("healed", healed), ("control", control))}
     return Measured(
-        losses, structure, fidelity, training, _read(healed / "movement.json"), _read(healed / "training_log.json")
+        losses, structure, fidelity, trained, _read(healed / "movement.json"), _read(healed / "training_log.json")
     )
 
 
@@ -173,7 +184,7 @@ def _unhealed(config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None = N
     return model
 
 
-def _equal(reference: str, other: str) -> bool:
+def same_weights(reference: str, other: str) -> bool:
     """Says whether two models hold the same weights to the last bit."""
     ours, theirs = (load_model(name, dtype=torch.float32).state_dict() for name in (reference, other))
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -218,7 +229,8 @@ class _Bench:
         if not file.is_file():
             return None
         found = Evaluation.load(file)
-        if found.protocol.contexts != tuple(sorted(self.experiment.contexts)):
+        dtype = str(self.experiment.dtype).removeprefix("torch.")
+        if found.protocol.contexts != tuple(sorted(self.experiment.contexts)) or found.env["dtype"] != dtype:
             return None
         if self._first is not None:
             try:
@@ -227,9 +239,8 @@ class _Bench:
                 return None
             return found
         scored, wanted = found.protocol.scored_tokens, self.experiment.max_tokens
-        whole = scored <= wanted and found.corpus["tokens"] <= wanted + self.longest  # there is no more text
-        same = found.corpus["sha256"] == self.digest
-        return found if same and (scored == wanted or whole) else None
+        whole = scored < wanted and found.protocol.end == found.corpus["tokens"]
+        return found if found.corpus["sha256"] == self.digest and (scored == wanted or whole) else None
 
     def structure(self, path: Path, source: Any) -> dict[str, Any]:
         def measure() -> dict[str, Any]:
@@ -304,15 +315,3 @@ def say(message: str) -> None:
     """Prints a line of progress, in the first process."""
     if place()[0] == 0:
         print(message, flush=True)
-
-
-def commit() -> str | None:
-    """Returns the commit of the source tree this package runs from, or None where it is installed."""
-    folder = Path(attnswap.__file__).parent.parent
-    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    inside = (folder / ".git").exists() and done.returncode == 0
-    return done.stdout.strip() if inside else None

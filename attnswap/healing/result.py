@@ -13,7 +13,7 @@ import transformers
 import attnswap
 from attnswap import swaps
 from attnswap.evaluation.bootstrap import Comparison, compare
-from attnswap.healing.experiment import Experiment, Measured, commit
+from attnswap.healing.experiment import Experiment, Measured
 from attnswap.training.config import TrainConfig, to_mapping
 from attnswap.training.stages import plan_stages
 
@@ -50,6 +50,7 @@ def summarise_healing(experiment: Experiment, measured: Measured) -> dict[str, A
         for length in losses["healed"].protocol.contexts
     ]
     config, healed = experiment.config, measured.training["healed"]
+    control = measured.training.get("control", {})
     assert config.swap is not None
     swap = swaps.resolve(config.swap)
     first = losses["healed"]
@@ -62,13 +63,13 @@ def summarise_healing(experiment: Experiment, measured: Measured) -> dict[str, A
         "identity_start": swap.exact_identity,
         "model": config.model.reference,
         "command": " ".join(["attnswap", *sys.argv[1:]]),
-        "commit": commit(),
+        "commit": healed.get("commit"),
         "seed": config.training.get("seed", 42),
         "recipe": to_mapping(config),
         "data": healed["data"],
         "tokens": healed["tokens"],
         "steps": healed["steps"],
-        "control_steps": {name: measured.training["control"].get(name, 0) for name in ("steps", "steps_at_rest")},
+        "control_steps": {name: control.get(name, 0) for name in ("steps", "steps_at_rest")},
         "seconds": {name: summary["seconds"] for name, summary in measured.training.items()},
         "seconds_per_step": {name: summary["seconds_per_step"] for name, summary in measured.training.items()},
         "corpus": first.corpus,

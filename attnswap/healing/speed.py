@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 
 import attnswap
 from attnswap.evaluation.result import write_atomically
-from attnswap.healing.experiment import commit
 from attnswap.healing.result import environment
 from attnswap.loading import load_model
 from attnswap.markdown import markdown_table
+from attnswap.provenance import commit
 from attnswap.training import Distillation, LossSection, StageSection, chunked_loss, load_config, teacher_of
 from attnswap.training.config import TrainConfig
 from attnswap.training.stages import left_alone
@@ -36,7 +36,7 @@ Step = Callable[[], None]
 @contextmanager
 def stepping(model: PreTrainedModel, stage: StageSection, length: int, config: TrainConfig) -> Iterator[Step]:
     """Yields a function that makes one step of a stage on a window of random tokens."""
-    teacher = teacher_of(model, dtype=matrix_dtype(config.training))
+    teacher = teacher_of(model, dtype=matrix_dtype(config))
     for parameter in left_alone(model, stage):
         parameter.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -213,6 +213,14 @@ class TrainConfig:
                 not self.training.get("load_best_model_at_end"),
                 "training.load_best_model_at_end: the best loss may be one at a lambda below 1",
             )
+        looking = [
+            stage.name for stage in self.stages if stage.loss.transfer or stage.loss.regression or stage.loss.sinks
+        ]
+        require(
+            not (looking and self.training.get("gradient_checkpointing")),
+            "training.gradient_checkpointing: transfer, regression and sinks look at each layer as it runs, so "
+            f"leave it out for {', '.join(looking)}",
+        )
         require(
             self.optimizer.freeze == "none" or all(stage.train != "attention" for stage in self.stages),
             'stages: "train: attention" goes with "optimizer.freeze: none"',

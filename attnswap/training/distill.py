@@ -5,7 +5,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from attnswap.errors import ConfigError
@@ -36,6 +37,17 @@ class Distillation:
         """Asks the teacher about one batch; see :class:`attnswap.training.loss.Objective`."""
         with ExitStack() as stack:
             lesson = _Lesson(self)
+            looking = bool(self.loss.transfer or self.loss.regression or self.loss.sinks)
+            if looking and any(isinstance(module, FSDPModule) for module in model.modules()):
+                raise ConfigError(
+                    "transfer, regression and sinks take gradients inside of layers, which FSDP has given away by "
+                    "then: launch such stages with DDP"
+                )
+            if looking and any(_checkpoints(module) for module in model.modules()):
+                raise ConfigError(
+                    "transfer, regression and sinks look at each layer as it runs, which gradient checkpointing runs "
+                    "twice: switch it off for such stages"
+                )
             if self.loss.taught and self.teacher is None:
                 raise ConfigError("kl and transfer need a teacher: make one with attnswap.training.teacher_of")
             if self.loss.transfer and self.teacher is not None:
@@ -58,6 +70,11 @@ class Distillation:
         found = {name: float(total) / max(number, 1) for name, (total, number) in self._sums.items()}
         self._sums = {}
         return found
+
+
+def _checkpoints(module: nn.Module) -> bool:
+    """Says whether a module, transformers' or what accelerate wraps around one, runs again in the backward pass."""
+    return getattr(module, "gradient_checkpointing", False) is True or type(module).__name__ == "CheckpointWrapper"
 
 
 class _Lesson:

@@ -79,6 +79,8 @@ def train(config: TrainConfig) -> TrainResult:
     plan = plan_stages(config.stages, config.training["max_steps"]) if config.stages else []
     if plan and config.swap is None:
         plan = without_swaps(plan)
+        if not plan:
+            raise ConfigError("stages: without a swap nothing is left to train, so these stages have no control")
     steps_of_plan = {"max_steps": sum(stage.steps for stage in plan)} if plan else {}
     args = training_arguments(replace(config, training={**config.training, **steps_of_plan}), output.partial)
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.reference)
@@ -95,7 +97,7 @@ def train(config: TrainConfig) -> TrainResult:
         check_separation(model)
     if config.fit is not None and config.swap is not None:
         with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
-            fit(model, text_batches(data.train, config.fit.tokens))
+            fit(model, text_batches(load_data(config.data, tokenizer).train, config.fit.tokens))
     if config.optimizer.freeze == "all_but_swap":
         freeze_all_but_swap(model)
     adapters = add_lora(model, config.lora) if config.lora else None
@@ -132,8 +134,8 @@ def train(config: TrainConfig) -> TrainResult:
     movement = trainer.movement.measure(model)
     if adapters is not None:
         adapters.merge_and_unload()
-    if plan and spec_of(model) is not None:
-        attnswap.set_ramp(model, 1.0)
+    if any(stage.section.ramp is not None for stage in plan) and spec_of(model) is not None:
+        attnswap.set_ramp(model, 1.0)  # for all heads, which may have gone there one by one
     model.config.use_cache = use_cache  # Trainer turns it off, and the saved model should generate as before
     summary = summarise(
         config,
@@ -141,7 +143,7 @@ def train(config: TrainConfig) -> TrainResult:
         trained.metrics,
         after,
         movement,
-        steps.seconds,
+        steps,
         trainable,
         protection.finite.skipped,
         data.description,
@@ -169,13 +171,13 @@ def learning(model: PreTrainedModel, config: TrainConfig, plan: list[Stage]) -> 
         if config.teacher is not None:
             loaded = load_model(config.teacher, dtype=torch.float32)
             loaded.to(device=model.device)  # type: ignore[call-arg]
-            teacher = frozen_teacher(loaded, matrix_dtype(config.training))
+            teacher = frozen_teacher(loaded, matrix_dtype(config))
         elif config.swap is None and spec_of(model) is not None:
             raise ConfigError(
                 f'teacher: "{config.model.reference}" was saved with swaps; name the model it was before to learn from'
             )
         else:
-            teacher = teacher_of(model, dtype=matrix_dtype(config.training))
+            teacher = teacher_of(model, dtype=matrix_dtype(config))
     switch = Stages(plan, Distillation(teacher, plan[0].section.loss))
     try:
         yield [switch]

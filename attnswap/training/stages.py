@@ -36,10 +36,11 @@ class Stage:
         section: What it is.
         first: Number of steps before it.
         steps: Its own number of steps.
+        index: Its place in the recipe, which the control's stages keep.
     """
 
-    def __init__(self, section: StageSection, first: int, steps: int) -> None:
-        self.section, self.first, self.steps = section, first, steps
+    def __init__(self, section: StageSection, first: int, steps: int, index: int) -> None:
+        self.section, self.first, self.steps, self.index = section, first, steps, index
 
 
 def plan_stages(sections: list[StageSection], max_steps: int) -> list[Stage]:
@@ -56,20 +57,18 @@ def plan_stages(sections: list[StageSection], max_steps: int) -> list[Stage]:
     for index, (section, end) in enumerate(zip(sections, ends, strict=True)):
         last = max_steps - (len(sections) - index - 1)
         end = min(max(end, first + 1), last)
-        planned.append(Stage(section, first, end - first))
+        planned.append(Stage(section, first, end - first, index))
         first = end
     return planned
 
 
 def without_swaps(stages: list[Stage]) -> list[Stage]:
-    """Returns what is left of stages for the control: not those that teach the swaps alone."""
+    """Returns what is left of stages for the control: not those that teach the swaps alone, which may be all."""
     kept, first = [], 0
     for stage in stages:
         if not stage.section.loss.transfer and stage.section.train != "swap":
-            kept.append(Stage(stage.section, first, stage.steps))
+            kept.append(Stage(stage.section, first, stage.steps, stage.index))
             first += stage.steps
-    if not kept:
-        raise ConfigError("stages: without a swap nothing is left to train, so these stages have no control")
     return kept
 
 
@@ -90,6 +89,8 @@ class Stages(TrainerCallback):
         self._current: Stage | None = None
         self._installed = ExitStack()
         self._frozen: list[torch.nn.Parameter] = []
+        self._silenced: list[torch.nn.Parameter] = []
+        self._hooks: list[Any] = []
         self._ready = False
 
     def at(self, step: int) -> Stage:
@@ -127,6 +128,13 @@ class Stages(TrainerCallback):
             done = state.global_step + 1 - stage.first
             attnswap.set_ramp(model, ramps(ramp, done / max(1.0, ramp.over * stage.steps), model))
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Takes gradients of 0 away, which momentum and weight decay would turn into steps."""
+        for parameter in self._silenced:
+            parameter.grad = None
+
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
@@ -157,8 +165,10 @@ class Stages(TrainerCallback):
         self.distillation.means()  # what the stage before has not logged
         self._thaw()
         rest = left_alone(model, stage.section)
-        if place(model)[1] > 1:
-            return  # other processes wait for every gradient; those of the rest are 0
+        if place(model)[1] > 1:  # other processes wait for every gradient, so those of the rest are made 0
+            self._silenced = rest
+            self._hooks = [parameter.register_hook(torch.zeros_like) for parameter in rest]
+            return
         self._frozen = rest
         for parameter in rest:
             parameter.requires_grad_(False)
@@ -166,7 +176,9 @@ class Stages(TrainerCallback):
     def _thaw(self) -> None:
         for parameter in self._frozen:
             parameter.requires_grad_(True)
-        self._frozen = []
+        for hook in self._hooks:
+            hook.remove()
+        self._frozen, self._silenced, self._hooks = [], [], []
 
 
 def left_alone(model: PreTrainedModel, section: StageSection) -> list[torch.nn.Parameter]:
@@ -203,19 +215,19 @@ class StagedWindows(Sampler[int]):
     Args:
         sizes: How many windows there are for each stage, in the order in which the data set holds them.
         draws: How many each stage takes; where there are fewer, they come again in another order.
-        seed: Of the order.
+        seeds: Of the order of each.
     """
 
-    def __init__(self, sizes: list[int], draws: list[int], seed: int) -> None:
-        self.sizes, self.draws, self.seed = sizes, draws, seed
+    def __init__(self, sizes: list[int], draws: list[int], seeds: list[int]) -> None:
+        self.sizes, self.draws, self.seeds = sizes, draws, seeds
 
     def __len__(self) -> int:
         return sum(self.draws)
 
     def __iter__(self) -> Iterator[int]:
         offsets = [0, *itertools.accumulate(self.sizes)]
-        for stage, (size, wanted) in enumerate(zip(self.sizes, self.draws, strict=True)):
-            generator = torch.Generator().manual_seed(self.seed + stage)
+        for stage, (size, wanted, seed) in enumerate(zip(self.sizes, self.draws, self.seeds, strict=True)):
+            generator = torch.Generator().manual_seed(seed)
             while wanted > 0:
                 order = torch.randperm(size, generator=generator)[:wanted]
                 wanted -= len(order)

@@ -8,9 +8,10 @@ import transformers
 from rich.table import Table
 
 import attnswap
+from attnswap.provenance import commit
 from attnswap.training.config import TrainConfig
 from attnswap.training.movement import Moved, as_json, by_kind
-from attnswap.training.trainer import SwapTrainer
+from attnswap.training.trainer import StepLog, SwapTrainer
 
 
 def summarise(
@@ -19,7 +20,7 @@ def summarise(
     metrics: dict[str, float],
     after: dict[str, float] | None,
     movement: dict[str, Moved],
-    seconds: list[float],
+    steps: StepLog,
     trainable: int,
     skipped: list[int],
     described: dict[str, Any],
@@ -32,17 +33,18 @@ def summarise(
         metrics: What training returned.
         after: Held-out metrics of the saved weights; None: not evaluated.
         movement: How far each swap parameter moved.
-        seconds: Duration of each step of this process.
+        steps: The log of the run, with the duration of each step of this process.
         trainable: Number of weights trained.
         skipped: The steps that were left out.
         described: What identifies the training text.
     """
     args, state = trainer.args, trainer.state
     at_rest = [] if trainer.rest is None else trainer.rest.left
-    computed = [duration for step, duration in enumerate(seconds) if step not in at_rest]
+    computed = [duration for step, duration in enumerate(steps.seconds) if step not in at_rest]
     before = next((entry for entry in state.log_history if "eval_loss" in entry and entry["step"] == 0), None)
     return {
         "schema": "attnswap.train/1",
+        "commit": commit(),
         "swap": config.swap if config.swap is not None else "none",
         "model": config.model.reference,
         "steps": state.global_step,
@@ -59,7 +61,7 @@ def summarise(
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else config.model.dtype,
         "skipped_steps": skipped,
         "steps_at_rest": len(at_rest),
-        "seconds": metrics["train_runtime"],
+        "seconds": steps.runtime,
         "seconds_per_step": statistics.median(computed) if computed else None,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "parameters_trained": trainable,

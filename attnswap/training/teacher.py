@@ -13,6 +13,7 @@ from attnswap.errors import ConfigError
 from attnswap.surgery.attach import base_of, evaluating, spec_of
 from attnswap.surgery.bypass import bypassed
 from attnswap.surgery.patch import swap_parameters, unpatch
+from attnswap.training.config import TrainConfig
 from attnswap.training.loss import head_logits
 
 
@@ -87,25 +88,26 @@ def teacher_of(model: PreTrainedModel, *, dtype: torch.dtype = torch.bfloat16) -
 def frozen_teacher(model: PreTrainedModel, dtype: torch.dtype = torch.bfloat16) -> Teacher:
     """Makes a model of its own a teacher, in place: frozen, its matrices in another dtype.
 
-    In bf16 it computes as a student in mixed precision does, with hidden states in fp32, and agrees to the last bit
+    In 16 bits it computes as a student in mixed precision does, with hidden states in fp32, and agrees to the last bit
     with a student that has learned nothing. Hidden states in 16 bits would differ by more than what is left to learn
     at the end, most of all where activations are massive.
 
     Args:
-        model: A model in fp32.
-        dtype: Dtype of its matrices but for the embeddings.
+        model: A model in fp32, or in ``dtype``.
+        dtype: Dtype of its matrices but for embeddings.
     """
     model.eval().requires_grad_(False)
-    kept = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+    kept = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     for parameter in model.parameters():
         if parameter.ndim > 1 and id(parameter) not in kept:
             parameter.data = parameter.data.to(dtype)
-    return Teacher(model, shared=False, mixed=None if dtype == torch.float32 else dtype)
+    return Teacher(model, shared=False, mixed=None if dtype == model.get_input_embeddings().weight.dtype else dtype)
 
 
-def matrix_dtype(training: dict[str, Any]) -> torch.dtype:
-    """Returns the dtype of a teacher's matrices that goes with a recipe's ``training``: fp32 where that is fp32."""
-    return torch.bfloat16 if training.get("bf16") or training.get("fp16") else torch.float32
+def matrix_dtype(config: TrainConfig) -> torch.dtype:
+    """Returns the dtype in which a recipe's student multiplies matrices, and so its teacher should."""
+    mixed = next((name for name in ("bf16", "fp16") if config.training.get(name)), None)
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, None: getattr(torch, config.model.dtype)}[mixed]
 
 
 @contextmanager

@@ -103,7 +103,8 @@ class SwapTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         args = self.args
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return StagedWindows(self.windows, [stage.steps * batch for stage in self.stages], args.seed)
+        draws = [stage.steps * batch for stage in self.stages]
+        return StagedWindows(self.windows, draws, [args.seed + stage.index for stage in self.stages])
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Computes a step's loss and gradients, or neither where the model is known to be at rest."""
@@ -166,7 +167,7 @@ class StepLog(TrainerCallback):
     """Writes every log entry to a file of JSON lines as it comes, and times the steps.
 
     Args:
-        path: The file; a run that is resumed goes on in it.
+        path: The file; a run that is resumed goes on in it, from the step of its checkpoint.
 
     Attributes:
         seconds: Duration of each optimizer step.
@@ -176,6 +177,24 @@ class StepLog(TrainerCallback):
         self.path = path
         self.seconds: list[float] = []
         self._started = 0.0
+
+    @property
+    def runtime(self) -> float:
+        """Seconds of training, of all the processes that took turns at it and came to an orderly end."""
+        return sum(entry.get("train_runtime", 0.0) for entry in self._entries())
+
+    def _entries(self) -> list[dict[str, Any]]:
+        if not self.path.is_file():
+            return []
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Takes out what was logged after the checkpoint that the run goes on from."""
+        if state.is_world_process_zero and state.global_step:
+            kept = [e for e in self._entries() if e.get("step", 0) <= state.global_step or "train_runtime" in e]
+            self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
