@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from training_helpers import recipe
 
@@ -154,7 +153,6 @@ def test_proof_of_use_asks_for_five_percent_at_every_context() -> None:
     assert found["movement"] == {"scale": 0.7}
     assert proof_of_use(contexts[:1], {}, identity=False)["used"] is True
     assert proof_of_use(contexts, moved, identity=True)["used"] is None
-    assert np.isfinite(list(found["cost_of_bypass"].values())).all()
 
 
 def test_a_step_of_each_stage_is_timed_beside_plain_distillation(tmp_path: Path) -> None:

@@ -49,6 +49,25 @@ def test_table_of_healed_models_is_the_committed_results():
     assert table(whole, link="recipes/results/", contexts=(512, 2048, 8192)) == block("healing")
 
 
+def test_figures_of_coverage_and_speed_are_the_committed_ones():
+    results, text = ROOT / "recipes" / "results", " ".join(README.split())
+    coverage = json.loads((results / "coverage" / "coverage.json").read_text())
+    assert f"{coverage['passing']} of {coverage['types']} types pass" in text
+    failing = {row["type"] for row in coverage["rows"] if not row["passes"]}
+    alone = {row["type"] for row in coverage["rows"] if row["seam"] == "scores"} - failing
+    assert len(alone) == 16 and "Sixteen of them compute attention themselves" in text
+
+    ratios = {"forward": [], "forward+backward": []}
+    for file in (results / "bench").glob("**/bench.json"):
+        for cell in json.loads(file.read_text())["cells"]:
+            native = cell["kind"] == "swap" and cell["swap"]["name"] in ("softpick", "sigmoid", "forgetting-gate")
+            if native and cell["dtype"] == "bfloat16" and cell["ratio"] and "=-0.7" not in cell["label"]:
+                ratios[cell["mode"]].append(cell["ratio"]["median"])
+    assert f"takes up to {max(ratios['forward']):.1f} times that" in text
+    least, most = min(ratios["forward+backward"]), max(ratios["forward+backward"])
+    assert f"a training pass {least:.1f} to {most:.1f} times" in text
+
+
 @pytest.mark.parametrize("path", re.findall(r"`((?:recipes|notebooks|tests)/[\w./-]+)`", README))
 def test_paths_exist(path):
     assert (ROOT / path).exists()
