@@ -61,6 +61,7 @@ def test_an_experiment_measures_every_control_and_is_not_done_twice(
         assert set(ppl) == {"original", "control", "unhealed", "healed", "bypassed"}
         assert entry["ratio_to_control"]["ratio"] == pytest.approx(ppl["healed"] / ppl["control"], rel=1e-6)
         assert entry["ratio_to_original"]["ratio"] == pytest.approx(ppl["healed"] / ppl["original"], rel=1e-6)
+        assert entry["unhealed_to_original"]["ratio"] == pytest.approx(ppl["unhealed"] / ppl["original"], rel=1e-6)
         assert entry["bypassed_to_healed"]["ratio"] == pytest.approx(ppl["bypassed"] / ppl["healed"], rel=1e-6)
         assert entry["ratio_to_control"]["lo"] <= entry["ratio_to_control"]["ratio"] <= entry["ratio_to_control"]["hi"]
     assert result["tokens"] == 7 * 2 * 64 + 3 * 2 * 100
@@ -142,6 +143,7 @@ def test_what_was_recovered_is_null_where_nothing_was_lost() -> None:
     hurt = Comparison(512, 3.0, math.log(3), 1.0, 1.2, 0.05)
     assert recovered(hurt, ppl) == pytest.approx(0.95)
     assert recovered(Comparison(512, 1.0, 0.0, -0.01, 0.01, 0.005), ppl) is None
+    assert recovered(hurt, ppl | {"control": 31.0}) is None, "the control is no measure of what there was"
 
 
 def test_proof_of_use_asks_for_five_percent_at_every_context() -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from attnswap import swaps
 from attnswap.cli.show import table_of_swaps
 from attnswap.healing.leaderboard import read_results, table
 
@@ -45,7 +44,8 @@ def test_the_demo_lowers_held_out_loss_by_two_standard_errors():
 def test_table_of_healed_models_is_the_committed_results():
     results = read_results(ROOT / "recipes" / "results")
     whole = {name: result for name, result in results.items() if name == result["swap"]["name"]}
-    assert whole.keys() <= {swap.name for swap in swaps.list_swaps()}
+    for name in results.keys() - {"smoke"}:  # which begins with its swap's name, or the table would lose it
+        assert name.startswith(results[name]["swap"]["name"])
     assert table(whole, link="recipes/results/", contexts=(512, 2048, 8192)) == block("healing")
 
 

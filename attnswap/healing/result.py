@@ -35,6 +35,7 @@ def summarise_healing(experiment: Experiment, measured: Measured) -> dict[str, A
         "ratio_to_original": _by_context(losses, "healed", "original"),
         "control_to_original": _by_context(losses, "control", "original"),
         "unhealed_to_control": _by_context(losses, "unhealed", "control"),
+        "unhealed_to_original": _by_context(losses, "unhealed", "original"),
         "bypassed_to_healed": _by_context(losses, "bypassed", "healed"),
     }
     contexts = [
@@ -44,7 +45,7 @@ def summarise_healing(experiment: Experiment, measured: Measured) -> dict[str, A
             "bits_per_byte": {name: found.at(length).bpb for name, found in losses.items()},
             **{name: _ratio(entries[length]) for name, entries in compared.items()},
             "recovered_fraction": recovered(
-                compared["unhealed_to_control"][length], {name: found.at(length).ppl for name, found in losses.items()}
+                compared["unhealed_to_original"][length], {name: found.at(length).ppl for name, found in losses.items()}
             ),
         }
         for length in losses["healed"].protocol.contexts
@@ -98,16 +99,14 @@ def recovered(raw: Comparison, perplexity: dict[str, float]) -> float | None:
     """Returns which share of the damage was healed: ``(unhealed - healed) / (unhealed - control)`` perplexity.
 
     Args:
-        raw: The unhealed swap against the control.
+        raw: The unhealed swap against the original: a control that learned is better than both.
         perplexity: Of each model.
 
     Returns:
         1 where the healed model is the control's equal; None where the swap did no damage that can be measured.
     """
-    if raw.lo <= 0:
-        return None
     lost = perplexity["unhealed"] - perplexity["control"]
-    return (perplexity["unhealed"] - perplexity["healed"]) / lost
+    return (perplexity["unhealed"] - perplexity["healed"]) / lost if raw.lo > 0 and lost > 0 else None
 
 
 def proof_of_use(
