@@ -44,7 +44,7 @@ def table(results: dict[str, dict[str, Any]], link: str = "", contexts: Sequence
         cells = [f"[{name}]({link}{name}/)", swap_of(result), str(result["layers"] or "all"), f"{result['tokens']:,}"]
         cells += [_ratio(by_context[n]) if n in by_context else "-" for n in contexts]
         shares = [e["recovered_fraction"] for e in result["contexts"] if e["recovered_fraction"] is not None]
-        cells.append(f"{min(shares):.3f}" if shares else "nothing to")
+        cells.append(f"{min(shares):.3f}" if shares else "nothing lost")
         cells.append(f"{min(result['proof_of_use']['cost_of_bypass'].values()):+.1%}")
         healed = result["structure"]["healed"]
         cells += [f"{healed['sink_rate']:.1%}", f"{healed['dead_head_rate']:.1%}", f"{result['fidelity']['kl']:.4f}"]

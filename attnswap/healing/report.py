@@ -26,7 +26,7 @@ def rows_of(result: dict[str, Any]) -> list[tuple[str, ...]]:
                 str(entry["context"]),
                 *(f"{ppl[name]:.3f}" if ppl[name] < 1e4 else f"{ppl[name]:.1e}" for name in HEAD[1:5]),
                 f"{ratio['ratio']:.4f} [{ratio['lo']:.4f}, {ratio['hi']:.4f}]",
-                "nothing to" if back is None else f"{back:.3f}",
+                "nothing lost" if back is None else f"{back:.3f}",
                 f"{entry['bypassed_to_healed']['ratio']:.3f}x",
             )
         )
