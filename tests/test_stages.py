@@ -442,6 +442,7 @@ def test_the_control_leaves_out_what_only_swaps_learn(tmp_path: Path) -> None:
             "leave it out for transfer",
         ),
         ({"stages": STAGES[:1], "swap": "none", "training": {"max_steps": 20}}, "no control"),
+        ({"stages": STAGES, "training": {"max_steps": 20, "activation_checkpointing": True}}, "training.activation_ch"),
         ({"stages": [{"name": "a", "share": 1.0, "ramp": {"end": 0.5}}]}, "must end at 1"),
         ({"stages": STAGES, "training": {"max_steps": -1}}, "max_steps"),
         ({"stages": STAGES, "training": {"load_best_model_at_end": True}}, "load_best_model_at_end"),

@@ -216,10 +216,11 @@ class TrainConfig:
         looking = [
             stage.name for stage in self.stages if stage.loss.transfer or stage.loss.regression or stage.loss.sinks
         ]
+        again = [key for key in ("gradient_checkpointing", "activation_checkpointing") if self.training.get(key)]
         require(
-            not (looking and self.training.get("gradient_checkpointing")),
-            "training.gradient_checkpointing: transfer, regression and sinks look at each layer as it runs, so "
-            f"leave it out for {', '.join(looking)}",
+            not (looking and again),
+            f"training.{''.join(again[:1])}: transfer, regression and sinks look at each layer as it runs, so leave it "
+            f"out for {', '.join(looking)}",
         )
         require(
             self.optimizer.freeze == "none" or all(stage.train != "attention" for stage in self.stages),
