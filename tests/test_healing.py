@@ -133,6 +133,16 @@ def test_a_stopped_run_goes_on_and_one_of_another_recipe_does_not(
         shutil.rmtree(tmp_path / "out")
 
 
+def test_a_recipe_that_fits_its_swap_first_is_measured_fitted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written(tmp_path, swap={"name": "sigmoid", "bias": "predicted"}, fit={"tokens": 300})
+    assert run(tmp_path) == 0, capsys.readouterr().err
+    result = json.loads((tmp_path / "out" / "result" / "result.json").read_text())
+    for entry in result["contexts"]:
+        assert entry["perplexity"]["fitted"] != entry["perplexity"]["unhealed"]
+
+
 def test_a_swap_is_needed_to_be_healed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="heals a swap"):
         Experiment(config=parse_config(recipe(tmp_path, swap="none")), out=tmp_path / "out")

@@ -22,11 +22,9 @@ from attnswap.loading import load_model, load_tokenizer
 from attnswap.processes import place
 from attnswap.text import evaluation_text
 from attnswap.training.config import TrainConfig, load_config, parse_config, to_mapping
-from attnswap.training.data import load_data
 from attnswap.training.durable import latest_checkpoint
-from attnswap.training.fit import fit
-from attnswap.training.run import text_batches, train
-from attnswap.training.stages import plan_stages, without_swaps
+from attnswap.training.run import fit_swaps, train
+from attnswap.training.stages import plan_of, without_swaps
 
 SWAP_KEYS = ("swap", "part", "layers", "heads", "fit")
 """What a recipe and its control differ in."""
@@ -67,9 +65,8 @@ class Experiment:
     @property
     def control_learns(self) -> bool:
         """Whether the recipe trains anything without its swap; if not, its control is the original."""
-        config = self.config
-        plan = plan_stages(config.stages, config.training["max_steps"]) if config.stages else []
-        return config.optimizer.freeze == "none" and (not plan or bool(without_swaps(plan)))
+        plan = plan_of(self.config)
+        return self.config.optimizer.freeze == "none" and (not plan or bool(without_swaps(plan)))
 
     @property
     def control_config(self) -> TrainConfig:
@@ -178,9 +175,8 @@ def _unhealed(config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None = N
     model = load_model(config.model.reference, dtype=torch.float32)
     assert config.swap is not None
     attnswap.patch(model, config.swap, part=config.part, layers=config.layers, heads=config.heads)
-    if tokenizer is not None and config.fit is not None:
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(config.training.get("bf16"))):
-            fit(model, text_batches(load_data(config.data, tokenizer).train, config.fit.tokens))
+    if tokenizer is not None:
+        fit_swaps(model, config, tokenizer)
     return model
 
 
@@ -294,7 +290,7 @@ def _differences(ours: dict[str, Any], theirs: dict[str, Any], path: str = "") -
 def _as_control(values: dict[str, Any]) -> dict[str, Any]:
     """Returns a recipe as far as it matters without a swap: its stages by their steps, and without those left out."""
     config = parse_config(values)
-    kept = without_swaps(plan_stages(config.stages, config.training["max_steps"])) if config.stages else []
+    kept = without_swaps(plan_of(config))
     stages = []
     for stage in kept:
         loss = replace(stage.section.loss, regression=0.0, sinks=0.0)

@@ -213,9 +213,7 @@ class TrainConfig:
                 not self.training.get("load_best_model_at_end"),
                 "training.load_best_model_at_end: the best loss may be one at a lambda below 1",
             )
-        looking = [
-            stage.name for stage in self.stages if stage.loss.transfer or stage.loss.regression or stage.loss.sinks
-        ]
+        looking = [stage.name for stage in self.stages if stage.loss.looks_inside]
         again = [key for key in ("gradient_checkpointing", "activation_checkpointing") if self.training.get(key)]
         require(
             not (looking and again),

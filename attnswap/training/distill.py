@@ -37,17 +37,8 @@ class Distillation:
         """Asks the teacher about one batch; see :class:`attnswap.training.loss.Objective`."""
         with ExitStack() as stack:
             lesson = _Lesson(self)
-            looking = bool(self.loss.transfer or self.loss.regression or self.loss.sinks)
-            if looking and any(isinstance(module, FSDPModule) for module in model.modules()):
-                raise ConfigError(
-                    "transfer, regression and sinks take gradients inside of layers, which FSDP has given away by "
-                    "then: launch such stages with DDP"
-                )
-            if looking and any(_checkpoints(module) for module in model.modules()):
-                raise ConfigError(
-                    "transfer, regression and sinks look at each layer as it runs, which gradient checkpointing runs "
-                    "twice: switch it off for such stages"
-                )
+            if self.loss.looks_inside:
+                _check_layers(model)
             if self.loss.taught and self.teacher is None:
                 raise ConfigError("kl and transfer need a teacher: make one with attnswap.training.teacher_of")
             if self.loss.transfer and self.teacher is not None:
@@ -72,9 +63,20 @@ class Distillation:
         return found
 
 
-def _checkpoints(module: nn.Module) -> bool:
-    """Says whether a module, transformers' or what accelerate wraps around one, runs again in the backward pass."""
-    return getattr(module, "gradient_checkpointing", False) is True or type(module).__name__ == "CheckpointWrapper"
+def _check_layers(model: nn.Module) -> None:
+    """Refuses a model whose layers cannot be looked into: sharded ones, and those that run twice."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            raise ConfigError(
+                "transfer, regression and sinks take gradients inside of layers, which FSDP has given away by then: "
+                "launch such stages with DDP"
+            )
+        wrapped = type(module).__name__ == "CheckpointWrapper"  # accelerate's, around a layer
+        if wrapped or getattr(module, "gradient_checkpointing", False) is True:
+            raise ConfigError(
+                "transfer, regression and sinks look at each layer as it runs, which gradient checkpointing runs "
+                "twice: switch it off for such stages"
+            )
 
 
 class _Lesson:

@@ -10,7 +10,14 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, default_data_collator, set_seed
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
 from transformers.integrations import get_available_reporting_integrations
 
 import attnswap
@@ -29,7 +36,7 @@ from attnswap.training.output import Output
 from attnswap.training.packing import check_separation
 from attnswap.training.protect import protect
 from attnswap.training.rest import at_rest
-from attnswap.training.stages import Stage, Stages, plan_stages, without_swaps
+from attnswap.training.stages import Stage, Stages, plan_of, without_swaps
 from attnswap.training.summary import summarise
 from attnswap.training.teacher import frozen_teacher, matrix_dtype, teacher_of
 from attnswap.training.trainer import StepLog, SwapTrainer
@@ -76,7 +83,7 @@ def train(config: TrainConfig) -> TrainResult:
         resumed = {**config.training, "resume_from_checkpoint": None if latest is None else str(latest)}
         config = replace(config, training=resumed)
     output.check(config.training.get("resume_from_checkpoint"))
-    plan = plan_stages(config.stages, config.training["max_steps"]) if config.stages else []
+    plan = plan_of(config)
     if plan and config.swap is None:
         plan = without_swaps(plan)
         if not plan:
@@ -95,9 +102,8 @@ def train(config: TrainConfig) -> TrainResult:
         attnswap.patch(model, config.swap, part=config.part, layers=config.layers, heads=config.heads, ramp=ramp)
     if config.data.pack:
         check_separation(model)
-    if config.fit is not None and config.swap is not None:
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
-            fit(model, text_batches(load_data(config.data, tokenizer).train, config.fit.tokens))
+    if config.swap is not None:
+        fit_swaps(model, config, tokenizer)
     if config.optimizer.freeze == "all_but_swap":
         freeze_all_but_swap(model)
     adapters = add_lora(model, config.lora) if config.lora else None
@@ -185,7 +191,14 @@ def learning(model: PreTrainedModel, config: TrainConfig, plan: list[Stage]) -> 
         switch.close()
 
 
-def text_batches(windows: datasets.Dataset, tokens: int) -> Iterator[dict[str, torch.Tensor]]:
+def fit_swaps(model: PreTrainedModel, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Fits a patched model as a recipe's ``fit`` says, if it does, on packed windows of its training text."""
+    if config.fit is not None:
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(config.training.get("bf16"))):
+            fit(model, _text_batches(load_data(config.data, tokenizer).train, config.fit.tokens))
+
+
+def _text_batches(windows: datasets.Dataset, tokens: int) -> Iterator[dict[str, torch.Tensor]]:
     """Yields windows from all over a data set until they hold so many tokens."""
     length = len(windows[0]["input_ids"])
     count = min(len(windows), -(-tokens // length))

@@ -45,6 +45,11 @@ class LossSection:
         """Whether a teacher takes part."""
         return self.kl > 0 or self.transfer > 0
 
+    @property
+    def looks_inside(self) -> bool:
+        """Whether layers are looked into as they run, so that each must run once and keep what it computed."""
+        return self.transfer > 0 or self.regression > 0 or self.sinks > 0
+
 
 @dataclass(frozen=True)
 class FitSection:

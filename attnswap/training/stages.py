@@ -23,6 +23,7 @@ from attnswap.errors import ConfigError
 from attnswap.processes import place
 from attnswap.surgery.attach import base_of, patched_modules, spec_of
 from attnswap.surgery.patch import swap_parameters
+from attnswap.training.config import TrainConfig
 from attnswap.training.distill import Distillation
 from attnswap.training.loss import chunked_loss
 from attnswap.training.ramp import ramps
@@ -60,6 +61,11 @@ def plan_stages(sections: list[StageSection], max_steps: int) -> list[Stage]:
         planned.append(Stage(section, first, end - first, index))
         first = end
     return planned
+
+
+def plan_of(config: TrainConfig) -> list[Stage]:
+    """Returns the stages of a recipe, none if it has none."""
+    return plan_stages(config.stages, config.training["max_steps"]) if config.stages else []
 
 
 def without_swaps(stages: list[Stage]) -> list[Stage]:
