@@ -143,6 +143,17 @@ def test_a_recipe_that_fits_its_swap_first_is_measured_fitted(
         assert entry["perplexity"]["fitted"] != entry["perplexity"]["unhealed"]
 
 
+def test_a_recipe_without_stages_is_healed_by_its_cross_entropy_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written(tmp_path, stages=[])
+    assert run(tmp_path) == 0, capsys.readouterr().err
+    result = json.loads((tmp_path / "out" / "result" / "result.json").read_text())
+    assert [point["step"] for point in result["curve"]] == list(range(1, 11))
+    assert [point["tokens"] for point in result["curve"]] == [128 * step for step in range(1, 11)]
+    assert "ce" not in result["curve"][0], "no stage has split the loss"
+
+
 def test_a_swap_is_needed_to_be_healed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="heals a swap"):
         Experiment(config=parse_config(recipe(tmp_path, swap="none")), out=tmp_path / "out")

@@ -22,6 +22,7 @@ from attnswap.loading import load_model, load_tokenizer
 from attnswap.processes import place
 from attnswap.text import evaluation_text
 from attnswap.training.config import TrainConfig, load_config, parse_config, to_mapping
+from attnswap.training.data import load_data
 from attnswap.training.durable import latest_checkpoint
 from attnswap.training.run import fit_swaps, train
 from attnswap.training.stages import plan_of, without_swaps
@@ -176,7 +177,7 @@ def _unhealed(config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None = N
     assert config.swap is not None
     attnswap.patch(model, config.swap, part=config.part, layers=config.layers, heads=config.heads)
     if tokenizer is not None:
-        fit_swaps(model, config, tokenizer)
+        fit_swaps(model, config, load_data(config.data, tokenizer).train)
     return model
 
 

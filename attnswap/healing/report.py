@@ -90,10 +90,10 @@ def plot(result: dict[str, Any], path: Path) -> Path:
     FigureCanvasAgg(figure)
     left, middle, right = figure.subplots(1, 3)
     points = result["curve"]
-    for key, colour in zip(("kl", "transfer", "regression", "sinks"), COLOURS, strict=False):
+    parts = [key for key in ("kl", "transfer", "regression", "sinks") if any(key in p for p in points)]
+    for key, colour in zip(parts or ["loss"], COLOURS, strict=False):
         drawn = [(p["tokens"], p[key]) for p in points if key in p]
-        if drawn:
-            left.plot(*zip(*drawn, strict=True), color=colour, label=key)
+        left.plot(*zip(*drawn, strict=True), color=colour, label=key)
     left.set(xlabel="tokens", ylabel="parts of the loss", yscale="log", title="training")
     ramp = [(p["tokens"], p["lambda"]) for p in points if "lambda" in p]
     if any(value < 1 for _, value in ramp):

@@ -15,7 +15,7 @@ from attnswap import swaps
 from attnswap.evaluation.bootstrap import Comparison, compare
 from attnswap.healing.experiment import Experiment, Measured
 from attnswap.training.config import TrainConfig, to_mapping
-from attnswap.training.stages import plan_stages
+from attnswap.training.stages import plan_of
 
 SCHEMA = "attnswap.heal/1"
 USED = 0.05
@@ -126,9 +126,9 @@ def curve(measured: Measured, config: TrainConfig) -> list[dict[str, Any]]:
     """Returns the parts of the loss over training: tokens are those read up to that step."""
     healed = measured.training["healed"]
     lengths = [0]  # of the window of each step, which differs between stages
-    for stage in plan_stages(config.stages, config.training["max_steps"]):
+    for stage in plan_of(config):
         lengths += [stage.section.sequence_length or config.data.sequence_length] * stage.steps
-    read = list(itertools.accumulate(lengths))
+    read = list(itertools.accumulate(lengths if len(lengths) > 1 else [0, *[1] * healed["steps"]]))
     keys = ("loss", "kl", "ce", "transfer", "regression", "sinks", "lambda", "stage")
     return [
         {

@@ -12,7 +12,6 @@ import torch
 import transformers
 from transformers import (
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     TrainerCallback,
     TrainingArguments,
     default_data_collator,
@@ -93,6 +92,7 @@ def train(config: TrainConfig) -> TrainResult:
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.reference)
     with args.main_process_first(local=False, desc="preparing the data"):
         data = load_data(config.data, tokenizer, [stage.section.sequence_length for stage in plan])
+        shown = load_data(config.data, tokenizer).train if config.swap is not None and config.fit is not None else None
     model = load_model(config.model.reference, dtype=getattr(torch, config.model.dtype))
     _check_length(model, config)
     use_cache = model.config.use_cache
@@ -102,8 +102,8 @@ def train(config: TrainConfig) -> TrainResult:
         attnswap.patch(model, config.swap, part=config.part, layers=config.layers, heads=config.heads, ramp=ramp)
     if config.data.pack:
         check_separation(model)
-    if config.swap is not None:
-        fit_swaps(model, config, tokenizer)
+    if shown is not None:
+        fit_swaps(model, config, shown)
     if config.optimizer.freeze == "all_but_swap":
         freeze_all_but_swap(model)
     adapters = add_lora(model, config.lora) if config.lora else None
@@ -191,11 +191,11 @@ def learning(model: PreTrainedModel, config: TrainConfig, plan: list[Stage]) -> 
         switch.close()
 
 
-def fit_swaps(model: PreTrainedModel, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Fits a patched model as a recipe's ``fit`` says, if it does, on packed windows of its training text."""
-    if config.fit is not None:
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(config.training.get("bf16"))):
-            fit(model, _text_batches(load_data(config.data, tokenizer).train, config.fit.tokens))
+def fit_swaps(model: PreTrainedModel, config: TrainConfig, windows: datasets.Dataset) -> None:
+    """Fits a patched model as a recipe's ``fit`` says, on windows of its training text."""
+    assert config.fit is not None
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(config.training.get("bf16"))):
+        fit(model, _text_batches(windows, config.fit.tokens))
 
 
 def _text_batches(windows: datasets.Dataset, tokens: int) -> Iterator[dict[str, torch.Tensor]]:
