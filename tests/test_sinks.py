@@ -9,10 +9,11 @@ from training_helpers import VOCABULARY, tiny_llama
 
 import attnswap
 from attnswap.attention.problem import Problem
+from attnswap.evaluation.structure import FIRST_QUERY
 from attnswap.surgery.call import LayerCall
 from attnswap.training import Distillation, LossSection, chunked_loss, sinks
 from attnswap.training.observing import observing
-from attnswap.training.sinks import FEW, Sinks
+from attnswap.training.sinks import Sinks
 
 
 def windows(lengths: list[int]) -> dict[str, Tensor]:
@@ -42,7 +43,7 @@ def test_it_is_the_weight_on_each_documents_first_token(
     for layer in (0, 1):
         rows, start = [], 0
         for length in lengths:
-            rows.append(weights[layer][0, [0, 2], start + FEW : start + length, start])
+            rows.append(weights[layer][0, [0, 2], start + FIRST_QUERY : start + length, start])
             start += length
         expected.append((torch.cat(rows, 1).mean(1) - 0.013).clamp(min=0).mean())
     assert torch.stack(found.means).tolist() == pytest.approx(torch.stack(expected).tolist(), rel=1e-4)
@@ -65,7 +66,7 @@ def test_some_queries_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_short_texts_have_no_sinks() -> None:
-    model, values = tiny_llama(), windows([FEW, FEW])
+    model, values = tiny_llama(), windows([FIRST_QUERY, FIRST_QUERY])
     attnswap.patch(model, "ssmax")
     with observing(model, Sinks()) as found:
         model(**inputs_of(values), use_cache=False)

@@ -9,12 +9,11 @@ from torch import Tensor
 
 from attnswap.attention.dense import Block, attend_block
 from attnswap.attention.problem import Problem
+from attnswap.evaluation.structure import FIRST_QUERY
 from attnswap.surgery.call import LayerCall
 
-FEW = 64
-"""Queries that see no more keys than this say little of a head, as in :mod:`attnswap.evaluation.structure`."""
 SPARED = 0.2
-"""What a head may give the first token at no cost; :mod:`attnswap.evaluation.structure` calls it a sink above 0.3."""
+"""What a head may give the first token at no cost; above :data:`attnswap.evaluation.structure.SINK` it is a sink."""
 ROWS = 64
 """Queries of each layer that are looked at, which the fused kernels do not show the weights of."""
 
@@ -36,7 +35,7 @@ class Sinks:
         weights = attend_block(problem, problem.terms, block, problem.maths_parameters())[1]
         n = visibility.n.expand(len(weights), -1, -1)[:, :1]
         first = n[..., None, block.k0 : block.k1] == 1  # it sees itself alone
-        rows = n[..., start:stop] > FEW
+        rows = n[..., start:stop] > FIRST_QUERY  # those before say little of a head
         given = ((weights * first).sum(-1) * rows).sum((0, 2)) / rows.sum((0, 2)).clamp(min=1)
         self.means.append((given - SPARED).clamp(min=0).mean())
 
