@@ -188,4 +188,5 @@ def test_a_step_of_each_stage_is_timed_beside_plain_distillation(tmp_path: Path)
     for entry in found:
         assert 0 < entry["least"] <= entry["ratio"] <= entry["largest"]
         assert min(entry["plain_seconds"], entry["healing_seconds"]) > 0
+        assert entry["rounds"] == 3
     assert "| softpick | outputs | 64 |" in speed_table({"recipes": {"softpick": found}})

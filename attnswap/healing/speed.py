@@ -30,6 +30,10 @@ from attnswap.training.stages import left_alone
 from attnswap.training.teacher import matrix_dtype
 
 ROUNDS = 5
+ENOUGH = 90.0
+"""Seconds after which a stage is timed no further, once there are two rounds."""
+LONG = 10.0
+"""Seconds of a pair of steps beside which what only a first step does counts for nothing."""
 Step = Callable[[], None]
 
 
@@ -63,11 +67,11 @@ def measure(config: TrainConfig, rounds: int = ROUNDS) -> list[dict[str, Any]]:
 
     Args:
         config: The recipe.
-        rounds: How often each step is timed, after one that is not.
+        rounds: How often each step is timed, after one that is not; less often where steps are long.
 
     Returns:
         For each stage its name, the length of its windows, the median seconds of a step of plain distillation and of
-        its own, and the ratio's median and range over rounds.
+        its own, the ratio's median and range, and the number of rounds.
     """
     found = []
     for stage in config.stages:
@@ -78,7 +82,7 @@ def measure(config: TrainConfig, rounds: int = ROUNDS) -> list[dict[str, Any]]:
         trains = "attention" if stage.train == "swap" else stage.train  # a model without swaps has no parameters of one
         taught = replace(stage, loss=LossSection(kl=1.0, ce=0.0), train=trains)
         with stepping(plain, taught, length, config) as theirs, stepping(healed, stage, length, config) as ours:
-            times = [(_timed(theirs), _timed(ours)) for _ in range(rounds + 1)][1:]
+            times = _interleaved(theirs, ours, rounds)
         ratios = [b / a for a, b in times]
         found.append(
             {
@@ -89,9 +93,20 @@ def measure(config: TrainConfig, rounds: int = ROUNDS) -> list[dict[str, Any]]:
                 "ratio": statistics.median(ratios),
                 "least": min(ratios),
                 "largest": max(ratios),
+                "rounds": len(ratios),
             }
         )
     return found
+
+
+def _interleaved(theirs: Step, ours: Step, rounds: int) -> list[tuple[float, float]]:
+    """Returns the seconds of both steps, round by round."""
+    started = time.perf_counter()
+    first = _timed(theirs), _timed(ours)
+    times = [first] if sum(first) > LONG else []
+    while len(times) < rounds and (len(times) < 2 or time.perf_counter() - started < ENOUGH):
+        times.append((_timed(theirs), _timed(ours)))
+    return times
 
 
 def _timed(step: Step) -> float:
@@ -119,14 +134,13 @@ def main(folder: str, recipes: list[str]) -> None:
         "command": " ".join(["python -m attnswap.healing.speed", folder, *recipes]),
         "commit": commit(),
         "environment": environment(),
-        "rounds": ROUNDS,
         "recipes": {},
     }
     for recipe in recipes:
         result["recipes"][Path(recipe).stem] = measure(load_config(Path(recipe)))
         print(table(result), flush=True)
-    write_atomically(Path(folder) / "speed.json", (json.dumps(result, indent=1) + "\n").encode())
-    write_atomically(Path(folder) / "speed.md", table(result).encode())
+        write_atomically(Path(folder) / "speed.json", (json.dumps(result, indent=1) + "\n").encode())
+        write_atomically(Path(folder) / "speed.md", table(result).encode())
 
 
 if __name__ == "__main__":
