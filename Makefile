@@ -27,7 +27,7 @@ test-all: $(STAMP)  ## every test, slow ones included
 
 results-smoke: $(STAMP)  ## rerun one healing recipe with its control and compare with the committed result
 	rm -rf out/smoke
-	$(BIN)/attnswap heal recipes/smoke/softpick.yaml --contexts 512,1k --max-tokens 8k --check recipes/results/smoke/result.json
+	$(BIN)/attnswap heal recipes/smoke/softpick.yaml --contexts 512,1k --max-tokens 8k --dtype fp32 --check recipes/results/smoke/result.json
 
 check: $(STAMP)  ## style and types
 	$(BIN)/ruff check .

@@ -1,12 +1,15 @@
 """Figures of attention structure equal those computed from the weights, patched or not, and find what is planted."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from training_helpers import byte_tokenizer, tiny_gemma2, tiny_gpt2, tiny_llama
+from transformers import AutoModelForCausalLM, BertConfig, FalconConfig, GPTNeoConfig, MistralConfig
 
 import attnswap
-from attnswap.errors import ConfigError
+from attnswap.errors import ConfigError, NumericsError, UnsupportedModelError
 from attnswap.evaluation.fidelity import measure_fidelity
 from attnswap.evaluation.structure import measure_structure
 
@@ -81,12 +84,64 @@ def test_a_sink_and_a_dead_head_are_found() -> None:
 
 def test_keys_outside_a_window_are_no_zeros_and_nan_is_not_hidden() -> None:
     model = tiny_gemma2()
+    before = model.config._attn_implementation
     found = measure_structure(model, byte_tokenizer(), text=TEXT, window=100, windows=1)
     assert found.zeros.max() == 0.0, "softmax gives every visible key some weight"
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
-    broken = measure_structure(model, byte_tokenizer(), text=TEXT, window=100, windows=1)
-    assert np.isnan(broken.largest[1])
+    with pytest.raises(NumericsError, match="non-finite"):
+        measure_structure(model, byte_tokenizer(), text=TEXT, window=100, windows=1)
+    assert model.config._attn_implementation == before
+
+
+def small(config) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 256}
+
+
+@pytest.mark.parametrize("swap", [None, "ssmax"])
+def test_figures_of_a_model_without_an_attention_interface_are_those_of_its_causal_weights(swap) -> None:
+    config = FalconConfig(**SIZES, alibi=False, bos_token_id=0, eos_token_id=0)
+    eager = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager").eval()
+    model = small(config)
+    eager.load_state_dict(model.state_dict())
+    if swap is not None:
+        attnswap.patch(model, swap)  # starts as softmax
+    assert model.config._attn_implementation == "sdpa"
+    found = measure_structure(model, byte_tokenizer(), text=TEXT, window=100, windows=1)
+    assert model.config._attn_implementation == "sdpa"
+    ids = torch.tensor([[0, *byte_tokenizer()(TEXT, add_special_tokens=False)["input_ids"][:99]]])
+    with torch.no_grad():
+        weights = eager(ids, output_attentions=True).attentions
+    for layer, own in enumerate(weights):
+        assert own[0].triu(1).max() == 0.0
+        np.testing.assert_allclose(found.first[layer], own[0, :, 64:, 0].mean(-1), atol=1e-6)
+
+
+def test_local_layers_count_the_keys_that_they_see() -> None:
+    config = GPTNeoConfig(
+        hidden_size=32, num_heads=4, num_layers=2, vocab_size=256, attention_types=[[["global", "local"], 1]],
+        window_size=80, max_position_embeddings=128, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = small(config)
+    found = measure_structure(model, byte_tokenizer(), text=TEXT, window=100, windows=1)
+    assert found.zeros.max() == 0.0
+    ids = torch.tensor([[0, *byte_tokenizer()(TEXT, add_special_tokens=False)["input_ids"][:99]]])
+    outputs = weights_of(model, ids)
+    seeing = outputs.attentions[1][0, :, 64:80, 0]  # queries from 80 on see no first token
+    np.testing.assert_allclose(found.first[1], seeing.mean(-1), atol=1e-6)
+    assert found.largest[0] == pytest.approx(outputs.hidden_states[1].abs().max().item(), rel=1e-5)
+    mistral = small(MistralConfig(**SIZES, num_key_value_heads=2, intermediate_size=64, sliding_window=80))
+    assert measure_structure(mistral, byte_tokenizer(), text=TEXT, window=100, windows=1).zeros.max() == 0.0
+
+
+def test_weights_of_later_keys_are_refused() -> None:
+    config = BertConfig(**SIZES, intermediate_size=64, bos_token_id=0)
+    with pytest.raises(UnsupportedModelError, match="come after"):
+        measure_structure(small(config), byte_tokenizer(), text=TEXT, window=100, windows=1)
 
 
 def test_learned_positions_work_and_short_texts_are_refused() -> None:

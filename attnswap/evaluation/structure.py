@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from attnswap.errors import ConfigError, UnsupportedModelError
+from attnswap.errors import ConfigError, NumericsError, UnsupportedModelError
 from attnswap.evaluation.corpus import spread_windows
 from attnswap.evaluation.scoring import Scorer
 from attnswap.surgery.attach import base_of, patched_modules, spec_of
+from attnswap.surgery.spec import KEY
 
 SINK = 0.3
 """A head is a sink if its queries give the first token more than this on average."""
@@ -29,7 +30,7 @@ class Structure:
 
     Attributes:
         layers: Indices of the layers.
-        first: Mean weight on the first token.
+        first: Mean weight on the first token, over the queries that see it.
         row_sum: Mean sum of a query's weights.
         entropy: Mean entropy of a query's weights, scaled to sum to one, in nats.
         zeros: Share of the visible keys that get a weight of exactly 0.
@@ -102,7 +103,8 @@ def measure_structure(
 
     Raises:
         ConfigError: The window is too short or the text shorter than it.
-        UnsupportedModelError: The model's attention modules return no weights.
+        UnsupportedModelError: The model's attention modules return no weights, or not those of a causal model.
+        NumericsError: A figure is not finite.
     """
     if window <= FIRST_QUERY or windows < 1:
         raise ConfigError(f"window must be more than {FIRST_QUERY} tokens and windows at least 1")
@@ -110,13 +112,13 @@ def measure_structure(
     scorer.check_positions(window)
     inputs = spread_windows(tokenizer, text, window, windows)
     inner: PreTrainedModel = base_of(model)
+    config = inner.config.get_text_config()
     heads, states = _Heads(), _States()
-    count = len(inputs)
     with scorer.ready(), ExitStack() as stack:
         stack.enter_context(_weights_returned(inner))
         for layer, (name, module) in patched_modules(inner).items():
-            stack.enter_context(_hook(module, heads.of(layer)))
-            stack.enter_context(_hook(inner.get_submodule(name.rpartition(".")[0]), states.of(layer)))
+            stack.enter_context(_hook(module, heads.of(layer, span_of(module, config, layer))))
+            stack.enter_context(_hook(inner.get_submodule(_block_of(name)), states.of(layer)))
         for ids in inputs:
             inner.base_model(input_ids=ids.to(scorer.device), use_cache=False, output_attentions=True)
     if not heads.sums:
@@ -124,24 +126,52 @@ def measure_structure(
     layers = sorted(heads.sums)
     if len({len(heads.sums[layer]["first"]) for layer in layers}) > 1:
         raise UnsupportedModelError(f"the layers of {type(inner).__name__} have different numbers of heads")
-    figures = {name: np.stack([heads.sums[i][name] / count for i in layers]) for name in heads.sums[layers[0]]}
-    after = {name: np.array([getattr(states, name)[i] for i in layers]) for name in ("largest", "ratio", "kurtosis")}
-    return Structure(layers=layers, **figures, **after, tokens=count * window)
+    figures = {name: np.stack([heads.sums[i][name] / heads.calls[i] for i in layers]) for name in heads.sums[layers[0]]}
+    figures |= {name: np.array([getattr(states, name)[i] for i in layers]) for name in ("largest", "ratio", "kurtosis")}
+    for name, values in figures.items():
+        if not np.isfinite(values).all():
+            raise NumericsError(
+                f"{type(inner).__name__} gives a non-finite {name}: check its weights, or measure with --dtype fp32 "
+                "(dtype=torch.float32)"
+            )
+    return Structure(layers=layers, **figures, tokens=len(inputs) * window)
+
+
+def span_of(module: nn.Module, config: PreTrainedConfig, layer: int) -> int | None:
+    """Returns how many keys a query of a layer sees at most, its own included; None: all before it."""
+    if hasattr(module, "sliding_window"):
+        return module.sliding_window  # type: ignore[return-value]
+    local = getattr(config, "attention_layers", None)  # GPT-Neo's
+    if local is not None:
+        return config.window_size if local[layer] == "local" else None
+    kinds = getattr(config, "layer_types", None)
+    if (kinds is not None and kinds[layer] != "sliding_attention") or not getattr(config, "use_sliding_window", True):
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def _block_of(name: str) -> str:
+    """Returns the name of the layer that an attention module is in: all up to its number."""
+    words = name.split(".")
+    place = next((i for i, word in enumerate(words) if word.isdigit()), len(words) - 2)
+    return ".".join(words[: place + 1])
 
 
 class _Heads:
-    """Sums of each layer's figures over windows."""
+    """Sums of each layer's figures over the calls of its attention."""
 
     def __init__(self) -> None:
         self.sums: dict[int, dict[str, np.ndarray]] = {}
+        self.calls: dict[int, int] = {}
 
-    def of(self, layer: int) -> Any:
+    def of(self, layer: int, span: int | None) -> Any:
         def look(module: nn.Module, args: Any, output: Any) -> Any:
             weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
             if not isinstance(weights, Tensor) or weights.ndim != 4:
                 return None
-            found = _figures(weights[0].float(), getattr(module, "sliding_window", None))
+            found = _figures(weights[0].float(), span, type(module).__name__)
             known = self.sums.setdefault(layer, {})
+            self.calls[layer] = self.calls.get(layer, 0) + 1
             for name, value in found.items():
                 known[name] = known.get(name, 0.0) + value.double().cpu().numpy()
             return (output[0], None, *output[2:])
@@ -149,22 +179,26 @@ class _Heads:
         return look
 
 
-def _figures(weights: Tensor, window: int | None) -> dict[str, Tensor]:
+def _figures(weights: Tensor, span: int | None, module: str) -> dict[str, Tensor]:
     """Returns the figures of one window's weights (heads, queries, keys), of the queries that see enough keys.
 
     Args:
         weights: Shape (heads, queries, keys).
-        window: How many keys the layer's queries see at most.
+        span: How many keys the layer's queries see at most.
+        module: Whose they are.
     """
     queries, keys = weights.shape[1:]
-    rows = weights[:, FIRST_QUERY:]
-    visible = torch.ones(queries, keys, dtype=torch.bool, device=weights.device).tril(keys - queries)
-    visible = visible if window is None else visible.triu(keys - queries - window + 1)
-    visible = visible[FIRST_QUERY:]
+    causal = torch.ones(queries, keys, dtype=torch.bool, device=weights.device).tril(keys - queries)
+    if bool(weights.masked_fill(causal, 0.0).any()):
+        raise UnsupportedModelError(
+            f"{module} gives weight to keys that come after their query: its weights are not those of a causal model"
+        )
+    visible = causal if span is None else causal.triu(keys - queries - span + 1)
+    rows, visible = weights[:, FIRST_QUERY:], visible[FIRST_QUERY:]
     total = rows.sum(-1)
     share = rows.clamp(min=0) / total.clamp(min=1e-12)[..., None]
     return {
-        "first": rows[..., 0].mean(-1),
+        "first": rows[..., 0].sum(-1) / visible[:, 0].sum().clamp(min=1),
         "row_sum": total.mean(-1),
         "entropy": torch.special.entr(share).sum(-1).mean(-1),
         "zeros": ((rows == 0) & visible).sum((-1, -2)) / visible.sum(),
@@ -209,13 +243,23 @@ def _hook(module: nn.Module, look: Any) -> Iterator[None]:
 
 @contextmanager
 def _weights_returned(model: PreTrainedModel) -> Iterator[None]:
-    """Makes an unpatched model compute weights that can be returned; a patched one always can."""
-    if spec_of(model) is not None:
+    """Makes a model compute weights that can be returned; one whose attention function is ours always can."""
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    if before in (KEY, "eager"):
         yield
         return
-    before = model.config.get_text_config()._attn_implementation
-    model.set_attn_implementation("eager")
+    if spec_of(model) is None:
+        model.set_attn_implementation("eager")
+    # Models without an attention interface only warn and stay, and so do those whose softmax is patched: their masks
+    # are made by this setting, their weights computed without it.
+    own = config._attn_implementation != "eager"
+    if own:
+        config._attn_implementation_internal = "eager"
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        if own:
+            config._attn_implementation_internal = before
+        else:
+            model.set_attn_implementation(before)
