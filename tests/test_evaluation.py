@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.implementations import ByteLevelBPETokenizer
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
     Gemma2Config,
     GPT2Config,
     GPTNeoXConfig,
@@ -336,6 +337,9 @@ def test_unsuitable_models_are_refused(tokenizer):
             out.logits = out.logits + input_ids.sum()
             return out
 
+    encoder = BertConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, vocab_size=300)
+    with pytest.raises(UnsupportedModelError, match="come later"):
+        evaluate_perplexity(AutoModelForCausalLM.from_config(encoder), tokenizer, text=TEXT, contexts=[8], quiet=True)
     with pytest.raises(UnsupportedModelError, match="in chunks"):
         evaluate_perplexity(PeeksAtTheInput(ARCHITECTURES["llama"]), tokenizer, text=TEXT, contexts=[8], quiet=True)
 

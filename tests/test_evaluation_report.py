@@ -192,6 +192,11 @@ def test_files_that_do_not_belong_together_are_refused(pair, tmp_path):
     (tmp_path / "cut.json").write_text(ours["json"].read_text()[:100])
     with pytest.raises(ConfigError, match="cannot read"):
         Evaluation.load(tmp_path / "cut.json")
+    losses = ours["npz"].read_bytes()
+    for damaged in (b"", losses[:100]):
+        ours["npz"].write_bytes(damaged)
+        with pytest.raises(ConfigError, match=r"ours\.json"):
+            Evaluation.load(ours["json"])
 
 
 def test_a_failed_write_leaves_files_as_they_were(pair, tmp_path, monkeypatch):
@@ -298,6 +303,7 @@ def test_command_refuses_bad_input(checkpoints, tmp_path):
         ((model, "--text", text, "--contexts", "8k"), ConfigError, "needs at least 8192"),
         ((model, "--baseline", tmp_path / "none.json"), ConfigError, "cannot read the evaluation"),
         ((tmp_path / "nowhere",), ConfigError, "no model at"),
+        ((tmp_path / "nowhere", "--baseline", model, "--contexts", "8", "--text", text), ConfigError, "no model at"),
         ((tmp_path / "broken", "--contexts", "8", "--text", text), NumericsError, "non-finite NLL"),
     ]
     for arguments, kind, message in bad:

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, MambaConfig
 
 import attnswap
 from attnswap import cli
-from attnswap.cli.inspect import labels
 from attnswap.errors import ConfigError
+from attnswap.evaluation.figure import short_names
 from attnswap.evaluation.structure import Structure, measure_structure
 from attnswap.evaluation.structure_figure import plot_structure
 
@@ -163,9 +163,9 @@ def mamba(folder):
 
 
 def test_names_are_short_where_that_tells_them_apart():
-    assert labels(["runs/a", "runs/b"]) == ["a", "b"]
-    assert labels(["a/model", "b/model"]) == ["a/model", "b/model"]
-    assert labels(["embedded"]) == ["embedded"]
+    assert short_names(["runs/a", "runs/b"]) == ["a", "b"]
+    assert short_names(["a/model", "b/model"]) == ["a/model", "b/model"]
+    assert short_names(["embedded"]) == ["embedded"]
 
 
 def structure(layers, heads, seed=0):

@@ -8,7 +8,7 @@ import torch
 from training_helpers import byte_tokenizer, tiny_gpt2, tiny_llama
 
 import attnswap
-from attnswap.errors import ConfigError, UnsupportedModelError
+from attnswap.errors import ConfigError, NumericsError, UnsupportedModelError
 from attnswap.evaluation.quantize import round_to_nearest, rounded
 from attnswap.evaluation.retrieval import TASKS, _Builder, measure_retrieval
 
@@ -98,12 +98,29 @@ def test_a_model_that_knows_the_answer_matches_exactly() -> None:
     assert model.training, "its training mode is restored"
 
 
+def test_equals_come_in_the_order_of_greedy_decoding_and_nan_is_an_error() -> None:
+    model, tokenizer = tiny_llama(max_position_embeddings=512), byte_tokenizer()
+    ask = {"tasks": ["passkey"], "lengths": [200], "depths": [0.5], "n": 1}
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    (cell,) = measure_retrieval(model, tokenizer, **ask)
+    answer = _Builder(tokenizer, 0).build("passkey", 200, 0.5, 0)[1]
+    assert cell.accuracy == 0.0, "all logits are equal, and greedy decoding takes token 0"
+    assert cell.rank == pytest.approx((answer + 1).double().log().mean().exp().item())
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.nan)
+    with pytest.raises(NumericsError, match="passkey"):
+        measure_retrieval(model, tokenizer, **ask)
+
+
 def test_what_cannot_be_asked_is_refused() -> None:
     model, tokenizer = tiny_llama(), byte_tokenizer()
     for options, words in (
         ({"tasks": ["nothing"]}, "unknown task"),
         ({"depths": [1.5]}, "between 0 and 1"),
         ({"lengths": [40]}, "too few"),
+        ({"lengths": []}, "needs tasks"),
+        ({"n": 0}, "at least 1 prompt"),
     ):
         with pytest.raises(ConfigError, match=words):
             measure_retrieval(model, tokenizer, **{"tasks": ["passkey"], "lengths": [200], "n": 1, **options})
@@ -136,6 +153,14 @@ def test_rounding_knows_the_layers_of_gpt2_and_refuses_a_model_without_any() -> 
         assert count == sum(p.numel() for name, p in model.named_parameters() if ".c_" in name and p.ndim == 2)
     assert torch.equal(weight, before)
     with pytest.raises(UnsupportedModelError, match="no linear layers"), rounded(torch.nn.LayerNorm(3), 4):
+        pass
+
+
+def test_weights_of_few_bits_are_not_rounded_again() -> None:
+    model = tiny_llama()
+    layer = model.model.layers[1].mlp.up_proj
+    layer.weight = torch.nn.Parameter(torch.ones(8, 1, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(UnsupportedModelError, match="uint8 already"), rounded(model, 4):
         pass
 
 

@@ -1,6 +1,7 @@
 """The long suite measures what its parts measure, and its report says so in JSON, Markdown and HTML."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,14 @@ def test_the_report_compares_with_the_original(pair: tuple[Profile, Profile]) ->
     report = json.loads(json.dumps(suite_report(found, before), allow_nan=False))
     assert report["schema"] == "attnswap.suite/1"
     sections = {section["name"]: section for section in report["sections"]}
-    assert list(sections) == ["perplexity", "gain", "retrieval", "structure", "quantization", "fidelity"]
+    assert list(sections) == [
+        "perplexity", "gain", "position", "retrieval", "structure", "quantization", "fidelity",
+    ]  # fmt: skip
+    assert [row[2] for row in sections["position"]["table"]["rows"]] == [e.nll for e in found.evaluation.position_nll]
+    assert report["original"]["id"] == report["model"]["compared with"] == "original"
+    assert report["swap"] == found.evaluation.swap
+    assert report["options"]["tasks"] == ["passkey"]
+    assert report["protocol"]["contexts"] == [64, 256]
     for section in sections.values():
         assert all(len(row) == len(section["table"]["columns"]) for row in section["table"]["rows"])
     row = sections["perplexity"]["table"]["rows"][1]
@@ -87,9 +95,43 @@ def test_the_report_compares_with_the_original(pair: tuple[Profile, Profile]) ->
 
 
 def test_models_that_were_asked_different_questions_are_not_compared(pair: tuple[Profile, Profile]) -> None:
-    other = Profile(pair[1].evaluation, pair[1].retrieval[:1], pair[1].structure, pair[1].quantized)
+    other = replace(pair[1], retrieval=pair[1].retrieval[:1])
     with pytest.raises(ConfigError, match="different questions"):
         suite_report(pair[0], other)
+
+
+def test_what_rounding_breaks_has_no_number(pair: tuple[Profile, Profile], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(weight: torch.Tensor, bits: int, group: int = 64) -> torch.Tensor:
+        return weight if bits == 8 else torch.full_like(weight, torch.nan)
+
+    monkeypatch.setattr("attnswap.evaluation.quantize.round_to_nearest", broken)
+    model = tiny_llama()
+    found = profile(model, byte_tokenizer(), options=OPTIONS, text=TEXT, quiet=True)
+    assert set(found.quantized) == {"full", "int8"}
+    assert not any(p.isnan().any() for p in model.parameters())
+    section = next(s for s in suite_report(found, pair[1])["sections"] if s["name"] == "quantization")
+    assert [row[1] is None for row in section["table"]["rows"]] == [False, False, True]
+    assert section["table"]["rows"][2][3] is not None, "the original's is there"
+    linear = sum(m.weight.numel() for m in model.model.modules() if isinstance(m, torch.nn.Linear))
+    assert found.rounded_share == linear / sum(p.numel() for p in model.parameters())
+
+
+def test_what_cannot_be_measured_is_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr("attnswap.evaluation.suite.evaluate_perplexity", refuse)
+    for changes, words in (
+        ({"prompts": 0}, "at least 1 prompt"),
+        ({"tasks": ()}, "retrieval needs tasks"),
+        ({"tasks": ("multikey",), "contexts": (32, 80)}, "too few for the task"),
+        ({"contexts": (64,)}, "more than 64"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            profile(tiny_llama(), byte_tokenizer(), options=replace(OPTIONS, **changes), text=TEXT, quiet=True)
+    other = tiny_llama(vocab_size=300)
+    with pytest.raises(ConfigError, match="vocabularies"):
+        profile(tiny_llama(), byte_tokenizer(), reference=other, options=OPTIONS, text=TEXT, quiet=True)
 
 
 def run(*words: str) -> int:
@@ -130,4 +172,5 @@ def test_the_command_writes_one_report(tmp_path: Path, capsys: pytest.CaptureFix
     assert "there is" in capsys.readouterr().err
     assert run(*words, "--baseline", str(out / "evaluation.json")) == 2
     assert "give the model" in capsys.readouterr().err
+    assert run(*words, "--batch-size", "2") == 2
     assert run(*words, "--stride", "64") == 2

@@ -16,7 +16,7 @@ from attnswap.evaluation import Evaluation, evaluate_perplexity, table, write_re
 from attnswap.evaluation.corpus import read_dataset, read_text
 from attnswap.evaluation.report import full_report
 from attnswap.evaluation.suite import SuiteOptions
-from attnswap.loading import load_model, load_tokenizer
+from attnswap.loading import load_model, load_tokenizer, resolve
 from attnswap.processes import join, leave, place
 
 
@@ -36,7 +36,7 @@ def eval_command(
     suite: Annotated[
         str | None, typer.Option(help='"long": also retrieval, structure, rounding, an HTML page.')
     ] = None,
-    prompts: Annotated[int, typer.Option(help="Retrieval prompts of each task, length and depth.")] = 4,
+    prompts: Annotated[int, typer.Option(min=1, help="Retrieval prompts of each task, length and depth.")] = 4,
     out: Annotated[Path | None, typer.Option(help="Directory for JSON, losses, table and plot.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")] = False,
 ) -> None:
@@ -59,8 +59,10 @@ def eval_command(
     chosen_stride = parse_size(stride) if stride else None
     limit = parse_size(max_tokens) if max_tokens else None
     if suite:
-        if chosen_stride is not None or shared is not None:
-            raise ConfigError("--suite runs in one process and on its own windows: leave out --stride")
+        if chosen_stride is not None or shared is not None or batch_size > 1:
+            raise ConfigError(
+                "--suite runs in one process and on its own windows, one at a time: leave out --stride and --batch-size"
+            )
         from attnswap.cli.suite import run_suite
 
         options = SuiteOptions(contexts=tuple(lengths), prompts=prompts)
@@ -93,16 +95,17 @@ def eval_command(
         )
 
     reference: Evaluation | None = None
+    is_report = baseline is not None and Path(baseline).suffix == ".json"
     if baseline:
-        is_report = Path(baseline).suffix == ".json"
+        resolve(model)  # so that a wrong model does not wait for the baseline's measurement
         reference = Evaluation.load(baseline) if is_report else measure(baseline, None)
-        if out and not is_report and place()[0] == 0:
-            write_report(reference, out, name="baseline")
     found = measure(model, reference)
     first = place()[0] == 0
     leave()
     if not first:
         return
+    if out and reference is not None and not is_report:
+        write_report(reference, out, name="baseline")
     if out:
         write_report(found, out, baseline=reference)
     if as_json:

@@ -37,6 +37,7 @@ def inspect_command(
     """
     from attnswap.cli.options import check_folder, parse_device, parse_dtype, parse_size  # here, as in heal
     from attnswap.evaluation.corpus import read_text
+    from attnswap.evaluation.figure import short_names
     from attnswap.loading import resolve
 
     check_folder(out)
@@ -50,7 +51,7 @@ def inspect_command(
         {**structure.to_dict(), "model": reference, "text": text and text.name, "window": read["window"]}
         for reference, structure in zip(references, found, strict=True)
     ]
-    names = labels(references)
+    names = short_names(references)
     if out:
         write(reports, found, out, names)
     if as_json:
@@ -61,23 +62,12 @@ def inspect_command(
 
 
 def _measure(reference: str, placed: dict[str, Any], read: dict[str, Any]) -> "Structure":
-    import numpy as np
-
-    from attnswap.errors import NumericsError
+    from attnswap.evaluation.estimate import counting
     from attnswap.evaluation.structure import measure_structure
     from attnswap.loading import load_model, load_tokenizer
 
-    found = measure_structure(load_model(reference, **placed), load_tokenizer(reference), **read)
-    for name, value in vars(found).items():
-        if not np.isfinite(value).all():
-            raise NumericsError(f'"{reference}" gives a non-finite {name}: check its weights, or give --dtype fp32')
-    return found
-
-
-def labels(references: Sequence[str]) -> list[str]:
-    """Returns a short name for each model: the last part of its path where that tells them apart."""
-    short = [Path(reference).name or reference for reference in references]
-    return short if len(set(short)) == len(short) else list(references)
+    with counting(read["window"] * read["windows"], sys.stderr.isatty()) as advance:
+        return measure_structure(load_model(reference, **placed), load_tokenizer(reference), **read, advance=advance)
 
 
 def table(structures: "Sequence[Structure]", names: Sequence[str]) -> Table:

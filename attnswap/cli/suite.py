@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from attnswap.errors import ConfigError
-from attnswap.evaluation.figure import plot
+from attnswap.evaluation.fidelity import comparable
+from attnswap.evaluation.figure import plot, short_names
 from attnswap.evaluation.html import write_html
 from attnswap.evaluation.result import write_atomically
 from attnswap.evaluation.retrieval_figure import plot_retrieval
@@ -52,20 +54,24 @@ def run_suite(
         raise ConfigError("--suite measures the baseline too: give the model, not the JSON of an earlier evaluation")
     tokenizer = load_tokenizer(reference)
     common: dict[str, Any] = {"options": options, "text": text, "corpus_id": corpus_id}
+    model = load_model(reference, dtype=dtype, device=device)
     before = twin = None
     if original is not None:
         twin = load_model(original, dtype=dtype, device=device)
+        comparable(model, twin)
         before = profile(twin, tokenizer, model_id=original, **common)
-    model = load_model(reference, dtype=dtype, device=device)
     baseline = None if before is None else before.evaluation
     found = profile(model, tokenizer, reference=twin, baseline=baseline, model_id=reference, **common)
     report = suite_report(found, before)
+    printed = json.dumps(report, indent=2, allow_nan=False) + "\n"
     if out is not None:
         write(report, found, before, out)
     if as_json:
-        sys.stdout.write(json.dumps(report, indent=2, allow_nan=False) + "\n")
+        sys.stdout.write(printed)
         return
     console = Console()
+    for note in report["notes"]:
+        console.print(escape(note))
     for section in report["sections"]:
         console.print(_table(section))
     if out is not None:
@@ -75,13 +81,13 @@ def run_suite(
 def write(report: dict[str, Any], found: Profile, before: Profile | None, out: Path) -> None:
     """Writes ``suite.json``, the losses, ``suite.md``, the pictures and ``report.html``."""
     profiles = [found] if before is None else [found, before]
-    labels = [profile.evaluation.label for profile in profiles]
+    names = short_names([str(profile.evaluation.model["id"]) for profile in profiles])
     baseline = None if before is None else before.evaluation
     found.evaluation.save(out / "evaluation.json")
     pictures = {
-        "perplexity.png": plot([found.evaluation], out / "perplexity.png", baseline=baseline),
-        "retrieval.png": plot_retrieval([p.retrieval for p in profiles], out / "retrieval.png", labels=labels),
-        "structure.png": plot_structure([p.structure for p in profiles], out / "structure.png", labels=labels),
+        "perplexity.png": plot([found.evaluation], out / "perplexity.png", baseline=baseline, labels=names[:1]),
+        "retrieval.png": plot_retrieval([p.retrieval for p in profiles], out / "retrieval.png", labels=names),
+        "structure.png": plot_structure([p.structure for p in profiles], out / "structure.png", labels=names),
     }
     write_atomically(out / "suite.json", (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
     write_atomically(out / "suite.md", markdown(report).encode())
@@ -91,6 +97,8 @@ def write(report: dict[str, Any], found: Profile, before: Profile | None, out: P
 def markdown(report: dict[str, Any]) -> str:
     """Returns the report's tables as Markdown."""
     lines = [f"# {report['title']}", ""]
+    for note in report["notes"]:
+        lines += [note, ""]
     for section in report["sections"]:
         columns, rows = section["table"]["columns"], section["table"]["rows"]
         lines += [f"## {section['title']}", "", section["text"], ""]

@@ -14,6 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from attnswap import text as offline
 from attnswap.errors import ConfigError
 
+WINDOWS = 4
+"""Windows of :func:`spread_windows` that are read unless told otherwise."""
+
 
 @dataclass(frozen=True)
 class Corpus:

@@ -3,7 +3,7 @@
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -140,6 +140,17 @@ class Progress:
     def close(self) -> None:
         """Ends the bar."""
         self.bar.close()
+
+
+@contextmanager
+def counting(tokens: int, show: bool) -> Iterator[Callable[[int], None]]:
+    """Shows a bar for work whose tokens all cost the same, and yields what counts them as read."""
+    with tqdm(total=tokens, unit="tok", unit_scale=True, disable=not show, file=sys.stderr) as bar:
+
+        def advance(read: int) -> None:
+            bar.update(read)
+
+        yield advance
 
 
 @dataclass

@@ -1,13 +1,15 @@
 """How far a model's predictions are from another's: KL divergence and agreement of the most likely token."""
 
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from attnswap.errors import ConfigError
-from attnswap.evaluation.corpus import spread_windows
+from attnswap.errors import ConfigError, NumericsError
+from attnswap.evaluation.corpus import WINDOWS, spread_windows
 from attnswap.evaluation.scoring import Scorer
 
 
@@ -32,6 +34,18 @@ class Fidelity:
         return asdict(self)
 
 
+def comparable(model: nn.Module, reference: nn.Module) -> tuple[Scorer, Scorer]:
+    """Returns what reads two models whose predictions can be compared.
+
+    Raises:
+        ConfigError: Their vocabularies differ.
+    """
+    ours, theirs = Scorer(model), Scorer(reference)
+    if ours.vocabulary != theirs.vocabulary:
+        raise ConfigError(f"vocabularies of {ours.vocabulary} and {theirs.vocabulary} tokens cannot be compared")
+    return ours, theirs
+
+
 def measure_fidelity(
     model: nn.Module,
     reference: nn.Module,
@@ -39,7 +53,8 @@ def measure_fidelity(
     *,
     text: str | None = None,
     context: int = 2048,
-    windows: int = 4,
+    windows: int = WINDOWS,
+    advance: Callable[[int], None] = lambda tokens: None,
 ) -> Fidelity:
     """Compares a model's predictions with those of the model it was.
 
@@ -50,13 +65,13 @@ def measure_fidelity(
         text: The text; default: the offline evaluation text.
         context: Tokens of a window, BOS included.
         windows: How many windows, from all over the text.
+        advance: Called with the number of tokens read by each model.
 
     Raises:
         ConfigError: The vocabularies differ, or the text is shorter than a window.
+        NumericsError: The divergence is not finite.
     """
-    ours, theirs = Scorer(model), Scorer(reference)
-    if ours.vocabulary != theirs.vocabulary:
-        raise ConfigError(f"vocabularies of {ours.vocabulary} and {theirs.vocabulary} tokens cannot be compared")
+    ours, theirs = comparable(model, reference)
     inputs = spread_windows(tokenizer, text, context, windows)
     kl, same, tokens = 0.0, 0, 0
     with ours.ready(), theirs.ready():
@@ -67,4 +82,7 @@ def measure_fidelity(
                 kl += float((log_p.exp() * (log_p - q.log_softmax(-1).to(log_p.device))).sum())
                 same += int((p.argmax(-1) == q.argmax(-1).to(p.device)).sum())
                 tokens += p.shape[0] * p.shape[1]
+            advance(context)
+    if not math.isfinite(kl):
+        raise NumericsError("the divergence is not finite: check the models' weights, or compare them in fp32")
     return Fidelity(kl=kl / tokens, top1=same / tokens, tokens=tokens, context=context)

@@ -49,25 +49,37 @@ def plot(
 
     if not evaluations:
         raise ConfigError("nothing to plot: give at least one evaluation")
-    names = list(labels or (evaluation.label for evaluation in evaluations))
+    names = [plain(name) for name in labels or (evaluation.label for evaluation in evaluations)]
     figure = Figure(figsize=(15 if baseline else 10, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = list(np.atleast_1d(figure.subplots(1, 3 if baseline else 2)))
     lines = [(e, n, {"color": c}) for e, n, c in zip(evaluations, names, _cycle(len(evaluations)), strict=True)]
     if baseline:
         _ratio(axes.pop(1), lines, baseline)
-        lines.append((baseline, baseline_label or f"{baseline.label} (baseline)", {"color": "black", "ls": "--"}))
+        name = plain(baseline_label or f"{baseline.label} (baseline)")
+        lines.append((baseline, name, {"color": "black", "ls": "--"}))
     _bits_per_byte(axes[0], lines)
     _positions(axes[1], lines)
     first = evaluations[0]
     figure.suptitle(
-        f"{first.corpus['id']}: {first.protocol.scored_tokens} scored tokens, {first.protocol.name} windows, "
+        f"{plain(first.corpus['id'])}: {first.protocol.scored_tokens} scored tokens, {first.protocol.name} windows, "
         f"{first.env['dtype']}"
     )
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     write_atomically(Path(path), buffer.getvalue())
     return Path(path)
+
+
+def short_names(references: Sequence[str]) -> list[str]:
+    """Returns a short name for each model: the last part of its path where that tells them apart."""
+    short = [Path(reference).name or reference for reference in references]
+    return short if len(set(short)) == len(short) else list(references)
+
+
+def plain(label: str) -> str:
+    """Returns a name in which matplotlib reads no formulas."""
+    return label.replace("$", r"\$")
 
 
 def _bits_per_byte(axes: "Axes", lines: "list[Line]") -> None:

@@ -69,9 +69,10 @@ def write_html(report: dict[str, Any], pictures: Sequence[tuple[str, Path]], pat
     """Writes a report as a page for people, with the report itself embedded for programs.
 
     Args:
-        report: Plain JSON values: ``model`` (shown at the top) and ``sections``, a list of dicts with ``title``,
-            ``text``, ``table`` (``columns`` and ``rows``) and ``picture`` (a file name); all but the title may be
-            missing or None. The whole of it stands in the page's ``<script type="application/json" id="report">``.
+        report: Plain JSON values: ``model`` and ``notes``, a list of sentences (both shown at the top), and
+            ``sections``, a list of dicts with ``title``, ``text``, ``table`` (``columns`` and ``rows``) and
+            ``picture`` (a file name); all but the title may be missing or None. The whole of it stands in the page's
+            ``<script type="application/json" id="report">``.
         pictures: File names as the sections give them, and where each file lies.
         path: The HTML file, written atomically.
         title: Heading of the page.
@@ -93,6 +94,7 @@ def write_html(report: dict[str, Any], pictures: Sequence[tuple[str, Path]], pat
     links = "\n".join(f'<li><a href="#s{i}">{escape(_name(s))}</a></li>' for i, s in enumerate(sections, 1))
     contents = f'<nav aria-label="Contents"><strong>Contents</strong>\n<ol>\n{links}\n</ol></nav>\n' if links else ""
     main = "\n".join(_section(index, section, files) for index, section in enumerate(sections, 1))
+    notes = "".join(f"<p>{escape(shown(note))}</p>\n" for note in report.get("notes") or [])
     page = f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -106,7 +108,7 @@ def write_html(report: dict[str, Any], pictures: Sequence[tuple[str, Path]], pat
 <div class="page">
 <header>
 <h1>{escape(title)}</h1>
-{_facts(report.get("model") or {})}</header>
+{_facts(report.get("model") or {})}{notes}</header>
 <div class="columns">
 {contents}<main>
 {main}

@@ -32,7 +32,7 @@ def rounded(model: nn.Module, bits: int, group: int = GROUP) -> Iterator[int]:
 
     Raises:
         ConfigError: ``bits`` is out of range.
-        UnsupportedModelError: The model has no linear layers to round.
+        UnsupportedModelError: The model has no linear layers to round, or they are quantized already.
     """
     if not 2 <= bits <= 8:
         raise ConfigError(f"bits must lie between 2 and 8, not {bits}")
@@ -43,6 +43,12 @@ def rounded(model: nn.Module, bits: int, group: int = GROUP) -> Iterator[int]:
     chosen = [module for module in linear if id(module.weight) not in own]
     if not chosen:
         raise UnsupportedModelError(f"{type(inner).__name__} has no linear layers whose weights could be rounded")
+    coarse = next((m.weight.dtype for m in chosen if m.weight.dtype.itemsize < 2), None)
+    if coarse is not None:
+        raise UnsupportedModelError(
+            f"the weights of {type(inner).__name__} are {str(coarse).removeprefix('torch.')} already: "
+            "load the model unquantized"
+        )
     kept = [module.weight.data for module in chosen]
     try:
         for module, weight in zip(chosen, kept, strict=True):

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from attnswap.evaluation.bootstrap import compare
@@ -15,9 +16,11 @@ from attnswap.markdown import markdown_table
 
 def table(evaluation: Evaluation, baseline: Evaluation | None = None) -> Table:
     """Returns a table for the terminal, one row a context length; with a baseline also its columns and the ratio."""
-    notes = "\n".join(evaluation.notes) or None
+    notes = escape("\n".join(evaluation.notes)) or None
     # No box: all columns fit a terminal of 80 characters.
-    shown = Table(title=_title(evaluation, baseline), caption=notes, box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    shown = Table(
+        title=escape(_title(evaluation, baseline)), caption=notes, box=None, padding=(0, 2, 0, 0), pad_edge=False
+    )
     header, rows = _cells(evaluation, baseline)
     for column in header:
         shown.add_column(column, justify="right", no_wrap=True)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tempfile
+import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,7 @@ class Evaluation:
             )
         except ConfigError:
             raise
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise ConfigError(
                 f'cannot read the evaluation "{path}" and its .npz: {type(error).__name__}: {error}; '
                 "give the JSON file that attnswap eval --out wrote, with the .npz beside it"

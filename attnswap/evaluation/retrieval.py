@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from attnswap import text as offline
-from attnswap.errors import ConfigError
+from attnswap.errors import ConfigError, NumericsError
 from attnswap.evaluation.scoring import Scorer
 
 WORDS = (
@@ -110,7 +110,8 @@ class Cell:
         n: Prompts.
         accuracy: Share whose every answer token was the model's favourite.
         logprob: Mean log-probability of an answer, in nats.
-        rank: Mean of the geometric-mean rank of an answer's tokens (1 is best).
+        rank: Mean of the geometric-mean rank of an answer's tokens (1 is best; of equals the one that greedy decoding
+            takes comes first).
     """
 
     task: str
@@ -150,14 +151,12 @@ def measure_retrieval(
         advance: Called with the number of tokens read.
 
     Raises:
-        ConfigError: A task is unknown, a depth out of range, or a length too short for a task.
+        ConfigError: See :func:`check_questions`; or a learned position table is too short.
+        NumericsError: The model's logits are not finite.
     """
-    unknown = [task for task in tasks if task not in TASKS]
-    if unknown:
-        raise ConfigError(f'unknown task "{unknown[0]}". Tasks: {", ".join(TASKS)}')
-    if not all(0 <= depth <= 1 for depth in depths) or n < 1:
-        raise ConfigError(f"depths must lie between 0 and 1 and n be at least 1, not {list(depths)} and {n}")
-    scorer, builder = Scorer(model), _Builder(tokenizer, seed)
+    builder = check_questions(tokenizer, tasks, lengths, depths, n, seed)
+    scorer = Scorer(model)
+    scorer.check_positions(max(lengths))
     cells = []
     with scorer.ready():
         for task in tasks:
@@ -166,20 +165,54 @@ def measure_retrieval(
                     found = []
                     for index in range(n):
                         inputs, answer = builder.build(task, length, depth, index)
-                        found.append(_score(scorer, inputs, answer))
+                        found.append(_score(scorer, inputs, answer, task))
                         advance(length)
                     matched, logprob, rank = (float(np.mean(values)) for values in zip(*found, strict=True))
                     cells.append(Cell(task, length, depth, n, matched, logprob, rank))
     return cells
 
 
-def _score(scorer: Scorer, inputs: Tensor, answer: Tensor) -> tuple[float, float, float]:
-    """Returns whether every token of an answer comes first, its log-probability, and its tokens' mean rank."""
+def check_questions(
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    n: int,
+    seed: int = 0,
+) -> "_Builder":
+    """Checks that a grid can be asked, before any model runs, and returns what builds its prompts.
+
+    Raises:
+        ConfigError: A task is unknown, a depth out of range, a length too short for a task, there is nothing to ask, or
+            the tokenizer joins a question with its answer.
+    """
+    unknown = [task for task in tasks if task not in TASKS]
+    if unknown:
+        raise ConfigError(f'unknown task "{unknown[0]}". Tasks: {", ".join(TASKS)}')
+    if not (tasks and lengths and depths) or not all(0 <= depth <= 1 for depth in depths) or n < 1:
+        raise ConfigError(
+            "retrieval needs tasks, lengths, depths between 0 and 1 and at least 1 prompt of each, not "
+            f"{list(tasks)}, {list(lengths)}, {list(depths)} and {n}"
+        )
+    builder = _Builder(tokenizer, seed)
+    for task, length in itertools.product(tasks, lengths):
+        builder.build(task, length, depths[0], 0)
+    return builder
+
+
+def _score(scorer: Scorer, inputs: Tensor, answer: Tensor, task: str) -> tuple[float, float, float]:
+    """Returns whether greedy decoding finds an answer, its log-probability, and its tokens' mean rank."""
     logits = torch.cat(list(scorer.rows(inputs[None, :-1].to(scorer.device), len(answer))), dim=1)[0].cpu()
-    log_p = logits.log_softmax(-1)
-    own = log_p.gather(1, answer[:, None])
-    rank = (log_p > own).sum(-1) + 1
-    return float((rank == 1).all()), float(own.sum()), float(rank.double().log().mean().exp())
+    if not logits.isfinite().all():
+        raise NumericsError(
+            f"non-finite logits in a prompt of {len(inputs)} tokens ({task}): check the model's weights, or evaluate "
+            "with --dtype fp32 (dtype=torch.float32)"
+        )
+    own = logits.gather(1, answer[:, None])
+    before = torch.arange(logits.shape[1]) < answer[:, None]  # argmax takes the first of equals
+    rank = ((logits > own) | ((logits == own) & before)).sum(-1) + 1
+    log_p = logits.log_softmax(-1).gather(1, answer[:, None]).sum()
+    return float((rank == 1).all()), float(log_p), float(rank.double().log().mean().exp())
 
 
 class _Builder:
@@ -195,7 +228,10 @@ class _Builder:
         make, kind = TASKS[task]
         prompt = make(draw)
         hidden, question = [self._encode(part) for part in prompt.hidden], self._encode(prompt.question)
-        answer = self._encode(prompt.answer)
+        both = self._encode(prompt.question + prompt.answer)  # together, or some tokenizers begin a text anew
+        answer = both[len(question) :]
+        if both[: len(question)] != question or not answer:
+            raise ConfigError(f"the tokenizer joins question and answer of the task {task}: leave it out of the tasks")
         bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
         room = length - len(bos) - sum(map(len, hidden)) - len(question) - len(answer)
         if room < 0:

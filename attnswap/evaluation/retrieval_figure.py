@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from attnswap.evaluation.figure import plain
 from attnswap.evaluation.result import write_atomically
 from attnswap.evaluation.retrieval import Cell
 
@@ -43,7 +44,7 @@ def plot_retrieval(grids: Sequence[Sequence[Cell]], path: str | Path, *, labels:
             image = axes.imshow(exact, vmin=0, vmax=1, cmap="cividis", aspect="auto")
             axes.set_xticks(range(len(lengths)), [str(n) for n in lengths], fontsize=7)
             axes.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths], fontsize=7)
-            axes.set_title(f"{task}: {label}", fontsize=9)
+            axes.set_title(f"{task}: {plain(label)}", fontsize=9)
     panels[-1, 0].set(xlabel="length (tokens)", ylabel="depth")
     if image is not None:
         figure.colorbar(image, ax=panels, label="exact match (numbers: mean rank of the answer's tokens)")

@@ -130,22 +130,31 @@ class Scorer:
                 )
 
     def check(self, ids: torch.Tensor, contexts: Sequence[int]) -> None:
-        """Proves on a few tokens that chunks of rows give the model's own logits, and that long windows can run.
+        """Proves on a few tokens that the model is causal and chunks of rows give its logits, and that windows fit.
 
         Raises:
             ConfigError: A learned position table is shorter than the largest context.
-            UnsupportedModelError: The chunks differ.
+            UnsupportedModelError: The chunks differ, or logits depend on later tokens.
         """
         self.check_positions(max(contexts))
-        inputs = ids[None, : min(16, max(contexts))].to(self.device)
+        inputs = ids[None, : min(16, max(contexts))].to(self.device, copy=True)
         full = self.model(input_ids=inputs, use_cache=False).logits.float()
         chunked = torch.cat([part.to(full.device) for part in self.rows(inputs, inputs.shape[1], size=3)], dim=1)
         # The same rows in smaller matrix products: a few units in the last place of the head's dtype.
         tolerance = max(1e-4, 4 * torch.finfo(self.model.dtype).eps) * full.abs().max().item()
-        if full.isfinite().all() and not torch.allclose(chunked, full, rtol=0, atol=tolerance):
+        if not full.isfinite().all():
+            return  # the windows will say so
+        if not torch.allclose(chunked, full, rtol=0, atol=tolerance):
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} computes its logits from more than its last hidden state, "
                 "so they cannot be scored in chunks"
+            )
+        inputs[:, -1] = (inputs[:, -1] + 1) % self.vocabulary
+        other = self.model(input_ids=inputs, use_cache=False).logits.float()
+        if not torch.allclose(other[:, :-1], full[:, :-1], rtol=0, atol=tolerance):
+            raise UnsupportedModelError(
+                f"the logits of {type(self.model).__name__} depend on tokens that come later, so it is no causal "
+                "language model (an encoder that was loaded without is_decoder=True?)"
             )
 
 

@@ -1,6 +1,6 @@
 """The suite's report: sections with a text, a table, a picture and the data behind them."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,7 @@ import numpy as np
 from attnswap.errors import ConfigError
 from attnswap.evaluation.bootstrap import compare
 from attnswap.evaluation.retrieval import Cell
-from attnswap.evaluation.suite import Profile, gain_from_context
+from attnswap.evaluation.suite import BITS, Profile, gain_from_context
 
 SCHEMA = "attnswap.suite/1"
 
@@ -27,14 +27,23 @@ def suite_report(found: Profile, reference: Profile | None = None, *, title: str
     if reference is not None and [_key(c) for c in found.retrieval] != [_key(c) for c in reference.retrieval]:
         raise ConfigError("the two models were asked different questions: measure both with the same options")
     evaluation = found.evaluation
-    sections = [_perplexity, _gain, _retrieval, _structure, _quantized, _fidelity]
+    sections = [_perplexity, _gain, _position, _retrieval, _structure, _quantized, _fidelity]
     return {
         "schema": SCHEMA,
         "title": title or evaluation.label,
         "created": evaluation.created,
-        "model": {**evaluation.model, "swapped": evaluation.swap is not None},
+        "model": {
+            **evaluation.model,
+            "swapped": evaluation.swap is not None,
+            "compared with": None if reference is None else reference.evaluation.model["id"],
+        },
+        "swap": evaluation.swap,
+        "original": None if reference is None else reference.evaluation.model,
         "corpus": evaluation.corpus,
+        "protocol": evaluation.protocol.to_dict(),
+        "options": asdict(found.options),
         "environment": evaluation.env,
+        "notes": evaluation.notes,
         "sections": [made for make in sections if (made := make(found, reference)) is not None],
     }
 
@@ -83,6 +92,23 @@ def _perplexity(found: Profile, reference: Profile | None) -> dict[str, Any]:
             c = against[entry.length]
             row += [reference.evaluation.at(entry.length).ppl, c.ratio, float(np.exp(c.lo)), float(np.exp(c.hi))]
         section.rows.append(row)
+    return section.to_dict()
+
+
+def _position(found: Profile, reference: Profile | None) -> dict[str, Any] | None:
+    curve = found.evaluation.position_nll
+    if not curve:
+        return None
+    theirs = {} if reference is None else {entry.lo: entry.nll for entry in reference.evaluation.position_nll}
+    section = _Section(
+        "position",
+        "NLL by position",
+        f"Nats a token, by how many tokens of text stand before it in windows of {max(found.evaluation.nll)}.",
+        ["from", "to", "NLL", "tokens", *(["original"] if theirs else [])],
+        data=[vars(entry) | {} for entry in curve],
+    )
+    for entry in curve:
+        section.rows.append([entry.lo, entry.hi, entry.nll, entry.n, *([theirs[entry.lo]] if theirs else [])])
     return section.to_dict()
 
 
@@ -145,17 +171,19 @@ def _quantized(found: Profile, reference: Profile | None) -> dict[str, Any]:
     section = _Section(
         "quantization",
         "Rounded weights",
-        "Nats a token lost when linear layers' weights are rounded to the nearest of few levels, per group of 64.",
+        "Nats a token lost when linear layers' weights are rounded to the nearest of few levels, per group of 64: "
+        f"{found.rounded_share:.0%} of the model's parameters. No number: the losses were not finite.",
         ["weights", "NLL", "lost", *(["lost, original"] if reference else [])],
-        data={name: float(nll.astype(np.float64).mean()) for name, nll in found.quantized.items()},
     )
-    for name in found.quantized:
-        means = [
-            (float(p.quantized[name].astype(np.float64).mean()), float(p.quantized["full"].astype(np.float64).mean()))
-            for p in (found, reference)
-            if p is not None
-        ]
-        section.rows.append([name, means[0][0], *(own - full for own, full in means)])
+    means = [
+        {name: float(nll.astype(np.float64).mean()) for name, nll in p.quantized.items()}
+        for p in (found, reference)
+        if p is not None
+    ]
+    section.data = means[0]
+    for name in ("full", *(f"int{bits}" for bits in BITS)):
+        lost = [own[name] - own["full"] if name in own else None for own in means]
+        section.rows.append([name, means[0].get(name), *lost])
     return section.to_dict()
 
 

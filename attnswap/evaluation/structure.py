@@ -1,6 +1,6 @@
 """What attention does: sinks, sparsity, entropy, dead heads, and the massive activations that go with sinks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from attnswap.errors import ConfigError, NumericsError, UnsupportedModelError
-from attnswap.evaluation.corpus import spread_windows
+from attnswap.evaluation.corpus import WINDOWS, spread_windows
 from attnswap.evaluation.scoring import Scorer
 from attnswap.surgery.attach import base_of, patched_modules, spec_of
 from attnswap.surgery.spec import KEY
@@ -88,7 +88,8 @@ def measure_structure(
     *,
     text: str | Sequence[str] | None = None,
     window: int = 1024,
-    windows: int = 4,
+    windows: int = WINDOWS,
+    advance: Callable[[int], None] = lambda tokens: None,
 ) -> Structure:
     """Measures how a model attends, patched or not.
 
@@ -100,6 +101,7 @@ def measure_structure(
         text: The text, or documents; default: the offline evaluation text.
         window: Tokens of a window, BOS included, more than 64.
         windows: How many windows, from all over the text.
+        advance: Called with the number of tokens read.
 
     Raises:
         ConfigError: The window is too short or the text shorter than it.
@@ -121,6 +123,7 @@ def measure_structure(
             stack.enter_context(_hook(inner.get_submodule(_block_of(name)), states.of(layer)))
         for ids in inputs:
             inner.base_model(input_ids=ids.to(scorer.device), use_cache=False, output_attentions=True)
+            advance(window)
     if not heads.sums:
         raise UnsupportedModelError(f"the attention modules of {type(inner).__name__} return no weights")
     layers = sorted(heads.sums)
@@ -189,7 +192,7 @@ def _figures(weights: Tensor, span: int | None, module: str) -> dict[str, Tensor
     """
     queries, keys = weights.shape[1:]
     causal = torch.ones(queries, keys, dtype=torch.bool, device=weights.device).tril(keys - queries)
-    if bool(weights.masked_fill(causal, 0.0).any()):
+    if bool((weights.masked_fill(causal, 0.0).abs() > 0).any()):  # NaN is told of later
         raise UnsupportedModelError(
             f"{module} gives weight to keys that come after their query: its weights are not those of a causal model"
         )

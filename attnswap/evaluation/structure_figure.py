@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from attnswap.errors import ConfigError
-from attnswap.evaluation.figure import COLOURS
+from attnswap.evaluation.figure import COLOURS, plain
 from attnswap.evaluation.result import write_atomically
 from attnswap.evaluation.structure import Structure
 
@@ -50,7 +50,7 @@ def plot_structure(structures: Sequence[Structure], path: str | Path, *, labels:
 
     if not structures or len(structures) != len(labels):
         raise ConfigError(f"one label for each structure, and at least one: not {len(labels)} for {len(structures)}")
-    names = [label.replace("$", r"\$") for label in labels]  # else matplotlib would read formulas in them
+    names = [plain(label) for label in labels]
     deepest = max(len(structure.layers) for structure in structures)
     heights = [len(structures) * float(np.clip(1.2 + 0.07 * deepest, 2.2, 6.0)), 3.2]
     figure = Figure(figsize=(15, 0.4 + sum(heights)), layout="constrained")

@@ -2,23 +2,28 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from attnswap.errors import ConfigError, NumericsError
 from attnswap.evaluation.bootstrap import block_bootstrap
-from attnswap.evaluation.fidelity import Fidelity, measure_fidelity
+from attnswap.evaluation.corpus import WINDOWS
+from attnswap.evaluation.estimate import counting
+from attnswap.evaluation.fidelity import Fidelity, comparable, measure_fidelity
 from attnswap.evaluation.perplexity import CONTEXTS, evaluate_perplexity
 from attnswap.evaluation.quantize import rounded
 from attnswap.evaluation.result import Evaluation
-from attnswap.evaluation.retrieval import DEPTHS, TASKS, Cell, measure_retrieval
-from attnswap.evaluation.structure import Structure, measure_structure
+from attnswap.evaluation.retrieval import DEPTHS, TASKS, Cell, check_questions, measure_retrieval
+from attnswap.evaluation.structure import FIRST_QUERY, Structure, measure_structure
 
 BITS = (8, 4)
+ROUNDED_TOKENS = 16384
+"""Rounded weights are measured on so many tokens at most."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,10 @@ class Profile:
         evaluation: Perplexity by context and by position.
         retrieval: Every cell of the grids.
         structure: What attention does.
-        quantized: Mean NLL of every scored token at ``quantized_context``, by the bits of the weights ("full" first).
+        quantized: NLL of every scored token at ``quantized_context``, by the bits of the weights ("full" first); those
+            with which losses are not finite are left out.
+        rounded_share: Share of the model's parameters that were rounded.
+        options: How much was measured.
         fidelity: Divergence from the reference; None without one.
     """
 
@@ -60,6 +68,8 @@ class Profile:
     retrieval: list[Cell]
     structure: Structure
     quantized: dict[str, np.ndarray]
+    rounded_share: float
+    options: SuiteOptions
     fidelity: Fidelity | None = None
 
 
@@ -125,10 +135,22 @@ def profile(
 
     Raises:
         ConfigError: An argument does not fit, or the text is too short.
+        NumericsError: A figure is not finite; rounded weights may be, and have no losses then.
     """
     options = options or SuiteOptions()
     longest = max(options.contexts)
-    common: dict[str, Any] = {"text": text, "corpus_id": corpus_id, "model_id": model_id, "seed": options.seed}
+    lengths = [n for n in options.contexts if n >= min(512, longest)]
+    window, context = min(1024, longest), min(2048, longest)
+    if longest <= FIRST_QUERY:
+        raise ConfigError(f"the longest context must be more than {FIRST_QUERY} tokens, not {longest}")
+    check_questions(tokenizer, options.tasks, lengths, options.depths, options.prompts, options.seed)
+    if reference is not None:
+        comparable(model, reference)
+    joined = text if text is None or isinstance(text, str) else "\n\n".join(text)
+    common: dict[str, Any] = {
+        "text": text, "corpus_id": corpus_id, "model_id": model_id, "seed": options.seed, "quiet": quiet,
+    }  # fmt: skip
+    show = not quiet and sys.stderr.isatty()
 
     def say(what: str) -> None:
         if not quiet:
@@ -136,22 +158,10 @@ def profile(
 
     say("perplexity by context")
     evaluation = evaluate_perplexity(
-        model,
-        tokenizer,
-        contexts=options.contexts,
-        max_tokens=options.max_tokens,
-        baseline=baseline,
-        quiet=quiet,
-        **common,
+        model, tokenizer, contexts=options.contexts, max_tokens=options.max_tokens, baseline=baseline, **common
     )
     say("retrieval")
-    lengths = [n for n in options.contexts if n >= min(512, longest)]
-    cells = len(options.tasks) * len(options.depths) * options.prompts * sum(lengths)
-    with tqdm(total=cells, unit="token", unit_scale=True, disable=quiet or not sys.stderr.isatty()) as bar:
-
-        def advance(tokens: int) -> None:
-            bar.update(tokens)
-
+    with counting(len(options.tasks) * len(options.depths) * options.prompts * sum(lengths), show) as advance:
         retrieval = measure_retrieval(
             model,
             tokenizer,
@@ -163,32 +173,24 @@ def profile(
             advance=advance,
         )
     say("attention structure")
-    joined = text if text is None or isinstance(text, str) else "\n\n".join(text)
-    structure = measure_structure(model, tokenizer, text=joined, window=min(1024, longest))
+    with counting(WINDOWS * window, show) as advance:
+        structure = measure_structure(model, tokenizer, text=joined, window=window, advance=advance)
     say("rounded weights")
-    context = min(options.quantized_context, longest)
-    quantized = {}
-    for bits in (None, *BITS):
-        measured = _at(model, tokenizer, context, options, bits, common)
-        quantized["full" if bits is None else f"int{bits}"] = measured.nll[context]
+    plain: dict[str, Any] = {
+        "contexts": (min(options.quantized_context, longest),),
+        "max_tokens": min(options.max_tokens or ROUNDED_TOKENS, ROUNDED_TOKENS),
+        "positions": False,
+        **common,
+    }
+    (full,) = evaluate_perplexity(model, tokenizer, **plain).nll.values()
+    quantized, share = {"full": full}, 0.0
+    for bits in BITS:
+        with rounded(model, bits) as count, suppress(NumericsError):  # what rounding broke has no losses
+            share = count / sum(p.numel() for p in model.parameters())
+            (quantized[f"int{bits}"],) = evaluate_perplexity(model, tokenizer, **plain).nll.values()
     fidelity = None
     if reference is not None:
         say("divergence from the original")
-        fidelity = measure_fidelity(model, reference, tokenizer, text=joined, context=min(2048, longest))
-    return Profile(evaluation, retrieval, structure, quantized, fidelity)
-
-
-def _at(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    context: int,
-    options: SuiteOptions,
-    bits: int | None,
-    common: dict[str, Any],
-) -> Evaluation:
-    limit = min(options.max_tokens or 16384, 16384)
-    plain: dict[str, Any] = {"contexts": (context,), "max_tokens": limit, "positions": False, "quiet": True, **common}
-    if bits is None:
-        return evaluate_perplexity(model, tokenizer, **plain)
-    with rounded(model, bits):
-        return evaluate_perplexity(model, tokenizer, **plain)
+        with counting(WINDOWS * context, show) as advance:
+            fidelity = measure_fidelity(model, reference, tokenizer, text=joined, context=context, advance=advance)
+    return Profile(evaluation, retrieval, structure, quantized, share, options, fidelity)
