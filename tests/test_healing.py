@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_helpers import recipe
+from training_helpers import recipe, tiny_gpt2, write_model
 
 from attnswap.cli import main
 from attnswap.errors import ConfigError
@@ -152,6 +152,18 @@ def test_a_recipe_without_stages_is_healed_by_its_cross_entropy_alone(
     assert [point["step"] for point in result["curve"]] == list(range(1, 11))
     assert [point["tokens"] for point in result["curve"]] == [128 * step for step in range(1, 11)]
     assert "ce" not in result["curve"][0], "no stage has split the loss"
+
+
+def test_what_cannot_be_measured_is_refused_before_the_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written(tmp_path)
+    assert run(tmp_path, "--contexts", "32,4k") == 2
+    assert "largest context needs at least 4096" in capsys.readouterr().err
+    write_model(tmp_path / "learned", tiny_gpt2())
+    assert run(tmp_path, "model.reference=" + str(tmp_path / "learned"), "--contexts", "32,256") == 2
+    assert "cannot read windows of 256 tokens" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_swap_is_needed_to_be_healed(tmp_path: Path) -> None:

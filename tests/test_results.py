@@ -75,12 +75,20 @@ def test_a_rerun_must_land_in_the_committed_interval(tmp_path: Path) -> None:
     def ratio(value: float) -> dict[str, float]:
         return {"ratio": value, "lo": value - 0.01, "hi": value + 0.01}
 
+    def found(value: float, context: int = 512, **recipe: object) -> dict[str, object]:
+        made = {"recipe": {"seed": 0, "output_dir": "out/here", **recipe}, "protocol": {"dtype": "float32"}}
+        return {**made, "contexts": [{"context": context, "ratio_to_control": ratio(value)}]}
+
     committed = tmp_path / "result.json"
-    committed.write_text(json.dumps({"contexts": [{"context": 512, "ratio_to_control": ratio(1.02)}]}))
-    assert "1.0250" in within({"contexts": [{"context": 512, "ratio_to_control": ratio(1.025)}]}, committed)[0]
+    committed.write_text(json.dumps(found(1.02)))
+    assert "1.0250" in within(found(1.025, output_dir="out/there"), committed)[0]
     with pytest.raises(NumericsError, match="outside"):
-        within({"contexts": [{"context": 512, "ratio_to_control": ratio(1.04)}]}, committed)
+        within(found(1.04), committed)
     with pytest.raises(ConfigError, match="did not measure"):
-        within({"contexts": [{"context": 1024, "ratio_to_control": ratio(1.02)}]}, committed)
+        within(found(1.02, 1024), committed)
+    with pytest.raises(ConfigError, match="seed differ"):
+        within(found(1.02, seed=1), committed)
+    with pytest.raises(ConfigError, match="protocol differ"):
+        within({**found(1.02), "protocol": {"dtype": "bfloat16"}}, committed)
     with pytest.raises(ConfigError, match="no result"):
-        within({"contexts": []}, tmp_path / "absent.json")
+        within(found(1.02), tmp_path / "absent.json")

@@ -160,6 +160,14 @@ def test_weights_that_are_trained_teach_as_a_frozen_copy() -> None:
     torch.testing.assert_close(logits.float(), expected[0], atol=2e-2, rtol=0)
 
 
+def test_a_teacher_follows_its_student_to_another_device() -> None:
+    model, values = tiny_llama(), inputs_of(batch())
+    teacher = teacher_of(model, dtype=torch.float32)
+    there = {name: value.to("meta") for name, value in values.items()}  # the trainer moves the student afterwards
+    assert teacher.hidden(there).device.type == "meta"
+    assert model.device.type == "cpu"
+
+
 def gpt2_without_dropout() -> PreTrainedModel:
     model = tiny_gpt2()
     for module in model.modules():
@@ -448,7 +456,6 @@ def test_the_control_leaves_out_what_only_swaps_learn(tmp_path: Path) -> None:
         ({"stages": STAGES, "training": {"load_best_model_at_end": True}}, "load_best_model_at_end"),
         ({"stages": [{"name": "a", "share": 1.0, "loss": {"kl": 1.0, "hl": 1}}]}, "nearest|Did you mean|unknown key"),
         ({"teacher": "embedded"}, "goes with stages"),
-        ({"stages": [{"name": "a", "share": 1.0, "sequence_length": 4096}]}, "no document"),
     ],
 )
 def test_recipes_whose_stages_make_no_sense_are_refused(tmp_path: Path, changes: Any, words: str) -> None:
@@ -474,6 +481,14 @@ def test_losses_that_look_at_layers_refuse_to_see_them_twice() -> None:
     model.train()
     with chunked_loss(model, objective=objective), pytest.raises(ConfigError, match="runs twice"):
         model(**batch())
+
+
+def test_a_stage_whose_windows_no_document_fills_is_refused(tmp_path: Path) -> None:
+    write_model(tmp_path / "long", tiny_llama(max_position_embeddings=8192))
+    stages = [{"name": "a", "share": 1.0, "sequence_length": 4096}]
+    values = recipe(tmp_path, model={"reference": str(tmp_path / "long")}, stages=stages)
+    with pytest.raises(ConfigError, match="no document"):
+        train(parse_config(values))
 
 
 def test_a_model_saved_with_swaps_needs_a_named_teacher(tmp_path: Path) -> None:

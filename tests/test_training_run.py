@@ -274,6 +274,10 @@ def test_what_is_there_is_not_touched_by_mistake(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"data": {"sequence_length": 256}}, "256 tokens are more than the 128 positions"),
+        (
+            {"stages": [{"name": "long", "share": 1.0, "loss": {"ce": 1.0}, "sequence_length": 256}]},
+            "stages.0.sequence_length: 256 tokens are more than the 128 positions",
+        ),
         ({"swap": "softpick", "optimizer": {"freeze": "all_but_swap"}}, "has no parameters of its own"),
         ({"swap": "none", "optimizer": {"freeze": "all_but_swap"}}, "has no parameters of its own"),
         (

@@ -19,6 +19,7 @@ def heal_command(
     max_tokens: Annotated[str, typer.Option(help="Scored tokens at each context.")] = "16k",
     text: Annotated[Path | None, typer.Option(help="Text to measure on. Default: the built-in offline text.")] = None,
     dtype: Annotated[str, typer.Option(help="Dtype to measure in: fp32, bf16 or fp16.")] = "bf16",
+    device: Annotated[str | None, typer.Option(help="Where to measure. Default: the accelerator, else cpu.")] = None,
     check: Annotated[
         Path | None, typer.Option(help="A committed result.json: fail unless the ratios land in its intervals.")
     ] = None,
@@ -29,7 +30,11 @@ def heal_command(
     weights without the swap. What is there already in the recipe's output_dir is not done again, so a run that was
     stopped goes on with the same command.
     """
-    from attnswap.cli.options import parse_dtype, parse_size  # here, so that --help need not wait for torch
+    from attnswap.cli.options import (
+        parse_device,
+        parse_dtype,
+        parse_size,
+    )  # here, so that --help need not wait for torch
     from attnswap.evaluation.corpus import read_text
     from attnswap.healing import Experiment, heal, summarise_healing
     from attnswap.healing.report import table, within, write
@@ -48,6 +53,7 @@ def heal_command(
         contexts=tuple(parse_size(part) for part in contexts.split(",")),
         max_tokens=parse_size(max_tokens),
         dtype=chosen,
+        device=None if device is None else parse_device(device),
     )
     try:
         result = summarise_healing(experiment, heal(experiment))

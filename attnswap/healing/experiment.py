@@ -15,11 +15,14 @@ import attnswap
 from attnswap.errors import CheckpointError, ConfigError
 from attnswap.evaluation import CONTEXTS, Evaluation, evaluate_perplexity
 from attnswap.evaluation.bootstrap import check_comparable
+from attnswap.evaluation.corpus import load_corpus
 from attnswap.evaluation.fidelity import measure_fidelity
 from attnswap.evaluation.result import write_atomically
+from attnswap.evaluation.scoring import Scorer
 from attnswap.evaluation.structure import measure_structure
+from attnswap.evaluation.windows import plan
 from attnswap.loading import load_model, load_tokenizer
-from attnswap.processes import place
+from attnswap.processes import join, place
 from attnswap.text import evaluation_text
 from attnswap.training.config import TrainConfig, load_config, parse_config, to_mapping
 from attnswap.training.data import load_data
@@ -46,6 +49,7 @@ class Experiment:
         contexts: Context lengths in tokens.
         max_tokens: Scored tokens at each.
         dtype: Dtype of the models when measured.
+        device: Where they are measured; None: this process's accelerator if there is one.
     """
 
     config: TrainConfig
@@ -56,6 +60,7 @@ class Experiment:
     contexts: tuple[int, ...] = CONTEXTS
     max_tokens: int = 16384
     dtype: torch.dtype = torch.bfloat16
+    device: str | None = None
 
     def __post_init__(self) -> None:
         if self.config.swap is None:
@@ -118,37 +123,37 @@ def heal(experiment: Experiment) -> Measured:
         experiment: The experiment.
 
     Raises:
-        ConfigError: The recipe or its control does not fit.
-        StoppedError: A signal asked for the end; the same call goes on from there.
+        ConfigError: The recipe or its control does not fit, or what would be measured cannot be.
+        StoppedError: A signal asked for the end; the same call goes on from there, unless the recipe keeps no
+            optimizer states (``training.save_only_model``).
     """
     config = experiment.config
+    tokenizer = load_tokenizer(config.model.tokenizer or config.model.reference)
+    _check_measurable(experiment, tokenizer)
     healed = _trained(replace(config, output_dir=str(experiment.out / "healed")))
     control = experiment.control
     if control is None:
         control = _trained(experiment.control_config) if experiment.control_learns else healed
     trained = {"healed": _read(healed / "summary.json")}
     trained |= {"control": _read(control / "summary.json")} if control != healed else {}
-    tokenizer = load_tokenizer(config.model.tokenizer or config.model.reference)
     bench = _Bench(experiment, tokenizer)
     original = config.model.reference
-    losses = {"original": bench.losses(control / "original", lambda: load_model(original, dtype=torch.float32))}
+    losses = {"original": bench.losses(control / "original", lambda: bench.load(original))}
     if control == healed or (trained["control"].get("steps_at_rest") and same_weights(str(control), original)):
         losses["control"] = losses["original"]
     else:
-        losses["control"] = bench.losses(control / "control", lambda: load_model(str(control), dtype=torch.float32))
-    losses["unhealed"] = bench.losses(healed / "unhealed", lambda: _unhealed(config))
+        losses["control"] = bench.losses(control / "control", lambda: bench.load(control))
+    losses["unhealed"] = bench.losses(healed / "unhealed", bench.unhealed)
     if config.fit is not None:
-        losses["fitted"] = bench.losses(healed / "fitted", lambda: _unhealed(config, tokenizer))
-    losses["healed"] = bench.losses(healed / "healed", lambda: load_model(str(healed), dtype=torch.float32))
-    losses["bypassed"] = bench.losses(
-        healed / "bypassed", lambda: load_model(str(healed), dtype=torch.float32), bypass=True
-    )
+        losses["fitted"] = bench.losses(healed / "fitted", lambda: bench.unhealed(fit=True))
+    losses["healed"] = bench.losses(healed / "healed", lambda: bench.load(healed))
+    losses["bypassed"] = bench.losses(healed / "bypassed", lambda: bench.load(healed), bypass=True)
     structure = {
-        "original": bench.structure(control / "original", original),
-        "unhealed": bench.structure(healed / "unhealed", lambda: _unhealed(config)),
-        "healed": bench.structure(healed / "healed", str(healed)),
+        "original": bench.structure(control / "original", lambda: bench.load(original)),
+        "unhealed": bench.structure(healed / "unhealed", bench.unhealed),
+        "healed": bench.structure(healed / "healed", lambda: bench.load(healed)),
     }
-    fidelity = {"healed": bench.fidelity(healed / "healed", str(healed), original)}
+    fidelity = {"healed": bench.fidelity(healed / "healed", healed, original)}
     return Measured(
         losses, structure, fidelity, trained, _read(healed / "movement.json"), _read(healed / "training_log.json")
     )
@@ -171,14 +176,12 @@ def _trained(config: TrainConfig) -> Path:
     return train(replace(config, overwrite=config.overwrite or left is not None)).output_dir
 
 
-def _unhealed(config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:
-    """Returns the model with the recipe's swap and no training, fitted if there is a tokenizer."""
-    model = load_model(config.model.reference, dtype=torch.float32)
-    assert config.swap is not None
-    attnswap.patch(model, config.swap, part=config.part, layers=config.layers, heads=config.heads)
-    if tokenizer is not None:
-        fit_swaps(model, config, load_data(config.data, tokenizer).train)
-    return model
+def _check_measurable(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses contexts that the text or the model is too short for, before anything is trained."""
+    corpus = load_corpus(tokenizer, experiment.text)
+    plan(corpus, tokenizer, experiment.contexts, max_tokens=experiment.max_tokens)
+    model = load_model(experiment.config.model.reference, dtype=torch.float32)
+    Scorer(model).check_positions(max(experiment.contexts))
 
 
 def same_weights(reference: str, other: str) -> bool:
@@ -196,6 +199,21 @@ class _Bench:
         self.longest = max(experiment.contexts)
         text = evaluation_text() if experiment.text is None else experiment.text
         self.digest = hashlib.sha256(text.encode()).hexdigest()
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        self.device = experiment.device or join(None) or str(accelerator or "cpu")
+
+    def load(self, reference: str | Path) -> PreTrainedModel:
+        return load_model(reference, dtype=torch.float32, device=self.device)
+
+    def unhealed(self, fit: bool = False) -> PreTrainedModel:
+        """Returns the model with the recipe's swap and no training, its start fitted or not."""
+        config = self.experiment.config
+        model = self.load(config.model.reference)
+        assert config.swap is not None
+        attnswap.patch(model, config.swap, part=config.part, layers=config.layers, heads=config.heads)
+        if fit:
+            fit_swaps(model, config, load_data(config.data, self.tokenizer).train)
+        return model
 
     def losses(self, path: Path, load: Any, *, bypass: bool = False) -> Evaluation:
         file = path.with_name(f"{path.name}-losses.json")
@@ -239,18 +257,17 @@ class _Bench:
         whole = scored < wanted and found.protocol.end == found.corpus["tokens"]
         return found if found.corpus["sha256"] == self.digest and (scored == wanted or whole) else None
 
-    def structure(self, path: Path, source: Any) -> dict[str, Any]:
+    def structure(self, path: Path, load: Any) -> dict[str, Any]:
         def measure() -> dict[str, Any]:
-            model = load_model(source, dtype=torch.float32) if isinstance(source, str) else source()
             window = min(1024, self.longest)
-            found = measure_structure(model, self.tokenizer, text=self.experiment.text, window=window, windows=2)
+            found = measure_structure(load(), self.tokenizer, text=self.experiment.text, window=window, windows=2)
             return found.to_dict()
 
         return self._kept(path.with_name(f"{path.name}-structure.json"), measure)
 
-    def fidelity(self, path: Path, reference: str, original: str) -> dict[str, Any]:
+    def fidelity(self, path: Path, reference: Path, original: str) -> dict[str, Any]:
         def measure() -> dict[str, Any]:
-            models = [load_model(name, dtype=torch.float32) for name in (reference, original)]
+            models = [self.load(name) for name in (reference, original)]
             for model in models:
                 model.to(dtype=self.experiment.dtype)  # type: ignore[call-arg]
             context, text = min(2048, self.longest), self.experiment.text

@@ -136,12 +136,17 @@ def within(result: dict[str, Any], committed: Path) -> list[str]:
 
     Raises:
         NumericsError: A ratio to the control lies outside the committed 95% interval.
-        ConfigError: The file is no such result, or of other contexts.
+        ConfigError: The file is no such result, or of another recipe, other tokens or contexts.
     """
     try:
-        entries = {e["context"]: e["ratio_to_control"] for e in json.loads(committed.read_text())["contexts"]}
+        before = json.loads(committed.read_text())
+        entries = {e["context"]: e["ratio_to_control"] for e in before["contexts"]}
+        ours, theirs = ({"protocol": r["protocol"], **r["recipe"], "output_dir": None} for r in (result, before))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f'--check: "{committed}" is no result of attnswap heal: {error}') from None
+    different = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
+    if different:
+        raise ConfigError(f'--check: "{committed}" is of something else than this: {", ".join(different)} differ')
     lines, outside = [], []
     for entry in result["contexts"]:
         known = entries.get(entry["context"])

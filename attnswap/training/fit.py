@@ -118,7 +118,7 @@ def _settle(model: PreTrainedModel, layer: int, name: str, look: _Look) -> float
     for parameter, value in slot.swap.fit(observed).items():
         module.get_parameter(parameter).copy_(value)
     features: Any = module(observed.hidden[None].to(next(module.parameters()).device))
-    features = {k: v if v.ndim > 1 else v[:, None] for k, v in features.items() if k != "ramp"}
+    features = {k: (v if v.ndim > 1 else v[:, None]).cpu() for k, v in features.items() if k != "ramp"}
     call = Call(
         n=observed.n[None, None],
         features=features,

@@ -90,11 +90,11 @@ def train(config: TrainConfig) -> TrainResult:
     steps_of_plan = {"max_steps": sum(stage.steps for stage in plan)} if plan else {}
     args = training_arguments(replace(config, training={**config.training, **steps_of_plan}), output.partial)
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.reference)
+    model = load_model(config.model.reference, dtype=getattr(torch, config.model.dtype))
+    _check_length(model, config)
     with args.main_process_first(local=False, desc="preparing the data"):
         data = load_data(config.data, tokenizer, [stage.section.sequence_length for stage in plan])
         shown = load_data(config.data, tokenizer).train if config.swap is not None and config.fit is not None else None
-    model = load_model(config.model.reference, dtype=getattr(torch, config.model.dtype))
-    _check_length(model, config)
     use_cache = model.config.use_cache
     set_seed(args.seed)  # gates may start from noise: the same in every process and on resuming
     if config.swap is not None:
@@ -133,8 +133,12 @@ def train(config: TrainConfig) -> TrainResult:
             protection.stop.restore()
         if protection.stop.step is not None and protection.stop.received is not None:
             raise StoppedError(
-                f"stopped by {protection.stop.received.name} after step {protection.stop.step}; go on with "
-                "training.resume_from_checkpoint=latest"
+                f"stopped by {protection.stop.received.name} after step {protection.stop.step}; "
+                + (
+                    "its checkpoint cannot be resumed (training.save_only_model), so start anew with overwrite=true"
+                    if args.save_only_model
+                    else "go on with training.resume_from_checkpoint=latest"
+                )
             )
         after = _held_out_after(trainer)
     movement = trainer.movement.measure(model)
@@ -175,9 +179,7 @@ def learning(model: PreTrainedModel, config: TrainConfig, plan: list[Stage]) -> 
     teacher = None
     if any(stage.section.loss.taught for stage in plan):
         if config.teacher is not None:
-            loaded = load_model(config.teacher, dtype=torch.float32)
-            loaded.to(device=model.device)  # type: ignore[call-arg]
-            teacher = frozen_teacher(loaded, matrix_dtype(config))
+            teacher = frozen_teacher(load_model(config.teacher, dtype=torch.float32), matrix_dtype(config))
         elif config.swap is None and spec_of(model) is not None:
             raise ConfigError(
                 f'teacher: "{config.model.reference}" was saved with swaps; name the model it was before to learn from'
@@ -195,16 +197,16 @@ def fit_swaps(model: PreTrainedModel, config: TrainConfig, windows: datasets.Dat
     """Fits a patched model as a recipe's ``fit`` says, on windows of its training text."""
     assert config.fit is not None
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(config.training.get("bf16"))):
-        fit(model, _text_batches(windows, config.fit.tokens))
+        fit(model, _text_batches(windows, config.fit.tokens, model.device))
 
 
-def _text_batches(windows: datasets.Dataset, tokens: int) -> Iterator[dict[str, torch.Tensor]]:
+def _text_batches(windows: datasets.Dataset, tokens: int, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
     """Yields windows from all over a data set until they hold so many tokens."""
     length = len(windows[0]["input_ids"])
     count = min(len(windows), -(-tokens // length))
     for index in range(count):
         row = windows[index * len(windows) // count]
-        yield {name: row[name][None] for name in ("input_ids", "position_ids")}
+        yield {name: row[name][None].to(device) for name in ("input_ids", "position_ids")}
 
 
 def training_arguments(config: TrainConfig, directory: Path) -> TrainingArguments:
@@ -266,11 +268,14 @@ def freeze_all_but_swap(model: PreTrainedModel) -> None:
 
 def _check_length(model: PreTrainedModel, config: TrainConfig) -> None:
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and config.data.sequence_length > longest:
-        raise ConfigError(
-            f"data.sequence_length: {config.data.sequence_length} tokens are more than the {longest} positions of "
-            f'"{config.model.reference}"'
-        )
+    lengths = {"data.sequence_length": config.data.sequence_length}
+    for index, stage in enumerate(config.stages):
+        lengths[f"stages.{index}.sequence_length"] = stage.sequence_length or 0
+    for key, length in lengths.items():
+        if longest is not None and length > longest:
+            raise ConfigError(
+                f'{key}: {length} tokens are more than the {longest} positions of "{config.model.reference}"'
+            )
 
 
 def _held_out_after(trainer: SwapTrainer) -> dict[str, float] | None:

@@ -47,7 +47,9 @@ class Teacher:
             yield
 
     def hidden(self, inputs: dict[str, Any]) -> Tensor:
-        """Returns the last hidden states, shape (batch, tokens, width)."""
+        """Returns the last hidden states, shape (batch, tokens, width); a copy follows its student to its device."""
+        if not self.shared:
+            self.model.to(device=inputs["input_ids"].device)  # type: ignore[call-arg]
         with self.answering():
             outputs = getattr(self.model, self.model.base_model_prefix)(**inputs, use_cache=False)
         self._bare = type(outputs)(last_hidden_state=None)
