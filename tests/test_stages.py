@@ -160,12 +160,20 @@ def test_weights_that_are_trained_teach_as_a_frozen_copy() -> None:
     torch.testing.assert_close(logits.float(), expected[0], atol=2e-2, rtol=0)
 
 
-def test_a_teacher_follows_its_student_to_another_device() -> None:
+def test_a_teacher_follows_its_student_to_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
     model, values = tiny_llama(), inputs_of(batch())
     teacher = teacher_of(model, dtype=torch.float32)
-    there = {name: value.to("meta") for name, value in values.items()}  # the trainer moves the student afterwards
-    assert teacher.hidden(there).device.type == "meta"
-    assert model.device.type == "cpu"
+
+    class Elsewhere(Exception):
+        """The teacher was sent where the inputs are, which only a machine with two devices can do for real."""
+
+    def to(self: PreTrainedModel, device: torch.device) -> None:
+        assert self is teacher.model
+        raise Elsewhere(device.type)
+
+    monkeypatch.setattr(PreTrainedModel, "to", to)
+    with pytest.raises(Elsewhere, match="meta"):
+        teacher.hidden({name: value.to("meta") for name, value in values.items()})
 
 
 def gpt2_without_dropout() -> PreTrainedModel:
