@@ -88,7 +88,9 @@ class DurableCheckpoints(TrainerCallback):
             self._save(model, trial)
         wait()
         best = trainer.state.best_model_checkpoint
-        if best is not None and Path(best).parent == aside:
+        # Trainer looks for the folder of the best step, too early where the weights are sharded, and in each process
+        # for itself.
+        if trainer.state.best_global_step == trainer.state.global_step:
             trainer.state.best_model_checkpoint = str(folder / name)
         if writes:
             if best != trainer.state.best_model_checkpoint:
