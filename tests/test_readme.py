@@ -58,12 +58,17 @@ def test_figures_of_coverage_and_speed_are_the_committed_ones():
     assert len(alone) == 16 and "Sixteen of them compute attention themselves" in text
 
     ratios = {"forward": [], "forward+backward": []}
+    entmax = {"float32": [], "bfloat16": []}
     for file in (results / "bench").glob("**/bench.json"):
         for cell in json.loads(file.read_text())["cells"]:
+            if cell["kind"] == "swap" and cell["swap"]["name"] == "entmax" and cell["ratio"]:
+                entmax[cell["dtype"]].append(cell["ratio"]["median"])
             native = cell["kind"] == "swap" and cell["swap"]["name"] in ("softpick", "sigmoid", "forgetting-gate")
             if native and cell["dtype"] == "bfloat16" and cell["ratio"] and "=-0.7" not in cell["label"]:
                 ratios[cell["mode"]].append(cell["ratio"]["median"])
-    assert f"takes up to {max(ratios['forward']):.1f} times that" in text
+    assert f"takes up to {max(ratios['forward']):.1f} times that time" in text
+    assert f"entmax up to {max(entmax['float32']):.1f} times that" in text
+    assert f"which computes in fp32, up to {max(entmax['bfloat16']):.1f} times" in text
     least, most = min(ratios["forward+backward"]), max(ratios["forward+backward"])
     assert f"a training pass {least:.1f} to {most:.1f} times" in text
 
