@@ -30,11 +30,8 @@ def heal_command(
     weights without the swap. What is there already in the recipe's output_dir is not done again, so a run that was
     stopped goes on with the same command.
     """
-    from attnswap.cli.options import (
-        parse_device,
-        parse_dtype,
-        parse_size,
-    )  # here, so that --help need not wait for torch
+    # Here, so that --help need not wait for torch.
+    from attnswap.cli.options import parse_device, parse_dtype, parse_size
     from attnswap.evaluation.corpus import read_text
     from attnswap.healing import Experiment, heal, summarise_healing
     from attnswap.healing.report import table, within, write

@@ -63,11 +63,10 @@ def run_suite(
     baseline = None if before is None else before.evaluation
     found = profile(model, tokenizer, reference=twin, baseline=baseline, model_id=reference, **common)
     report = suite_report(found, before)
-    printed = json.dumps(report, indent=2, allow_nan=False) + "\n"
     if out is not None:
         write(report, found, before, out)
     if as_json:
-        sys.stdout.write(printed)
+        sys.stdout.write(json.dumps(report, indent=2, allow_nan=False) + "\n")
         return
     console = Console()
     for note in report["notes"]:
@@ -83,13 +82,14 @@ def write(report: dict[str, Any], found: Profile, before: Profile | None, out: P
     profiles = [found] if before is None else [found, before]
     names = short_names([str(profile.evaluation.model["id"]) for profile in profiles])
     baseline = None if before is None else before.evaluation
+    content = json.dumps(report, indent=1, allow_nan=False) + "\n"  # what is no JSON fails before anything is written
     found.evaluation.save(out / "evaluation.json")
     pictures = {
         "perplexity.png": plot([found.evaluation], out / "perplexity.png", baseline=baseline, labels=names[:1]),
         "retrieval.png": plot_retrieval([p.retrieval for p in profiles], out / "retrieval.png", labels=names),
         "structure.png": plot_structure([p.structure for p in profiles], out / "structure.png", labels=names),
     }
-    write_atomically(out / "suite.json", (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
+    write_atomically(out / "suite.json", content.encode())
     write_atomically(out / "suite.md", markdown(report).encode())
     write_html(report, list(pictures.items()), out / "report.html", title=str(report["title"]))
 

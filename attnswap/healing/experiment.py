@@ -87,7 +87,7 @@ class Experiment:
             theirs = to_mapping(load_config(folder / "recipe.yaml"))
         except ConfigError as error:
             raise ConfigError(f"--control: {error}") from None
-        different = _differences(to_mapping(self.control_config), theirs)
+        different = differences(to_mapping(self.control_config), theirs)
         if different:
             raise ConfigError(
                 f'--control: "{folder}" was trained otherwise than this recipe without its swap: {", ".join(different)}'
@@ -129,7 +129,8 @@ def heal(experiment: Experiment) -> Measured:
     """
     config = experiment.config
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.reference)
-    _check_measurable(experiment, tokenizer)
+    if not (experiment.out / "healed" / "summary.json").is_file():
+        _check_measurable(experiment, tokenizer)
     healed = _trained(replace(config, output_dir=str(experiment.out / "healed")))
     control = experiment.control
     if control is None:
@@ -163,13 +164,13 @@ def _trained(config: TrainConfig) -> Path:
     """Returns the folder of a finished run of a recipe, which is trained or trained on if need be."""
     folder = Path(config.output_dir)
     if (folder / "summary.json").is_file():
-        different = _differences(to_mapping(config), to_mapping(load_config(folder / "recipe.yaml")))
+        different = differences(to_mapping(config), to_mapping(load_config(folder / "recipe.yaml")))
         if different:
             raise ConfigError(f'"{folder}" holds the result of another recipe: {", ".join(different)}')
         return folder
     partial = folder.with_name(folder.name + ".partial")
     left = latest_checkpoint(partial)
-    same = left is not None and not _differences(to_mapping(config), to_mapping(load_config(partial / "recipe.yaml")))
+    same = left is not None and not differences(to_mapping(config), to_mapping(load_config(partial / "recipe.yaml")))
     if same and not config.training.get("save_only_model"):
         config = replace(config, training={**config.training, "resume_from_checkpoint": "latest"})
     say(f"training {folder.name}: {config.swap or 'no swap'}")
@@ -289,7 +290,7 @@ class _Bench:
         return found
 
 
-def _differences(ours: dict[str, Any], theirs: dict[str, Any], path: str = "") -> list[str]:
+def differences(ours: dict[str, Any], theirs: dict[str, Any], path: str = "") -> list[str]:
     """Names the keys in which two recipes differ, but for where and how they run."""
     found: list[str] = []
     if not path and ours.get("swap") == "none":  # without a swap, lambda says nothing
@@ -299,7 +300,7 @@ def _differences(ours: dict[str, Any], theirs: dict[str, Any], path: str = "") -
             continue
         a, b = ours.get(key), theirs.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, f"{path}{key}.")
+            found += differences(a, b, f"{path}{key}.")
         elif a != b:
             found.append(f"{path}{key}")
     return found

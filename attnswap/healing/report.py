@@ -11,6 +11,7 @@ from rich.table import Table
 from attnswap.errors import ConfigError, NumericsError
 from attnswap.evaluation.figure import COLOURS
 from attnswap.evaluation.result import write_atomically
+from attnswap.healing.experiment import differences
 from attnswap.markdown import markdown_table
 
 HEAD = ("context", "original", "control", "unhealed", "healed", "healed / control [95%]", "recovered", "without swap")
@@ -141,10 +142,10 @@ def within(result: dict[str, Any], committed: Path) -> list[str]:
     try:
         before = json.loads(committed.read_text())
         entries = {e["context"]: e["ratio_to_control"] for e in before["contexts"]}
-        ours, theirs = ({"protocol": r["protocol"], **r["recipe"], "output_dir": None} for r in (result, before))
+        different = differences(result["recipe"], before["recipe"])
+        different += ["protocol"] if result["protocol"] != before["protocol"] else []
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f'--check: "{committed}" is no result of attnswap heal: {error}') from None
-    different = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
     if different:
         raise ConfigError(f'--check: "{committed}" is of something else than this: {", ".join(different)} differ')
     lines, outside = [], []
