@@ -35,6 +35,11 @@ class NumericsError(AttnSwapError):
     exit_code = 4
 
 
+def non_finite(what: str) -> NumericsError:
+    """Returns the error for ``what`` a model gave that is not finite, with what a user can do about it."""
+    return NumericsError(f"{what}: check the model's weights, or measure with --dtype fp32 (dtype=torch.float32)")
+
+
 class StoppedError(AttnSwapError):
     """Training ended early because the process was asked to stop. Nothing is lost: a checkpoint was saved."""
 

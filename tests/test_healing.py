@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from training_helpers import recipe, tiny_gpt2, write_model
 
 from attnswap.cli import main
@@ -130,6 +131,9 @@ def test_a_stopped_run_goes_on_and_one_of_another_recipe_does_not(
         assert run(tmp_path) == 0, capsys.readouterr().err
         assert steps[0] == begun
         assert "resume" not in (tmp_path / "out" / "healed" / "recipe.yaml").read_text()
+        folder = tmp_path / "out" / "result"
+        result = json.loads((folder / "result.json").read_text())
+        assert yaml.safe_load((folder / "recipe.yaml").read_text()) == result["recipe"]
         shutil.rmtree(tmp_path / "out")
 
 

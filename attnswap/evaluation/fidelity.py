@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from attnswap.errors import ConfigError, NumericsError
+from attnswap.errors import ConfigError, non_finite
 from attnswap.evaluation.corpus import WINDOWS, spread_windows
 from attnswap.evaluation.scoring import Scorer
 
@@ -84,5 +84,5 @@ def measure_fidelity(
                 tokens += p.shape[0] * p.shape[1]
             advance(context)
     if not math.isfinite(kl):
-        raise NumericsError("the divergence is not finite: check the models' weights, or compare them in fp32")
+        raise non_finite(f"non-finite divergence of the two models at context {context}")
     return Fidelity(kl=kl / tokens, top1=same / tokens, tokens=tokens, context=context)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from attnswap import text as offline
-from attnswap.errors import ConfigError, NumericsError
+from attnswap.errors import ConfigError, non_finite
 from attnswap.evaluation.scoring import Scorer
 
 WORDS = (
@@ -204,10 +204,7 @@ def _score(scorer: Scorer, inputs: Tensor, answer: Tensor, task: str) -> tuple[f
     """Returns whether greedy decoding finds an answer, its log-probability, and its tokens' mean rank."""
     logits = torch.cat(list(scorer.rows(inputs[None, :-1].to(scorer.device), len(answer))), dim=1)[0].cpu()
     if not logits.isfinite().all():
-        raise NumericsError(
-            f"non-finite logits in a prompt of {len(inputs)} tokens ({task}): check the model's weights, or evaluate "
-            "with --dtype fp32 (dtype=torch.float32)"
-        )
+        raise non_finite(f"non-finite logits in a prompt of {len(inputs)} tokens ({task})")
     own = logits.gather(1, answer[:, None])
     before = torch.arange(logits.shape[1]) < answer[:, None]  # argmax takes the first of equals
     rank = ((logits > own) | ((logits == own) & before)).sum(-1) + 1

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from attnswap.errors import ConfigError, NumericsError, UnsupportedModelError
+from attnswap.errors import ConfigError, UnsupportedModelError, non_finite
 from attnswap.evaluation.windows import Window
 from attnswap.surgery.attach import base_of, evaluating
 
@@ -113,9 +113,8 @@ class Scorer:
         nll = self.nll(inputs, targets)
         for window, finite in zip(windows, nll.isfinite().all(dim=1).tolist(), strict=True):
             if not finite:
-                raise NumericsError(
-                    f"non-finite NLL in the window of tokens {window.begin} to {window.end - 1}, context {window.fed}: "
-                    "check the model's weights, or evaluate with --dtype fp32 (dtype=torch.float32)"
+                raise non_finite(
+                    f"non-finite NLL in the window of tokens {window.begin} to {window.end - 1}, context {window.fed}"
                 )
         return nll
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from attnswap.errors import ConfigError, NumericsError, UnsupportedModelError
+from attnswap.errors import ConfigError, UnsupportedModelError, non_finite
 from attnswap.evaluation.corpus import WINDOWS, spread_windows
 from attnswap.evaluation.scoring import Scorer
 from attnswap.surgery.attach import base_of, patched_modules, spec_of
@@ -133,10 +133,7 @@ def measure_structure(
     figures |= {name: np.array([getattr(states, name)[i] for i in layers]) for name in ("largest", "ratio", "kurtosis")}
     for name, values in figures.items():
         if not np.isfinite(values).all():
-            raise NumericsError(
-                f"{type(inner).__name__} gives a non-finite {name}: check its weights, or measure with --dtype fp32 "
-                "(dtype=torch.float32)"
-            )
+            raise non_finite(f"{type(inner).__name__} gives a non-finite {name}")
     return Structure(layers=layers, **figures, tokens=len(inputs) * window)
 
 

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.table import Table
 
 from attnswap.errors import ConfigError, NumericsError
@@ -164,7 +165,7 @@ def within(result: dict[str, Any], committed: Path) -> list[str]:
 
 
 def write(result: dict[str, Any], folder: Path, healed: Path) -> None:
-    """Writes the folder of a result: JSON, table, picture, the recipe as it ran and the log of its steps.
+    """Writes the folder of a result: JSON, table, picture, its recipe and the log of its steps.
 
     Args:
         result: See :func:`attnswap.healing.summarise_healing`.
@@ -174,5 +175,5 @@ def write(result: dict[str, Any], folder: Path, healed: Path) -> None:
     write_atomically(folder / "result.json", (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
     write_atomically(folder / "result.md", markdown(result).encode())
     plot(result, folder / "result.png")
-    for name in ("recipe.yaml", "steps.jsonl"):
-        shutil.copyfile(healed / name, folder / name)
+    write_atomically(folder / "recipe.yaml", yaml.safe_dump(result["recipe"], sort_keys=False).encode())
+    shutil.copyfile(healed / "steps.jsonl", folder / "steps.jsonl")
