@@ -66,6 +66,12 @@ def test_a_result_is_complete_and_its_folder_holds_what_it_was_made_of(name: str
     assert markdown(result).split("\n\n")[1] in (folder / "README.md").read_text(), "the README shows another table"
 
 
+@pytest.mark.parametrize("name", [n for n, r in FOUND.items() if n == r["swap"]["name"] and r["identity_start"]])
+def test_a_swap_that_starts_as_the_model_was_costs_it_nothing(name: str) -> None:
+    """The recipes that results are named after; what was tried on the way has folders of its own."""
+    assert max(entry["ratio_to_control"]["log_hi"] for entry in FOUND[name]["contexts"]) <= 0.005
+
+
 def test_the_leaderboard_is_made_of_the_results() -> None:
     assert (RESULTS / PAGE).read_text() == page(FOUND)
     assert table(FOUND).count("\n") == len(FOUND) + 1
