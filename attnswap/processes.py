@@ -42,6 +42,12 @@ def share(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def default_device() -> str:
+    """Returns the type of this machine's accelerator, or "cpu"."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator.type if accelerator else "cpu"
+
+
 def join(device: str | None) -> str | None:
     """Joins the other processes of an ``accelerate launch``, if there are any.
 

