@@ -151,7 +151,7 @@ def test_the_command_writes_one_report(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "text.txt").write_text(TEXT * 2)
     out = tmp_path / "out"
     words = [str(tmp_path / "healed"), "--suite", "long", "--text", str(tmp_path / "text.txt"), "--prompts", "1"]
-    words += ["--contexts", "64,512", "--max-tokens", "600", "--dtype", "fp32"]
+    words += ["--contexts", "64,512", "--max-tokens", "600", "--dtype", "fp32", "--seed", "3"]
     assert run(*words, "--baseline", str(tmp_path / "original"), "--out", str(out)) == 0, capsys.readouterr().err
     assert {path.name for path in out.iterdir()} == {
         "report.html", "suite.json", "suite.md", "evaluation.json", "evaluation.npz", "perplexity.png",
@@ -166,6 +166,8 @@ def test_the_command_writes_one_report(tmp_path: Path, capsys: pytest.CaptureFix
         assert section["title"] in page
         assert section["title"] in table
     assert page.count("data:image/png;base64,") == 3
+    assert json.loads((out / "evaluation.json").read_text())["env"]["seed"] == 3
+    assert json.loads((out / "suite.json").read_text())["options"]["seed"] == 3
 
     capsys.readouterr()
     assert run(*words, "--suite", "short") == 2

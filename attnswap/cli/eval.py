@@ -37,6 +37,7 @@ def eval_command(
         str | None, typer.Option(help='"long": also retrieval, structure, rounding, an HTML page.')
     ] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Retrieval prompts of each task, length and depth.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of the prompts and the bootstraps.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Directory for JSON, losses, table and plot.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")] = False,
 ) -> None:
@@ -65,7 +66,7 @@ def eval_command(
             )
         from attnswap.cli.suite import run_suite
 
-        options = SuiteOptions(contexts=tuple(lengths), prompts=prompts)
+        options = SuiteOptions(contexts=tuple(lengths), prompts=prompts, seed=seed)
         return run_suite(
             model,
             baseline,
@@ -92,6 +93,7 @@ def eval_command(
             baseline=against,
             model_id=reference,
             corpus_id=text.name if text else dataset,
+            seed=seed,
         )
 
     reference: Evaluation | None = None

@@ -103,6 +103,8 @@ def write(
     for report, stem in zip(reports, ("structure", "against"), strict=False):
         content = json.dumps(report, indent=1, allow_nan=False) + "\n"
         write_atomically(folder / f"{stem}.json", content.encode())
+    if len(reports) == 1:
+        (folder / "against.json").unlink(missing_ok=True)  # of an earlier comparison
     write_atomically(folder / "structure.md", markdown(structures, names).encode())
     plot_structure(structures, folder / "structure.png", labels=names)
 
