@@ -245,7 +245,7 @@ def initial_features(swap: Swap, case: Case, seed: int = 0) -> tuple[dict[str, T
     sizes = {"heads": case.heads, "kv_heads": case.kv_heads, "hidden": 8}
     parameters = {}
     for name, declared in swap.gate_parameters().items():
-        shape = [sizes[s] for s in declared.shape]
+        shape = [s if isinstance(s, int) else sizes[s] for s in declared.shape]
         noise = torch.randn(shape, generator=generator)
         parameters[name] = (declared.initial + declared.std * noise).requires_grad_()
     hidden = torch.randn(case.batch, case.keys, 8, generator=generator)

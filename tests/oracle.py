@@ -5,6 +5,7 @@ each swap's formula is written out again.
 """
 
 import contextlib
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -136,7 +137,11 @@ def row_weights(swap, p, z, n, lam, sink, head, kv_head, hidden, i, keys, real):
         return entmax_row(z, sink, 1 + lam * (alpha - 1)), ones
     if swap.name == "sigmoid" and swap.bias == "predicted":
         known = np.log(np.exp(z).sum() + (0.0 if sink is None else np.exp(sink)))
-        told = p["weight"][head] @ hidden[i] + p["offset"][head] + p["slope"][head] * np.log(n)
+        inner = p["inner"] @ hidden[i] + p["inner_bias"]
+        gelu = inner * 0.5 * np.array([math.erfc(-x / math.sqrt(2)) for x in inner])
+        told = (
+            p["weight"][head] @ hidden[i] + p["outer"][head] @ gelu + p["offset"][head] + p["slope"][head] * np.log(n)
+        )
         e = np.exp(z - (1 - lam) * known - lam * told)
         return e / (1 + lam * e), ones
     if swap.name == "sigmoid":

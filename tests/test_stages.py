@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 import attnswap
 from attnswap.errors import ConfigError
 from attnswap.surgery.attach import patched_modules
+from attnswap.swaps.base import Call, Observed
 from attnswap.training import (
     Distillation,
     LossSection,
@@ -558,6 +559,26 @@ def test_a_fitted_sigmoid_knows_most_of_the_logsumexp() -> None:
         fit(tiny_llama(), [{"input_ids": ids}])
     with pytest.raises(ConfigError, match="no text"):
         fit(model, [])
+
+
+def test_a_network_finds_what_a_linear_map_of_the_hidden_state_cannot() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = 3 * torch.randn(6000, 8, generator=generator)
+    n = torch.randint(1, 100, (6000,), generator=generator).float()
+    query = hidden @ torch.randn(8, 2, generator=generator)
+    logsumexp = (query + 0.02 * query.square() + n.log()[:, None]).T
+    left = {}
+    for units in (0, 32):
+        swap = attnswap.Sigmoid(bias="predicted", units=units)
+        with torch.no_grad():
+            found = swap.fit(Observed(hidden[:5000], logsumexp[:, :5000], n[:5000]))
+            assert set(found) == {*swap.gate_parameters(), "offset", "slope"}
+            features = swap.gates(hidden[None, 5000:], found) | {k: found[k][:, None] for k in ("offset", "slope")}
+        call = Call(n[None, None, 5000:], features, 1.0, torch.arange(1000), logsumexp=logsumexp[None, :, 5000:])
+        error = swap.regression(call)
+        assert error is not None
+        left[units] = float(error.mean())
+    assert left[32] < 0.1 * left[0]
 
 
 def test_what_a_swap_predicts_is_regressed_in_the_loss() -> None:

@@ -35,7 +35,7 @@ class SwapModule(nn.Module):
                 self._add(name, (sizes["heads" if feature.heads == "query" else "kv_heads"],), device)
                 self.starts[name] = (0.0 if feature.initial is None else feature.initial, feature.std)
         for name, parameter in slot.swap.gate_parameters().items():
-            self._add(name, tuple(sizes[size] for size in parameter.shape), device)
+            self._add(name, tuple(size if isinstance(size, int) else sizes[size] for size in parameter.shape), device)
             self.starts[name] = (parameter.initial, parameter.std)
         self.ramp: Tensor
         self.register_buffer("ramp", torch.tensor(slot.ramp, dtype=torch.float32, device=device))

@@ -49,12 +49,12 @@ class Parameter:
     """A learned tensor that feeds a gate: initialised to ``initial`` plus normal noise of deviation ``std``.
 
     Attributes:
-        shape: Sizes by name: ``"heads"`` (the heads swapped), ``"kv_heads"``, ``"hidden"``.
+        shape: Sizes, by name where the model has them: ``"heads"`` (the heads swapped), ``"kv_heads"``, ``"hidden"``.
         initial: Mean of the initial values.
         std: Standard deviation of the initial values.
     """
 
-    shape: tuple[Literal["heads", "kv_heads", "hidden"], ...]
+    shape: tuple[Literal["heads", "kv_heads", "hidden"] | int, ...]
     initial: float = 0.0
     std: float = 0.0
 
@@ -264,7 +264,7 @@ class Swap:
         return False
 
     def fit(self, seen: Observed) -> dict[str, Tensor]:
-        """Returns a closed-form start of learned tensors; see ``attnswap.training.fit``.
+        """Returns a start of learned tensors found by least squares; see ``attnswap.training.fit``.
 
         Args:
             seen: Text through one layer.

@@ -7,9 +7,12 @@ start of training. Put into a pretrained softmax model that start is far off (pe
 model lacks is its normalizer, the logsumexp L_i of a row. Most of it can be told without looking at the keys, so
 ``bias="predicted"`` learns it from the query's token:
 
-    b_i = -(w . x_i + offset + slope ln n_i),   the start being a regression to L_i (``attnswap.training.fit``)
+    b_i = -(w . x_i + u . gelu(V x_i + c) + offset + slope ln n_i),
 
-and its ramp leads from softmax to sigmoid without a jump: with l_i = (1 - lambda) L_i + lambda (-b_i),
+the start being a regression to L_i (``attnswap.training.fit``). The linear part knows of keys that are always there,
+such as the first; what the spread of all the others adds is closer to a square of the query, hence the network, which
+the heads of a layer share. The ramp leads from softmax to sigmoid without a jump: with
+l_i = (1 - lambda) L_i + lambda (-b_i),
 
     w_ij = e^(z_ij - l_i) / (1 + lambda e^(z_ij - l_i)),   L_i detached.
 
@@ -23,13 +26,16 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import gelu, linear
 
 from attnswap.errors import ConfigError
 from attnswap.swaps import expression as fn
 from attnswap.swaps.base import Call, Feature, ModelInfo, Numbers, Observed, Parameter, Swap, Terms, require
 
 RIDGE = 1e-3
-"""Penalty of the regression, over the mean square of what it reads."""
+"""Penalty of the linear regression, over the mean square of what it reads."""
+STEPS, BATCH, RATE = 600, 4096, 3e-3
+"""Of the fit of the network to what the linear regression leaves."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +48,14 @@ class Sigmoid(Swap):
             ``max_position_embeddings``, the paper's choice.
         bias_log_n: Coefficient of ln n in the bias; -1 with ``bias=0`` makes it per-row.
         divide_by_n: Divide each row by its number of visible keys.
+        units: Width of the network that predicts a bias beside a linear map of the hidden state; 0: the map alone.
         max_positions: Training length behind the default bias; filled in from the model.
     """
 
     bias: float | Literal["learned", "predicted"] | None = None
     bias_log_n: float = 0.0
     divide_by_n: bool = False
+    units: int = 128
     max_positions: int | None = None
 
     name: ClassVar[str] = "sigmoid"
@@ -63,6 +71,7 @@ class Sigmoid(Swap):
             self.bias != "predicted" or (self.bias_log_n == 0 and not self.divide_by_n),
             'sigmoid: bias="predicted" learns how it depends on n: leave out bias_log_n and divide_by_n',
         )
+        require(self.units >= 0, "sigmoid: units must not be negative")
         require(self.max_positions is None or self.max_positions > 0, "sigmoid: max_positions must be positive")
 
     def bind(self, info: ModelInfo) -> Self:
@@ -98,12 +107,24 @@ class Sigmoid(Swap):
         return {}
 
     def gate_parameters(self) -> dict[str, Parameter]:
-        return {"weight": Parameter(("heads", "hidden"))} if self.bias == "predicted" else {}
+        if self.bias != "predicted":
+            return {}
+        network = {
+            "inner": Parameter((self.units, "hidden"), std=0.02),
+            "inner_bias": Parameter((self.units,)),
+            "outer": Parameter(("heads", self.units)),
+        }
+        return {"weight": Parameter(("heads", "hidden"))} | (network if self.units else {})
 
     def gates(self, hidden: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.bias != "predicted":
             return {}
-        return {"level": torch.nn.functional.linear(hidden, parameters["weight"]).transpose(1, 2)}
+        level = linear(hidden, parameters["weight"])
+        if self.units:
+            level = level + linear(
+                gelu(linear(hidden, parameters["inner"], parameters["inner_bias"])), parameters["outer"]
+            )
+        return {"level": level.transpose(1, 2)}
 
     def fit(self, seen: Observed) -> dict[str, Tensor]:
         if self.bias != "predicted":
@@ -113,7 +134,9 @@ class Sigmoid(Swap):
         ridge = torch.full((x.shape[1],), float(penalty), dtype=x.dtype, device=x.device)
         ridge[-2:] = 1e-6 * len(x)
         found = torch.linalg.solve(x.T @ x + ridge.diag(), x.T @ seen.logsumexp.T.double()).T.float()
-        return {"weight": found[:, :-2].contiguous(), "slope": found[:, -2], "offset": found[:, -1]}
+        straight = {"weight": found[:, :-2].contiguous(), "slope": found[:, -2], "offset": found[:, -1]}
+        left = seen.logsumexp.T - x.float() @ found.T
+        return straight | (_fit_network(seen.hidden, left, self.units) if self.units else {})
 
     def regression(self, call: Call) -> Tensor | None:
         if self.bias != "predicted" or call.logsumexp is None:
@@ -151,6 +174,28 @@ class Sigmoid(Swap):
 
     def null(self, shift: Any, n: Any, p: Numbers) -> Any:
         return n if self.divide_by_n else 1.0
+
+
+@torch.enable_grad()
+def _fit_network(hidden: Tensor, target: Tensor, units: int) -> dict[str, Tensor]:
+    """Returns the network's tensors after some steps of Adam towards a target of shape (tokens, heads)."""
+    generator = torch.Generator(hidden.device).manual_seed(0)
+    size = float(hidden.square().mean().sqrt())
+    noise = torch.randn(units, hidden.shape[1], generator=generator, device=hidden.device)
+    inner = (noise / (size * hidden.shape[1] ** 0.5)).requires_grad_()
+    inner_bias = torch.zeros(units, device=hidden.device, requires_grad=True)
+    outer = torch.zeros(target.shape[1], units, device=hidden.device, requires_grad=True)
+    groups: list[dict[str, Any]] = [{"params": [inner], "lr": RATE / size}, {"params": [inner_bias, outer]}]
+    optimizer = torch.optim.Adam(groups, lr=RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [RATE / size, RATE], total_steps=STEPS)
+    for _ in range(STEPS):
+        rows = torch.randint(len(hidden), (BATCH,), generator=generator, device=hidden.device)
+        found = linear(gelu(linear(hidden[rows], inner, inner_bias)), outer)
+        optimizer.zero_grad()
+        (found - target[rows]).square().mean().backward()
+        optimizer.step()
+        schedule.step()
+    return {name: x.detach() for name, x in (("inner", inner), ("inner_bias", inner_bias), ("outer", outer))}
 
 
 if __name__ == "__main__":

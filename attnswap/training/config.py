@@ -166,7 +166,7 @@ class TrainConfig:
             :class:`attnswap.training.StageSection`.
         teacher: The model that stages learn from, as ``model.reference``; None: the model itself, as it was before the
             swap and the training.
-        fit: Start the swap by a closed-form fit; see :class:`FitSection`. None: at its own start.
+        fit: Start the swap by a least-squares fit; see :class:`FitSection`. None: at its own start.
     """
 
     output_dir: str

@@ -1,10 +1,11 @@
-"""Calibration in closed form: swaps that can start from what the unswapped model does on a little text."""
+"""Calibration by least squares: swaps that can start from what the unswapped model does on a little text."""
 
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import attnswap
@@ -31,7 +32,7 @@ def fit(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> dict[st
         batches: Keyword arguments of the model, such as ``input_ids``; 50 to 200 thousand tokens are plenty.
 
     Returns:
-        For each slot and layer (``"<layer>.<slot>"``) the root mean square of what its start gets wrong.
+        For each slot and layer (``"<layer>.<slot>"``) the root mean square of what its start gets wrong there.
 
     Raises:
         ConfigError: The model is not patched, none of its swaps can be fitted, or there was no text.
@@ -48,7 +49,9 @@ def fit(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> dict[st
     if not fitted:
         raise ConfigError("no swap of this model has a start that can be fitted (a sigmoid with bias: predicted has)")
     seen = _look(model, spec, fitted, batches)
-    return {f"{layer}.{name}": _settle(model, layer, name, seen[layer, name]) for layer, name in sorted(fitted)}
+    bar = tqdm(sorted(fitted), desc="fitting", unit="layer", disable=None)
+    with torch.autocast("cpu", enabled=False):  # what was seen lies there
+        return {f"{layer}.{name}": _settle(model, layer, name, seen[layer, name]) for layer, name in bar}
 
 
 class _Look:

@@ -59,7 +59,7 @@ class FitSection:
         tokens: Tokens of the training text to look at.
     """
 
-    tokens: int = 65536
+    tokens: int = 131072
 
     def __post_init__(self) -> None:
         require(self.tokens > 0, "fit.tokens: must be positive")
