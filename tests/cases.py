@@ -58,6 +58,7 @@ def variants() -> list[Swap]:
         attnswap.Entmax(alpha=2.0),
         attnswap.Entmax(alpha=1.2),
         attnswap.Entmax(alpha="learned"),
+        attnswap.Entmax(scale="predicted"),
         attnswap.ForgettingGate(),
         attnswap.ForgettingGate(init="paper"),
     ]

@@ -110,6 +110,12 @@ def gate(parameters, side, hidden, head):
     return hidden @ parameters[f"{side}weight"][head] + parameters[f"{side}bias"][head]
 
 
+def predicted(p, head, x, n):
+    inner = p["inner"] @ x + p["inner_bias"]
+    gelu = inner * 0.5 * np.array([math.erfc(-v / math.sqrt(2)) for v in inner])
+    return p["weight"][head] @ x + p["outer"][head] @ gelu + p["offset"][head] + p["slope"][head] * np.log(n)
+
+
 def row_weights(swap, p, z, n, lam, sink, head, kv_head, hidden, i, keys, real):
     """Weights of one row over its visible keys, and the factor on each value."""
     ones = np.ones(len(keys))
@@ -134,15 +140,11 @@ def row_weights(swap, p, z, n, lam, sink, head, kv_head, hidden, i, keys, real):
         return np.exp(z) / (np.exp(z).sum() + rest), ones
     if swap.name == "entmax":
         alpha = 1 + sigmoid(p["alpha_logit"][head]) if swap.alpha == "learned" else swap.alpha
-        return entmax_row(z, sink, 1 + lam * (alpha - 1)), ones
+        scale = np.exp(min(predicted(p, head, hidden[i], n), 2.0)) if swap.scale else 1.0
+        return entmax_row((1 + lam * (scale - 1)) * z, sink, 1 + lam * (alpha - 1)), ones
     if swap.name == "sigmoid" and swap.bias == "predicted":
         known = np.log(np.exp(z).sum() + (0.0 if sink is None else np.exp(sink)))
-        inner = p["inner"] @ hidden[i] + p["inner_bias"]
-        gelu = inner * 0.5 * np.array([math.erfc(-x / math.sqrt(2)) for x in inner])
-        told = (
-            p["weight"][head] @ hidden[i] + p["outer"][head] @ gelu + p["offset"][head] + p["slope"][head] * np.log(n)
-        )
-        e = np.exp(z - (1 - lam) * known - lam * told)
+        e = np.exp(z - (1 - lam) * known - lam * predicted(p, head, hidden[i], n))
         return e / (1 + lam * e), ones
     if swap.name == "sigmoid":
         bias = (

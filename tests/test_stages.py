@@ -571,13 +571,14 @@ def test_a_network_finds_what_a_linear_map_of_the_hidden_state_cannot() -> None:
     for units in (0, 32):
         swap = attnswap.Sigmoid(bias="predicted", units=units)
         with torch.no_grad():
-            found = swap.fit(Observed(hidden[:5000], logsumexp[:, :5000], n[:5000]))
+            found, missed = swap.fit(Observed(hidden[:5000], {1.0: logsumexp[:, :5000]}, n[:5000]))
             assert set(found) == {*swap.gate_parameters(), "offset", "slope"}
             features = swap.gates(hidden[None, 5000:], found) | {k: found[k][:, None] for k in ("offset", "slope")}
         call = Call(n[None, None, 5000:], features, 1.0, torch.arange(1000), logsumexp=logsumexp[None, :, 5000:])
         error = swap.regression(call)
         assert error is not None
         left[units] = float(error.mean())
+        assert missed == pytest.approx(left[units] ** 0.5, rel=0.2)
     assert left[32] < 0.1 * left[0]
 
 

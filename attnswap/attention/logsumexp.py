@@ -10,18 +10,19 @@ from attnswap.swaps.base import Terms
 
 
 @torch.no_grad()
-def logsumexp(problem: Problem) -> Tensor:
+def logsumexp(problem: Problem, power: float = 1.0) -> Tensor:
     """Returns the logsumexp of a call's scores as the model made them, without the swap's own terms.
 
     Args:
         problem: The call.
+        power: Multiplies the scores, and with them the model's own sinks.
 
     Returns:
         Shape (batch, heads, queries), in the computing dtype, without gradients; 0 for a row that sees no key.
     """
     problem = problem.regular()
     if _stock_serves(problem):
-        return _stock(problem)
+        return _stock(problem, power)
     parts = []
     for block in row_blocks(problem):
         visible = problem.visibility.mask(block.start, block.stop, block.k0, block.k1)
@@ -29,7 +30,7 @@ def logsumexp(problem: Problem) -> Tensor:
         sinks = sink_column(problem, block)
         if sinks is not None:
             s = torch.cat([s, sinks.expand(*s.shape[:3], 1)], dim=-1)
-        total = s.logsumexp(-1)
+        total = (power * s).logsumexp(-1)
         parts.append(total.masked_fill(total.isneginf(), 0.0))
     return torch.cat(parts, dim=2)
 
@@ -46,7 +47,7 @@ def _tracing() -> bool:
     return torch.compiler.is_compiling() or torch.compiler.is_exporting()
 
 
-def _stock(problem: Problem) -> Tensor:
+def _stock(problem: Problem, power: float) -> Tensor:
     key = problem.key.repeat_interleave(problem.groups, 1)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return kernel(problem.query, key, key, 0.0, True, scale=problem.scaling)[1].to(problem.dtype)
+    return kernel(problem.query, key, key, 0.0, True, scale=power * problem.scaling)[1].to(problem.dtype)

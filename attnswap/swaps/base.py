@@ -88,12 +88,13 @@ class Observed:
 
     Attributes:
         hidden: What entered the attention module, shape (tokens, hidden).
-        logsumexp: Of the scores of the heads swapped, shape (heads, tokens).
+        log_sums: The logsumexp of a multiple of each row's scores, shape (heads, tokens), by the multiples that
+            :attr:`Swap.fit_powers` names; that of 1 is softmax's normalizer.
         n: Keys visible to each token, shape (tokens,).
     """
 
     hidden: Tensor
-    logsumexp: Tensor
+    log_sums: Mapping[float, Tensor]
     n: Tensor
 
 
@@ -263,16 +264,22 @@ class Swap:
         """Whether the ramp begins from softmax's own normalizer, which costs another pass over the scores."""
         return False
 
-    def fit(self, seen: Observed) -> dict[str, Tensor]:
+    @property
+    def fit_powers(self) -> tuple[float, ...]:
+        """The powers of e^score whose sums over a row :meth:`fit` reads; none: there is nothing to fit."""
+        return ()
+
+    def fit(self, seen: Observed) -> tuple[dict[str, Tensor], float]:
         """Returns a start of learned tensors found by least squares; see ``attnswap.training.fit``.
 
         Args:
             seen: Text through one layer.
 
         Returns:
-            Values by the names of features and gate parameters; those left out stay at their start.
+            Values by the names of features and gate parameters (those left out stay at their start), and the root
+            mean square of what they miss.
         """
-        return {}
+        raise NotImplementedError(f"{self.name} has nothing to fit")
 
     def regression(self, call: Call) -> Tensor | None:
         """Returns how far a prediction is from what the unswapped layer has at hand, or None if nothing is predicted.

@@ -7,29 +7,52 @@ letters the threshold is tau = (alpha - 1) t - 1; written with t the formula has
 along alpha: alpha(lambda) = 1 + lambda (alpha - 1). A learned alpha stays in (1, 2) and does not learn before lambda is
 1, because its gradient is noise near alpha = 1.
 
-Caveats: a pretrained model's scores spread over tens of units, where few keys survive; start at lambda 0 and raise it.
-A model's own sinks take part in the sum.
+At equal scores entmax is much sharper than softmax: a change of score moves its weights as it moves softmax's, times
+about sum_j p_j^alpha over p, softmax's weights. ``scale="predicted"`` multiplies a query's scores by e^t_i, t being
+a function of its token and ln n (``attnswap.swaps.predicted``) whose regression starts at
+
+    e^t_i = sum_j p_ij^alpha / alpha,
+
+where entmax comes as near to softmax as a scale takes it, with most weights 0 still. ASEntmax scales scores by
+delta + beta (ln n)^gamma to the same end.
+
+Caveats: a pretrained model's scores spread over tens of units, where few keys survive; predict a scale, or start at
+lambda 0 and raise it. A model's own sinks take part in the sum, unscaled.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from torch import Tensor
+
 from attnswap.swaps import expression as fn
-from attnswap.swaps.base import Feature, Numbers, Swap, require
+from attnswap.swaps import predicted
+from attnswap.swaps.base import Call, Feature, Numbers, Observed, Parameter, Swap, Terms, require
+
+LARGEST = 2.0
+"""Upper bound of the logarithm of a predicted scale; those that are fitted lie below 0."""
 
 
 @dataclass(frozen=True)
 class Entmax(Swap):
     """Entmax (Peters et al., arXiv 1905.05702; learned alpha: Correia et al., arXiv 1909.00015).
 
+    Adaptive scales: Vasylenko et al., arXiv 2506.16640.
+
     Attributes:
         alpha: In (1, 2], or ``"learned"``: one per head, 1 + sigmoid(a).
         start: Where a learned alpha starts, in (1, 2).
+        scale: ``"predicted"``: each query's scores times a number told from its hidden state, 1 before it is fitted or
+            learned; the one for pretrained models. None: as they are.
+        units: Width of the network that predicts beside a linear map of the hidden state; 0: the map alone.
     """
 
     alpha: float | Literal["learned"] = 1.5
     start: float = 1.5
+    scale: Literal["predicted"] | None = None
+    units: int = 128
 
     name: ClassVar[str] = "entmax"
     paper: ClassVar[str] = "Sparse Sequence-to-Sequence Models (arXiv 1905.05702)"
@@ -42,12 +65,43 @@ class Entmax(Swap):
         super().__post_init__()
         require(self.alpha == "learned" or 1 < self.alpha <= 2, f"entmax: alpha must be in (1, 2], not {self.alpha}")
         require(1 < self.start < 2, f"entmax: start must be in (1, 2), not {self.start}")
+        require(self.units >= 0, "entmax: units must not be negative")
+
+    @property
+    def needs_n(self) -> bool:  # type: ignore[override]
+        return self.scale is not None
 
     def features(self) -> dict[str, Feature]:
-        if self.alpha != "learned":
-            return {}
-        initial = math.log((self.start - 1) / (2 - self.start))
-        return {"alpha_logit": Feature("head", initial=initial, what="a; alpha is 1 + sigmoid(a)")}
+        found = predicted.features("the logarithm of the scale") if self.scale else {}
+        if self.alpha == "learned":
+            initial = math.log((self.start - 1) / (2 - self.start))
+            found["alpha_logit"] = Feature("head", initial=initial, what="a; alpha is 1 + sigmoid(a)")
+        return found
+
+    def gate_parameters(self) -> dict[str, Parameter]:
+        return predicted.gate_parameters(self.units) if self.scale else {}
+
+    def gates(self, hidden: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return predicted.gates(hidden, parameters) if self.scale else {}
+
+    @property
+    def fit_powers(self) -> tuple[float, ...]:
+        return (1.0, self._first_alpha) if self.scale else ()
+
+    @property
+    def _first_alpha(self) -> float:
+        return self.start if self.alpha == "learned" else self.alpha
+
+    def fit(self, seen: Observed) -> tuple[dict[str, Tensor], float]:
+        alpha = self._first_alpha
+        share = seen.log_sums[alpha] - alpha * seen.log_sums[1.0]  # ln sum_j p_j^alpha
+        return predicted.fit(seen, share - math.log(alpha), self.units)
+
+    def terms(self, call: Call) -> Terms:
+        if not self.scale:
+            return Terms()
+        scale = predicted.predicted(call).clamp(max=LARGEST).exp()
+        return Terms(query_scale=1 + call.ramp * (scale - 1))
 
     def weight(self, s: Any, shift: Any, p: Numbers) -> Any:
         order = self.mass_power(p)

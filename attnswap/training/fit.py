@@ -9,6 +9,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import attnswap
+from attnswap.attention.logsumexp import logsumexp
 from attnswap.attention.problem import Problem
 from attnswap.errors import ConfigError
 from attnswap.surgery.attach import child_of, evaluating, patched_modules, spec_of
@@ -16,7 +17,7 @@ from attnswap.surgery.call import LayerCall
 from attnswap.surgery.patch import check_ramp
 from attnswap.surgery.seam import Enter
 from attnswap.surgery.spec import PatchSpec
-from attnswap.swaps.base import Call, Observed
+from attnswap.swaps.base import Observed
 from attnswap.training.observing import observing
 
 SMALL = 2.0**-20
@@ -41,13 +42,13 @@ def fit(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> dict[st
     if spec is None:
         raise ConfigError(f"this {type(model).__name__} is not patched, so there is nothing to fit")
     fitted = {
-        (layer, name)
-        for layer, slots in spec.layers.items()
-        for name, slot in slots.items()
-        if slot.swap.needs_logsumexp
+        (layer, name) for layer, slots in spec.layers.items() for name, slot in slots.items() if slot.swap.fit_powers
     }
     if not fitted:
-        raise ConfigError("no swap of this model has a start that can be fitted (a sigmoid with bias: predicted has)")
+        raise ConfigError(
+            "no swap of this model has a start that can be fitted (sigmoid with bias: predicted and entmax with "
+            "scale: predicted have)"
+        )
     seen = _look(model, spec, fitted, batches)
     bar = tqdm(sorted(fitted), desc="fitting", unit="layer", disable=None)
     with torch.autocast("cpu", enabled=False):  # what was seen lies there
@@ -59,20 +60,22 @@ class _Look:
 
     def __init__(self) -> None:
         self.hidden: list[Tensor] = []
-        self.logsumexp: list[Tensor] = []
+        self.log_sums: dict[float, list[Tensor]] = {}
         self.n: list[Tensor] = []
 
     def take(self, hidden: Tensor, problem: Problem) -> None:
-        lse = problem.logsumexp
-        n = problem.visibility.n.expand(len(lse), -1, -1)[:, :1].to(lse.device)
+        n = problem.visibility.n.expand(len(problem.query), -1, -1)[:, :1].to(problem.query.device)
         keep = (n > 0).flatten()
         self.hidden.append(hidden.flatten(0, 1)[keep].to("cpu", torch.float16))
-        self.logsumexp.append(lse.transpose(0, 1).flatten(1)[:, keep].cpu())
+        for power in problem.swap.fit_powers:
+            found = logsumexp(problem, power).transpose(0, 1).flatten(1)[:, keep]
+            self.log_sums.setdefault(power, []).append(found.cpu())
         self.n.append(n.flatten()[keep].to("cpu", torch.float32))
 
     def observed(self) -> Observed:
         hidden = torch.cat(self.hidden).float()
-        return Observed(hidden, torch.cat(self.logsumexp, 1).float(), torch.cat(self.n))
+        sums = {power: torch.cat(parts, 1).float() for power, parts in self.log_sums.items()}
+        return Observed(hidden, sums, torch.cat(self.n))
 
 
 def _look(
@@ -117,17 +120,7 @@ def _settle(model: PreTrainedModel, layer: int, name: str, look: _Look) -> float
     child = child_of(patched_modules(model)[layer][1])
     assert child is not None
     slot, module = child.slots[name], child.get_submodule(name)
-    observed = look.observed()
-    for parameter, value in slot.swap.fit(observed).items():
+    values, missed = slot.swap.fit(look.observed())
+    for parameter, value in values.items():
         module.get_parameter(parameter).copy_(value)
-    features: Any = module(observed.hidden[None].to(next(module.parameters()).device))
-    features = {k: (v if v.ndim > 1 else v[:, None]).cpu() for k, v in features.items() if k != "ramp"}
-    call = Call(
-        n=observed.n[None, None],
-        features=features,
-        ramp=1.0,
-        position=torch.arange(len(observed.n)),
-        logsumexp=observed.logsumexp[None],
-    )
-    error = slot.swap.regression(call)
-    return float("nan") if error is None else float(error.mean().sqrt())
+    return missed

@@ -220,13 +220,14 @@ def source(swap: Swap, whole: bool) -> str:
         whole: Print it for lambda 1 alone.
     """
     names = parameters(swap)
-    p = "".join(f", {name}" for name in names)
+    # With an underscore, since a swap may call a parameter what a variable here is called.
+    p = "".join(f", {name}_" for name in names)
 
     def each(form: str) -> str:
         return "\n".join("    " + form.format(i=i, name=name, p=p) for i, name in enumerate(names))
 
-    scalars = " ".join(f"[[maybe_unused]] const F {name} = p[{i}];" for i, name in enumerate(names))
-    vectors = " ".join(f"[[maybe_unused]] const V {name} = V{{}} + p[{i}];" for i, name in enumerate(names))
+    scalars = " ".join(f"[[maybe_unused]] const F {name}_ = p[{i}];" for i, name in enumerate(names))
+    vectors = " ".join(f"[[maybe_unused]] const V {name}_ = V{{}} + p[{i}];" for i, name in enumerate(names))
     rows = ROWS.format(
         p=p,
         count=len(names),
