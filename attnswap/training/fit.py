@@ -103,7 +103,7 @@ def _look(
     count = 0
     try:
         with evaluating(model), observing(model, observe):
-            for batch in batches:
+            for batch in tqdm(batches, desc="looking on", unit="batch", disable=None):
                 getattr(model, model.base_model_prefix)(**batch, use_cache=False)
                 count += 1
     finally:
