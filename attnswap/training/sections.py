@@ -56,10 +56,11 @@ class FitSection:
     """Calibration before the first step; see :func:`attnswap.training.fit`.
 
     Attributes:
-        tokens: Tokens of the training text to look at.
+        tokens: Tokens of the training text to look at. What enters each layer is kept in main memory meanwhile: 2 bytes
+            for each token, layer and entry of its hidden state.
     """
 
-    tokens: int = 131072
+    tokens: int = 65536
 
     def __post_init__(self) -> None:
         require(self.tokens > 0, "fit.tokens: must be positive")
