@@ -30,7 +30,7 @@ def logsumexp(problem: Problem, power: float = 1.0) -> Tensor:
         sinks = sink_column(problem, block)
         if sinks is not None:
             s = torch.cat([s, sinks.expand(*s.shape[:3], 1)], dim=-1)
-        total = (power * s).logsumexp(-1)
+        total = (s if power == 1 else power * s).logsumexp(-1)
         parts.append(total.masked_fill(total.isneginf(), 0.0))
     return torch.cat(parts, dim=2)
 

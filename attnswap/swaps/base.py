@@ -279,7 +279,7 @@ class Swap:
             Values by the names of features and gate parameters (those left out stay at their start), and the root
             mean square of what they miss.
         """
-        raise NotImplementedError(f"{self.name} has nothing to fit")
+        raise NotImplementedError(f"{self.name} names fit_powers, so it must define fit")
 
     def regression(self, call: Call) -> Tensor | None:
         """Returns how far a prediction is from what the unswapped layer has at hand, or None if nothing is predicted.

@@ -50,9 +50,13 @@ def gates(hidden: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]
     """Computes ``level``, (batch, heads, tokens), from hidden states of shape (batch, tokens, hidden)."""
     level = linear(hidden, parameters["weight"])
     if "inner" in parameters:
-        inner = gelu(linear(hidden, parameters["inner"], parameters["inner_bias"]))
-        level = level + linear(inner, parameters["outer"])
+        level = level + _network(hidden, parameters)
     return {"level": level.transpose(1, 2)}
+
+
+def _network(hidden: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+    inner = gelu(linear(hidden, parameters["inner"], parameters["inner_bias"]))
+    return linear(inner, parameters["outer"])
 
 
 def predicted(call: Call) -> Tensor:
@@ -83,8 +87,7 @@ def fit(seen: Observed, target: Tensor, units: int) -> tuple[dict[str, Tensor], 
     values = {"weight": found[:, :-2].contiguous(), "slope": found[:, -2], "offset": found[:, -1]}
     if units:
         network = _fit_network(seen.hidden, left, units)
-        told = gelu(linear(seen.hidden, network["inner"], network["inner_bias"]))
-        values, left = values | network, left - linear(told, network["outer"])
+        values, left = values | network, left - _network(seen.hidden, network)
     return values, float(left.square().mean().sqrt())
 
 
@@ -97,14 +100,14 @@ def _fit_network(hidden: Tensor, target: Tensor, units: int) -> dict[str, Tensor
     inner = (noise / (size * hidden.shape[1] ** 0.5)).requires_grad_()
     inner_bias = torch.zeros(units, device=hidden.device, requires_grad=True)
     outer = torch.zeros(target.shape[1], units, device=hidden.device, requires_grad=True)
+    network = {"inner": inner, "inner_bias": inner_bias, "outer": outer}
     groups: list[dict[str, Any]] = [{"params": [inner], "lr": RATE / size}, {"params": [inner_bias, outer]}]
     optimizer = torch.optim.Adam(groups, lr=RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [RATE / size, RATE], total_steps=STEPS)
     for _ in range(STEPS):
         rows = torch.randint(len(hidden), (BATCH,), generator=generator, device=hidden.device)
-        found = linear(gelu(linear(hidden[rows], inner, inner_bias)), outer)
         optimizer.zero_grad()
-        (found - target[rows]).square().mean().backward()
+        (_network(hidden[rows], network) - target[rows]).square().mean().backward()
         optimizer.step()
         schedule.step()
-    return {name: x.detach() for name, x in (("inner", inner), ("inner_bias", inner_bias), ("outer", outer))}
+    return {name: x.detach() for name, x in network.items()}
