@@ -1,0 +1,59 @@
+"""Calibration by least squares: starts that are told from what the unswapped layers do."""
+
+import pytest
+import torch
+from training_helpers import VOCABULARY, tiny_llama
+
+import attnswap
+from attnswap.errors import ConfigError
+from attnswap.swaps.base import Call, Observed
+from attnswap.training import (
+    fit,
+)
+
+
+def test_a_fitted_sigmoid_knows_most_of_the_logsumexp() -> None:
+    model = tiny_llama(hidden_size=64)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(6)
+            layer.self_attn.k_proj.weight.mul_(6)
+    ids = torch.randint(4, VOCABULARY, (8, 100), generator=torch.Generator().manual_seed(0))
+    expected = model(ids).logits
+    attnswap.patch(model, {"name": "sigmoid", "bias": "predicted"})
+    raw = (model(ids).logits - expected).square().mean()
+    errors = fit(model, [{"input_ids": ids[:6]}])
+    assert set(errors) == {"0.sigmoid", "1.sigmoid"}
+    assert all(0 < error < 1 for error in errors.values())
+    assert model.model.layers[0].self_attn.attnswap.sigmoid.ramp.item() == 1.0, "lambda is where it was"
+    held_out = (model(ids[6:]).logits - expected[6:]).square().mean()
+    assert held_out < 0.7 * raw
+    plain = tiny_llama()
+    attnswap.patch(plain, "ssmax")
+    with pytest.raises(ConfigError, match="can be fitted"):
+        fit(plain, [{"input_ids": ids}])
+    with pytest.raises(ConfigError, match="not patched"):
+        fit(tiny_llama(), [{"input_ids": ids}])
+    with pytest.raises(ConfigError, match="no text"):
+        fit(model, [])
+
+
+def test_a_network_finds_what_a_linear_map_of_the_hidden_state_cannot() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = 3 * torch.randn(6000, 8, generator=generator)
+    n = torch.randint(1, 100, (6000,), generator=generator).float()
+    query = hidden @ torch.randn(8, 2, generator=generator)
+    logsumexp = (query + 0.02 * query.square() + n.log()[:, None]).T
+    left = {}
+    for units in (0, 32):
+        swap = attnswap.Sigmoid(bias="predicted", units=units)
+        with torch.no_grad():
+            found, missed = swap.fit(Observed(hidden[:5000], {1.0: logsumexp[:, :5000]}, n[:5000]))
+            assert set(found) == {*swap.gate_parameters(), "offset", "slope"}
+            features = swap.gates(hidden[None, 5000:], found) | {k: found[k][:, None] for k in ("offset", "slope")}
+        call = Call(n[None, None, 5000:], features, 1.0, torch.arange(1000), logsumexp=logsumexp[None, :, 5000:])
+        error = swap.regression(call)
+        assert error is not None
+        left[units] = float(error.mean())
+        assert missed == pytest.approx(left[units] ** 0.5, rel=0.2)
+    assert left[32] < 0.1 * left[0]
