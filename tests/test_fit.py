@@ -1,15 +1,18 @@
 """Calibration by least squares: starts that are told from what the unswapped layers do."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from training_helpers import VOCABULARY, tiny_llama
+from training_helpers import VOCABULARY, recipe, tiny_llama
 
 import attnswap
 from attnswap.errors import ConfigError
 from attnswap.swaps.base import Call, Observed
-from attnswap.training import (
-    fit,
-)
+from attnswap.training import fit, parse_config, train
+from attnswap.training.run import FITTED
+from attnswap.training.trainer import StepLog
 
 
 def test_a_fitted_sigmoid_knows_most_of_the_logsumexp() -> None:
@@ -57,3 +60,26 @@ def test_a_network_finds_what_a_linear_map_of_the_hidden_state_cannot() -> None:
         left[units] = float(error.mean())
         assert missed == pytest.approx(left[units] ** 0.5, rel=0.2)
     assert left[32] < 0.1 * left[0]
+
+
+def test_a_resumed_run_begins_where_it_was_fitted_without_fitting_again(tmp_path: Path) -> None:
+    steps = {"max_steps": 10, "save_steps": 5, "save_strategy": "steps", "eval_strategy": "no"}
+    values = recipe(
+        tmp_path, swap={"name": "sigmoid", "bias": "predicted"}, fit={"tokens": 300}, ramp=1.0, training=steps
+    )
+    whole = train(parse_config({**values, "output_dir": str(tmp_path / "whole")}))
+
+    def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 7:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepLog, "on_log", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(parse_config(values))
+    values["training"] = {**values["training"], "resume_from_checkpoint": "latest"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("attnswap.training.run.fit_swaps", None)
+        resumed = train(parse_config(values))
+    assert resumed.movement == whole.movement
+    assert (resumed.output_dir / FITTED).read_bytes() == (whole.output_dir / FITTED).read_bytes()

@@ -145,6 +145,7 @@ def test_a_recipe_that_fits_its_swap_first_is_measured_fitted(
     result = json.loads((tmp_path / "out" / "result" / "result.json").read_text())
     for entry in result["contexts"]:
         assert entry["perplexity"]["fitted"] != entry["perplexity"]["unhealed"]
+    assert (tmp_path / "out" / "healed" / "fitted.safetensors").is_file()
 
 
 def test_a_recipe_without_stages_is_healed_by_its_cross_entropy_alone(

@@ -25,9 +25,9 @@ from attnswap.loading import load_model, load_tokenizer
 from attnswap.processes import default_device, join, place
 from attnswap.text import evaluation_text
 from attnswap.training.config import TrainConfig, load_config, parse_config, to_mapping
-from attnswap.training.data import load_data
 from attnswap.training.durable import latest_checkpoint
-from attnswap.training.run import fit_swaps, train
+from attnswap.training.movement import start_from
+from attnswap.training.run import FITTED, train
 from attnswap.training.stages import plan_of, without_swaps
 
 SWAP_KEYS = ("swap", "part", "layers", "heads", "fit")
@@ -146,7 +146,7 @@ def heal(experiment: Experiment) -> Measured:
         losses["control"] = bench.losses(control / "control", lambda: bench.load(control))
     losses["unhealed"] = bench.losses(healed / "unhealed", bench.unhealed)
     if config.fit is not None:
-        losses["fitted"] = bench.losses(healed / "fitted", lambda: bench.unhealed(fit=True))
+        losses["fitted"] = bench.losses(healed / "fitted", lambda: bench.unhealed(healed / FITTED))
     losses["healed"] = bench.losses(healed / "healed", lambda: bench.load(healed))
     losses["bypassed"] = bench.losses(healed / "bypassed", lambda: bench.load(healed), bypass=True)
     structure = {
@@ -205,14 +205,14 @@ class _Bench:
     def load(self, reference: str | Path) -> PreTrainedModel:
         return load_model(reference, dtype=torch.float32, device=self.device)
 
-    def unhealed(self, fit: bool = False) -> PreTrainedModel:
-        """Returns the model with the recipe's swap and no training, its start fitted or not."""
+    def unhealed(self, fitted: Path | None = None) -> PreTrainedModel:
+        """Returns the model with the recipe's swap and no training, or as far as training was told where to start."""
         config = self.experiment.config
         model = self.load(config.model.reference)
         assert config.swap is not None
         attnswap.patch(model, config.swap, part=config.part, layers=config.layers, heads=config.heads)
-        if fit:
-            fit_swaps(model, config, load_data(config.data, self.tokenizer).train)
+        if fitted is not None:
+            start_from(model, fitted)
         return model
 
     def losses(self, path: Path, load: Any, *, bypass: bool = False) -> Evaluation:

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import attnswap
@@ -34,6 +36,10 @@ class Movement:
     def __init__(self, model: torch.nn.Module) -> None:
         self.start = {name: _copy(p) for name, p in _named(model)}
 
+    def save(self, file: Path) -> None:
+        """Writes where the parameters started, by the names they have in the bare model."""
+        save_file({name: start.float().contiguous() for name, start in self.start.items()}, file)
+
     def measure(self, model: torch.nn.Module) -> dict[str, Moved]:
         """Returns how far each parameter is from its start, by its full name."""
         moved = {}
@@ -41,6 +47,14 @@ class Movement:
             change = _copy(parameter) - self.start[name]
             moved[name] = Moved(change.abs().max().item(), change.square().mean().sqrt().item())
         return moved
+
+
+@torch.no_grad()
+def start_from(model: torch.nn.Module, file: Path) -> None:
+    """Puts the swap's parameters where those of another run started; see :meth:`Movement.save`."""
+    start = load_file(file)
+    for name, parameter in _named(model):
+        parameter.copy_(start[name])
 
 
 def _named(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:

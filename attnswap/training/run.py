@@ -30,7 +30,7 @@ from attnswap.training.durable import latest_checkpoint
 from attnswap.training.fit import fit
 from attnswap.training.lora import add_lora
 from attnswap.training.loss import chunked_loss
-from attnswap.training.movement import Moved, as_json
+from attnswap.training.movement import Moved, as_json, start_from
 from attnswap.training.output import Output
 from attnswap.training.packing import check_separation
 from attnswap.training.protect import protect
@@ -39,6 +39,9 @@ from attnswap.training.stages import Stage, Stages, plan_of, without_swaps
 from attnswap.training.summary import summarise
 from attnswap.training.teacher import frozen_teacher, matrix_dtype, teacher_of
 from attnswap.training.trainer import StepLog, SwapTrainer
+
+FITTED = "fitted.safetensors"
+"""In a result, and in what a run that is cut off leaves: the start of the swap's parameters that was fitted."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,10 @@ def train(config: TrainConfig) -> TrainResult:
         attnswap.patch(model, config.swap, part=config.part, layers=config.layers, heads=config.heads, ramp=ramp)
     if config.data.pack:
         check_separation(model)
-    if shown is not None:
+    fitted = output.partial / FITTED
+    if shown is not None and args.resume_from_checkpoint and fitted.is_file():
+        start_from(model, fitted)
+    elif shown is not None:
         fit_swaps(model, config, shown)
     if config.optimizer.freeze == "all_but_swap":
         freeze_all_but_swap(model)
@@ -126,6 +132,8 @@ def train(config: TrainConfig) -> TrainResult:
             windows=data.sizes,
             rest=at_rest(config, plan, args),
         )
+        if shown is not None and args.process_index == 0:
+            trainer.movement.save(fitted)
         protection = protect(trainer)
         try:
             trained = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
