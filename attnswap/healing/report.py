@@ -15,18 +15,20 @@ from attnswap.evaluation.result import write_atomically
 from attnswap.healing.experiment import differences
 from attnswap.markdown import markdown_table
 
-HEAD = ("context", "original", "control", "unhealed", "healed", "healed / control [95%]", "recovered", "without swap")
+MODELS = ("original", "control", "unhealed", "fitted", "healed")
+COMPARED = ("healed / control [95%]", "recovered", "without swap")
 
 
 def rows_of(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Returns the table's rows, one a context."""
-    rows = []
+    """Returns the table's head and its rows, one a context."""
+    models = [name for name in MODELS if name in result["contexts"][0]["perplexity"]]
+    rows: list[tuple[str, ...]] = [("context", *models, *COMPARED)]
     for entry in result["contexts"]:
         ppl, ratio, back = entry["perplexity"], entry["ratio_to_control"], entry["recovered_fraction"]
         rows.append(
             (
                 str(entry["context"]),
-                *(f"{ppl[name]:.3f}" if ppl[name] < 1e4 else f"{ppl[name]:.1e}" for name in HEAD[1:5]),
+                *(f"{ppl[name]:.3f}" if ppl[name] < 1e4 else f"{ppl[name]:.1e}" for name in models),
                 f"{ratio['ratio']:.4f} [{ratio['lo']:.4f}, {ratio['hi']:.4f}]",
                 "nothing lost" if back is None else f"{back:.3f}",
                 f"{entry['bypassed_to_healed']['ratio']:.3f}x",
@@ -38,9 +40,10 @@ def rows_of(result: dict[str, Any]) -> list[tuple[str, ...]]:
 def table(result: dict[str, Any]) -> Table:
     """Returns the perplexities of all models for the terminal."""
     view = Table(title=title(result), box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for column in HEAD:
+    head, *rows = rows_of(result)
+    for column in head:
         view.add_column(column, justify="right", no_wrap=True)
-    for row in rows_of(result):
+    for row in rows:
         view.add_row(*row)
     return view
 
@@ -65,21 +68,21 @@ def markdown(result: dict[str, Any]) -> str:
         [figure.replace("_", " "), *(f"{found[figure]:.4g}" for found in structure.values())]
         for figure in next(iter(structure.values()))
     ]
-    lines += [markdown_table(HEAD, rows_of(result)), "", markdown_table(["attention", *structure], attention, words=1)]
+    head, *rows = rows_of(result)
+    lines += [markdown_table(head, rows), "", markdown_table(["attention", *structure], attention, words=1)]
     fidelity, use, control = result["fidelity"], result["proof_of_use"], result.get("control_steps", {})
-    lines += [
-        "",
-        f"KL to the original {fidelity['kl']:.4f} nats a token, the same favourite token {fidelity['top1']:.1%}. "
-        + (f"Largest move of the swap's parameters: {use['movement']}. " if use["movement"] else "")
-        + (f"The swap is used: {use['used']}." if use["used"] is not None else "")
-        + (
-            f" The control had nothing to learn: {control['steps_at_rest']} of its {control['steps']} steps were left "
+    said = [f"KL to the original {fidelity['kl']:.4f} nats a token, the same favourite token {fidelity['top1']:.1%}."]
+    if use["movement"]:
+        moves = ", ".join(f"{name} {largest:.2g}" for name, largest in use["movement"].items())
+        said.append(f"Largest move of the swap's parameters: {moves}.")
+    if use["used"] is not None:
+        said.append(f"The swap is used: {use['used']}.")
+    if control.get("steps_at_rest"):
+        said.append(
+            f"The control had nothing to learn: {control['steps_at_rest']} of its {control['steps']} steps were left "
             "out after others whose gradients were 0."
-            if control.get("steps_at_rest")
-            else ""
-        ),
-        "",
-    ]
+        )
+    lines += ["", " ".join(said), ""]
     return "\n".join(lines)
 
 
