@@ -128,10 +128,12 @@ def test_a_stopped_run_goes_on_and_one_of_another_recipe_does_not(
             tmp_path, training={"eval_strategy": "no", "save_strategy": "steps", "save_steps": 5, "learning_rate": rate}
         )
         steps.clear()
-        assert run(tmp_path) == 0, capsys.readouterr().err
+        asked = ["training.resume_from_checkpoint=latest"] if begun else []
+        assert run(tmp_path, *asked) == 0, capsys.readouterr().err
         assert steps[0] == begun
         assert "resume" not in (tmp_path / "out" / "healed" / "recipe.yaml").read_text()
         folder = tmp_path / "out" / "result"
+        assert "resume" not in (folder / "recipe.yaml").read_text()
         result = json.loads((folder / "result.json").read_text())
         assert yaml.safe_load((folder / "recipe.yaml").read_text()) == result["recipe"]
         shutil.rmtree(tmp_path / "out")

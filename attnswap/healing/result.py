@@ -14,7 +14,7 @@ import attnswap
 from attnswap import swaps
 from attnswap.evaluation.bootstrap import Comparison, compare
 from attnswap.healing.experiment import Experiment, Measured
-from attnswap.training.config import TrainConfig, to_mapping
+from attnswap.training.config import TrainConfig, as_run
 from attnswap.training.stages import plan_of
 
 SCHEMA = "attnswap.heal/1"
@@ -66,7 +66,7 @@ def summarise_healing(experiment: Experiment, measured: Measured) -> dict[str, A
         "command": " ".join(["attnswap", *sys.argv[1:]]),
         "commit": healed.get("commit"),
         "seed": config.training.get("seed", 42),
-        "recipe": to_mapping(config),
+        "recipe": as_run(config),
         "data": healed["data"],
         "tokens": healed["tokens"],
         "steps": healed["steps"],

@@ -281,6 +281,13 @@ def to_mapping(config: TrainConfig) -> dict[str, Any]:
     return {**dataclasses.asdict(config), "swap": config.swap if config.swap is not None else "none"}
 
 
+def as_run(config: TrainConfig) -> dict[str, Any]:
+    """Returns what stands beside a result: its recipe, but for where it was resumed from, which says nothing of it."""
+    values = to_mapping(config)
+    values["training"] = {k: v for k, v in values["training"].items() if k != "resume_from_checkpoint"}
+    return values
+
+
 def _apply(mapping: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from attnswap.errors import ConfigError
-from attnswap.training.config import TrainConfig, to_mapping
+from attnswap.training.config import TrainConfig, as_run
 from attnswap.training.durable import latest_checkpoint, sync
 
 
@@ -96,10 +96,7 @@ class Output:
 
 
 def _write_recipe(config: TrainConfig, folder: Path) -> None:
-    """Writes a recipe as it is run; where it was resumed from says nothing of the result."""
-    values = to_mapping(config)
-    values["training"] = {k: v for k, v in values["training"].items() if k != "resume_from_checkpoint"}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(as_run(config), sort_keys=False), encoding="utf-8")
 
 
 def _resumable(checkpoint: Path) -> bool:
