@@ -83,3 +83,28 @@ def test_a_resumed_run_begins_where_it_was_fitted_without_fitting_again(tmp_path
         resumed = train(parse_config(values))
     assert resumed.movement == whole.movement
     assert (resumed.output_dir / FITTED).read_bytes() == (whole.output_dir / FITTED).read_bytes()
+
+
+def test_a_fit_looks_at_as_many_tokens_of_each_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def look(model: Any, batches: Any) -> dict[str, float]:
+        seen.extend(tuple(batch["input_ids"].shape) for batch in batches)
+        return {}
+
+    monkeypatch.setattr("attnswap.training.run.fit", look)
+    values = recipe(
+        tmp_path,
+        swap={"name": "sigmoid", "bias": "predicted"},
+        fit={"tokens": 1000, "sequence_lengths": [64, 100]},
+        ramp=1.0,
+        training={"max_steps": 1, "eval_strategy": "no"},
+    )
+    train(parse_config(values))
+    assert seen == [(1, 64)] * 8 + [(1, 100)] * 5
+    values["fit"] = {"sequence_lengths": [64, 129]}
+    with pytest.raises(ConfigError, match=r"fit.sequence_lengths: 129 tokens are more"):
+        train(parse_config({**values, "output_dir": str(tmp_path / "other")}))
+    values["fit"] = {"sequence_lengths": []}
+    with pytest.raises(ConfigError, match="must be positive"):
+        parse_config(values)

@@ -165,7 +165,7 @@ def long_windows(documents: Dataset, section: DataSection, tokenizer: PreTrained
         desc="Keeping long documents",
     )
     if len(whole) == 0:
-        raise ConfigError(f"stages: no document of the training data fills a window of {length} tokens")
+        raise ConfigError(f"data: no document of the training data fills a window of {length} tokens")
     return whole
 
 

@@ -24,7 +24,7 @@ from attnswap.errors import ConfigError, StoppedError
 from attnswap.loading import load_model, load_tokenizer
 from attnswap.surgery.attach import spec_of
 from attnswap.training.config import TrainConfig
-from attnswap.training.data import load_data
+from attnswap.training.data import Data, load_data
 from attnswap.training.distill import Distillation
 from attnswap.training.durable import latest_checkpoint
 from attnswap.training.fit import fit
@@ -97,7 +97,7 @@ def train(config: TrainConfig) -> TrainResult:
     _check_length(model, config)
     with args.main_process_first(local=False, desc="preparing the data"):
         data = load_data(config.data, tokenizer, [stage.section.sequence_length for stage in plan])
-        shown = load_data(config.data, tokenizer).train if config.swap is not None and config.fit is not None else None
+        shown = load_data(config.data, tokenizer, _lengths_to_fit(config)) if config.swap and config.fit else None
     use_cache = model.config.use_cache
     set_seed(args.seed)  # gates may start from noise: the same in every process and on resuming
     if config.swap is not None:
@@ -201,20 +201,28 @@ def learning(model: PreTrainedModel, config: TrainConfig, plan: list[Stage]) -> 
         switch.close()
 
 
-def fit_swaps(model: PreTrainedModel, config: TrainConfig, windows: datasets.Dataset) -> None:
+def _lengths_to_fit(config: TrainConfig) -> list[int | None]:
+    assert config.fit is not None
+    usual = config.data.sequence_length
+    return [None if length == usual else length for length in config.fit.sequence_lengths or [usual]]
+
+
+def fit_swaps(model: PreTrainedModel, config: TrainConfig, data: Data) -> None:
     """Fits a patched model as a recipe's ``fit`` says, on windows of its training text."""
     assert config.fit is not None
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(config.training.get("bf16"))):
-        fit(model, _text_batches(windows, config.fit.tokens, model.device))
+        fit(model, _text_batches(data, config.fit.tokens, model.device))
 
 
-def _text_batches(windows: datasets.Dataset, tokens: int, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
-    """Yields windows from all over a data set until they hold so many tokens."""
-    length = len(windows[0]["input_ids"])
-    count = min(len(windows), -(-tokens // length))
-    for index in range(count):
-        row = windows[index * len(windows) // count]
-        yield {name: row[name][None].to(device) for name in ("input_ids", "position_ids")}
+def _text_batches(data: Data, tokens: int, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
+    """Yields windows from all over each part of the data until they hold so many tokens, as many of each part."""
+    first = 0
+    for size in data.sizes:
+        count = min(size, -(-tokens // (len(data.sizes) * len(data.train[first]["input_ids"]))))
+        for index in range(count):
+            row = data.train[first + index * size // count]
+            yield {name: row[name][None].to(device) for name in ("input_ids", "position_ids")}
+        first += size
 
 
 def training_arguments(config: TrainConfig, directory: Path) -> TrainingArguments:
@@ -279,6 +287,8 @@ def _check_length(model: PreTrainedModel, config: TrainConfig) -> None:
     lengths = {"data.sequence_length": config.data.sequence_length}
     for index, stage in enumerate(config.stages):
         lengths[f"stages.{index}.sequence_length"] = stage.sequence_length or 0
+    if config.fit is not None:
+        lengths["fit.sequence_lengths"] = max(config.fit.sequence_lengths or [0])
     for key, length in lengths.items():
         if longest is not None and length > longest:
             raise ConfigError(

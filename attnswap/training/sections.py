@@ -58,12 +58,18 @@ class FitSection:
     Attributes:
         tokens: Tokens of the training text to look at. What enters each layer is kept in main memory meanwhile: 2 bytes
             for each token, layer and entry of its hidden state.
+        sequence_lengths: Tokens of the windows to look at, as many of each kind; where one is not
+            ``data.sequence_length``, its windows are filled by one document each. None: ``data.sequence_length`` alone,
+            from which nothing is known of what changes with more keys.
     """
 
     tokens: int = 65536
+    sequence_lengths: list[int] | None = None
 
     def __post_init__(self) -> None:
         require(self.tokens > 0, "fit.tokens: must be positive")
+        lengths = self.sequence_lengths
+        require(lengths is None or (bool(lengths) and min(lengths) > 0), "fit.sequence_lengths: must be positive")
 
 
 @dataclass(frozen=True)
