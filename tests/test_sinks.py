@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from training_helpers import VOCABULARY, tiny_llama
+from transformers import GPTJConfig, GPTJForCausalLM
 
 import attnswap
 from attnswap.attention.problem import Problem
@@ -13,7 +14,10 @@ from attnswap.evaluation.structure import FIRST_QUERY
 from attnswap.surgery.call import LayerCall
 from attnswap.training import Distillation, LossSection, chunked_loss, sinks
 from attnswap.training.observing import observing
+from attnswap.training.regression import Errors
 from attnswap.training.sinks import Sinks
+
+TINY_GPTJ = GPTJConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, rotary_dim=8, n_positions=128)
 
 
 def windows(lengths: list[int]) -> dict[str, Tensor]:
@@ -123,3 +127,21 @@ def test_observers_stand_side_by_side() -> None:
         model(**inputs_of(values), use_cache=False)
     model(**inputs_of(values), use_cache=False)
     assert seen == ["a0", "b0", "a1", "b1", "a0", "a1"]
+
+
+@pytest.mark.parametrize("make", [tiny_llama, lambda: GPTJForCausalLM(TINY_GPTJ)])
+def test_a_slot_at_lambda_0_is_seen_and_costs_nothing(make: Any) -> None:
+    model = make().eval()
+    ids = torch.randint(0, 100, (1, 20), generator=torch.Generator().manual_seed(0))
+    expected = model(ids, use_cache=False).logits
+    attnswap.patch(model, {"name": "sigmoid", "bias": "predicted"}, ramp=0.0)
+    seen: list[tuple[int, float]] = []
+
+    def observe(call: LayerCall, slot: str, problem: Problem) -> None:
+        seen.append((call.layer, float(torch.as_tensor(problem.ramp).max())))
+
+    with observing(model, observe), observing(model, Sinks()) as found, observing(model, Errors()) as errors:
+        assert torch.equal(model(ids, use_cache=False).logits, expected)
+    assert seen == [(0, 0.0), (1, 0.0)]
+    assert found.mean() is None
+    assert errors.mean() is None

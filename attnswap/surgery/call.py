@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,10 +58,10 @@ class LayerCall:
     served: bool = False
     full: dict[str, dict[str, Tensor]] | None = None
 
-    def observed(self, slot: str, problem: Problem) -> None:
-        """Shows the observer a slot's problem."""
-        if self.observe is not None:
-            self.observe(self, slot, problem)
+    @property
+    def observed(self) -> Callable[[str, Problem], None] | None:
+        """Shows the observer a slot's problem, if there is one."""
+        return None if self.observe is None else partial(self.observe, self)
 
     def find_layer(self, key: Tensor) -> None:
         """Sets the layer of the cache that this call wrote to: some models run one module several times over.

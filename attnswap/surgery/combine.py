@@ -47,7 +47,7 @@ def attend(
     features: dict[str, dict[str, Tensor]],
     previous: Before,
     weights: bool,
-    observed: Callable[[str, Problem], None] = lambda slot, problem: None,
+    observed: Callable[[str, Problem], None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Computes a layer's attention: each head once, but for those that blend two outputs along a ramp.
 
@@ -57,7 +57,7 @@ def attend(
         features: Each slot's features and ramp.
         previous: The previous implementation, run at most once, for the heads that keep it or blend with it.
         weights: Whether the weights are wanted; the dense reference then computes every swap.
-        observed: Called with the name and the problem of each slot that takes part.
+        observed: Called with the name and the problem of each slot, even of one that takes no part at lambda 0.
 
     Returns:
         Output (batch, queries, heads, value_dim), and weights (batch, heads, queries, keys) or None.
@@ -80,9 +80,13 @@ def attend(
     dtype = parts[0][1].dtype if parts else layer.value.dtype
     with torch.autocast(layer.query.device.type, enabled=False):
         shares = [(unchanged, softmax_weights(layer, unchanged))] if weights and kept else []
+        for name, slot in slots.items():
+            if observed is not None and name not in active:
+                observed(name, slot_problem(layer, slot, features[name]))
         for name, slot in active.items():
             problem = slot_problem(layer, slot, features[name], previous.kernel(slot.heads))
-            observed(name, problem)
+            if observed is not None:
+                observed(name, problem)
             mine = heads[name]
             if weights:
                 part, share = dense_part(problem, of(mine) if _blends(slot) else None)

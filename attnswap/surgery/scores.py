@@ -100,10 +100,14 @@ class Within(TorchFunctionMode):
         features = self.call.all_features(layer.visibility)
         result = stock
         for name, slot in self.call.slots.items():
-            if slot.phase == "before":
+            observed = self.call.observed
+            if slot.phase == "before" and observed is None:
                 continue
             problem = combine.slot_problem(layer, slot, features[name])
-            self.call.observed(name, problem)
+            if observed is not None:
+                observed(name, problem)
+            if slot.phase == "before":
+                continue
             _, share = combine.dense_part(problem, problem.query)
             value_scale = problem.regular().terms.value_scale
             if value_scale is not None:

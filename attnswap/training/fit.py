@@ -20,16 +20,13 @@ from attnswap.surgery.spec import PatchSpec
 from attnswap.swaps.base import Observed
 from attnswap.training.observing import observing
 
-SMALL = 2.0**-20
-"""A lambda at which the maths of a swap runs and changes nothing that counts."""
-
 
 @torch.no_grad()
 def fit(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
     """Gives the swaps of a model a start from what its layers do without them, by least squares.
 
     Args:
-        model: A patched model, as it came: its swaps are run at a lambda of almost 0 while they look on.
+        model: A patched model, as it came: its swaps look on at a lambda of 0.
         batches: Keyword arguments of the model, such as ``input_ids``; 50 to 200 thousand tokens are plenty.
 
     Returns:
@@ -99,7 +96,7 @@ def _look(
             seen[call.layer, slot].take(entered[call.layer], problem)
 
     before = {layer: {name: slot.ramp for name, slot in slots.items()} for layer, slots in spec.layers.items()}
-    attnswap.set_ramp(model, SMALL)
+    attnswap.set_ramp(model, 0.0)
     count = 0
     try:
         with evaluating(model), observing(model, observe):

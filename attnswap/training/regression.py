@@ -15,7 +15,7 @@ class Errors:
 
     def __call__(self, call: LayerCall, slot: str, problem: Problem) -> None:
         """Takes one slot's problem; called by the seam."""
-        if not problem.swap.needs_logsumexp:
+        if call.slots[slot].phase == "before" or not problem.swap.needs_logsumexp:
             return
         error = problem.swap.regression(problem.call(with_logsumexp=True))
         if error is not None:

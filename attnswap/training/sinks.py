@@ -26,6 +26,8 @@ class Sinks:
 
     def __call__(self, call: LayerCall, slot: str, problem: Problem) -> None:
         """Takes one slot's problem, of whole windows without cached keys; called by the seam."""
+        if call.slots[slot].phase == "before":
+            return
         visibility = problem.visibility
         length = visibility.q_length
         start = int(torch.randint(max(1, length - ROWS + 1), ()))
