@@ -145,6 +145,8 @@ def row_weights(swap, p, z, n, lam, sink, head, kv_head, hidden, i, keys, real):
     if swap.name == "sigmoid" and swap.bias == "predicted":
         known = np.log(np.exp(z).sum() + (0.0 if sink is None else np.exp(sink)))
         e = np.exp(z - (1 - lam) * known - lam * predicted(p, head, hidden[i], n))
+        if swap.keep_lone and n == 1:
+            return np.exp(z - known) / (1 - lam + lam * np.exp(z - known)), ones
         return e / (1 + lam * e), ones
     if swap.name == "sigmoid":
         bias = (
@@ -155,6 +157,7 @@ def row_weights(swap, p, z, n, lam, sink, head, kv_head, hidden, i, keys, real):
             else swap.bias
         )
         w = sigmoid(z + bias + swap.bias_log_n * np.log(n)) / (n if swap.divide_by_n else 1)
+        w = ones if swap.keep_lone and n == 1 else w
         return (1 - lam) * softmax_row(z, sink) + lam * w, ones
     if swap.name == "selective-temperature":
         t = p["position_gain"][head] * np.log(n) + np.tanh(gate(p, "query_", hidden[i], head))

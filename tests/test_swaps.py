@@ -88,12 +88,15 @@ def sigmoid_row(z, bias, keys, f, swap, ramp, own):
     if swap.bias == "predicted":
         known = (z + bias).detach().logsumexp(0)
         level = (1 - ramp) * known + ramp * (f["level"] + f["offset"] + f["slope"] * math.log(len(keys)))
+        if swap.keep_lone and len(keys) == 1:  # all of its weight; a ramp at its end is no longer on its way
+            level = known + torch.log(torch.clamp(1 - ramp, min=1e-30))
         x = z + bias - level
         return torch.exp(x - torch.nn.functional.softplus(x + torch.log(ramp))), torch.ones_like(z)
     constant = (
         f["bias"] if swap.bias == "learned" else -math.log(swap.max_positions) if swap.bias is None else swap.bias
     )
     b = constant + swap.bias_log_n * math.log(len(keys))
+    b = 1e3 if swap.keep_lone and len(keys) == 1 else b
     full = 0.5 + 0.5 * torch.tanh((z + bias + b) / 2)
     if swap.divide_by_n:
         full = full / len(keys)

@@ -26,6 +26,9 @@ from torch import Tensor
 from attnswap.errors import ConfigError, nearest
 from attnswap.swaps import expression as fn
 
+LONE = 1e3
+"""Added to the score of the only key of a row, it is above any other number there."""
+
 
 @dataclass(frozen=True)
 class ModelInfo:

@@ -14,6 +14,10 @@ The ramp leads from softmax to sigmoid without a jump: with l_i = (1 - lambda) L
     w_ij = e^(z_ij - l_i) / (1 + lambda e^(z_ij - l_i)),   L_i detached.
 
 Rows are free to sum to anything; a model's own sinks mean nothing here, since there is no denominator for them.
+
+No bias makes a row exact that sees one key, and pretrained models build on that row: with less than all of its weight
+the first token of some texts loses the massive activation that later heads rest on. ``keep_lone`` leaves the row as it
+was, along the ramp too (there l_i = L_i + ln(1 - lambda)).
 """
 
 import math
@@ -27,7 +31,7 @@ from torch import Tensor
 from attnswap.errors import ConfigError
 from attnswap.swaps import expression as fn
 from attnswap.swaps import predicted
-from attnswap.swaps.base import Call, Feature, ModelInfo, Numbers, Observed, Parameter, Swap, Terms, require
+from attnswap.swaps.base import LONE, Call, Feature, ModelInfo, Numbers, Observed, Parameter, Swap, Terms, require
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Sigmoid(Swap):
             ``max_position_embeddings``, the paper's choice.
         bias_log_n: Coefficient of ln n in the bias; -1 with ``bias=0`` makes it per-row.
         divide_by_n: Divide each row by its number of visible keys.
+        keep_lone: Give the only key of a row all of its weight, as softmax does; false: as published.
         units: Width of the network that predicts beside a linear map of the hidden state; 0: the map alone.
         max_positions: Training length behind the default bias; filled in from the model.
     """
@@ -47,6 +52,7 @@ class Sigmoid(Swap):
     bias: float | Literal["learned", "predicted"] | None = None
     bias_log_n: float = 0.0
     divide_by_n: bool = False
+    keep_lone: bool = False
     units: int = 128
     max_positions: int | None = None
 
@@ -105,20 +111,23 @@ class Sigmoid(Swap):
         return (1.0,) if self.bias == "predicted" else ()
 
     def fit(self, seen: Observed) -> tuple[dict[str, Tensor], float]:
-        return predicted.fit(seen, seen.log_sums[1.0], self.units)
+        told = seen.n > 1 if self.keep_lone else torch.ones_like(seen.n, dtype=torch.bool)
+        target = seen.log_sums[1.0][:, told]
+        return predicted.fit(Observed(seen.hidden[told], {}, seen.n[told]), target, self.units)
 
     def regression(self, call: Call) -> Tensor | None:
         if self.bias != "predicted" or call.logsumexp is None:
             return None
-        return (predicted.predicted(call) - call.logsumexp).square()
+        error = (predicted.predicted(call) - call.logsumexp).square()
+        return error * (call.n != 1) if self.keep_lone else error
 
     def terms(self, call: Call) -> Terms:
         if self.bias == "predicted":
-            level = predicted.predicted(call)
+            level = self._kept(call, predicted.predicted(call), -LONE)
             if call.logsumexp is not None:
-                level = torch.lerp(
-                    call.logsumexp, level, torch.as_tensor(call.ramp, dtype=level.dtype).expand_as(level)
-                )
+                ramp = torch.as_tensor(call.ramp, dtype=level.dtype, device=level.device).expand_as(level)
+                mixed = torch.lerp(call.logsumexp, level, ramp)
+                level = self._kept(call, mixed, call.logsumexp + (1 - ramp).clamp(min=1e-30).log())
             return Terms(query_bias=-level)
         bias = call.features["bias"] if self.bias == "learned" else self._start if self.bias is None else self.bias
         if bias is None:
@@ -126,7 +135,10 @@ class Sigmoid(Swap):
                 "sigmoid: bias=None takes the model's trained length; outside a model give a number, for example "
                 "bias=-math.log(2048)"
             )
-        return Terms(query_bias=bias + self.bias_log_n * call.n.clamp(min=1).log())
+        return Terms(query_bias=self._kept(call, bias + self.bias_log_n * call.n.clamp(min=1).log(), LONE))
+
+    def _kept(self, call: Call, value: Tensor, lone: Tensor | float) -> Tensor:
+        return torch.where(call.n == 1, lone, value) if self.keep_lone else value
 
     def weight(self, s: Any, shift: Any, p: Numbers) -> Any:
         if not self.native_ramp or (isinstance(p.ramp, float) and p.ramp == 1.0):

@@ -27,10 +27,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from attnswap.swaps import expression as fn
-from attnswap.swaps.base import Call, Numbers, Swap, Terms, require
-
-LONE = 1e3
-"""What raises a lone key's score above the threshold, wherever it is."""
+from attnswap.swaps.base import LONE, Call, Numbers, Swap, Terms, require
 
 
 @dataclass(frozen=True)
