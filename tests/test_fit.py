@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from training_helpers import VOCABULARY, recipe, tiny_llama
+from training_helpers import VOCABULARY, recipe, stop_at, tiny_llama
 
 import attnswap
 from attnswap.errors import ConfigError
@@ -69,12 +69,8 @@ def test_a_resumed_run_begins_where_it_was_fitted_without_fitting_again(tmp_path
     )
     whole = train(parse_config({**values, "output_dir": str(tmp_path / "whole")}))
 
-    def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 7:
-            raise KeyboardInterrupt
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StepLog, "on_log", stop)
+        patch.setattr(StepLog, "on_log", stop_at(7, StepLog.on_log))
         with pytest.raises(KeyboardInterrupt):
             train(parse_config(values))
     values["training"] = {**values["training"], "resume_from_checkpoint": "latest"}

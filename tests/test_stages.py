@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from kill_saves import Tokens
-from training_helpers import logged, recipe, tiny_llama, write_model
+from training_helpers import logged, recipe, stop_at, tiny_llama, write_model
 from transformers import Trainer, TrainingArguments
 
 import attnswap
@@ -193,7 +193,7 @@ def test_a_recipe_with_stages_ends_at_the_swap_and_resumes(tmp_path: Path) -> No
 
     part = recipe(tmp_path, **changes, output_dir=str(tmp_path / "part"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Stages, "on_log", _stop_at(12, Stages.on_log))
+        patch.setattr(Stages, "on_log", stop_at(12, Stages.on_log))
         with pytest.raises(KeyboardInterrupt):
             train(parse_config(part))
     part["training"] = {**part["training"], "resume_from_checkpoint": "latest"}
@@ -204,15 +204,6 @@ def test_a_recipe_with_stages_ends_at_the_swap_and_resumes(tmp_path: Path) -> No
 
 def _log(directory: Path) -> list[dict[str, Any]]:
     return json.loads((directory / "training_log.json").read_text())
-
-
-def _stop_at(step: int, original: Any) -> Any:
-    def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        original(self, args, state, control, **kwargs)
-        if state.global_step == step:
-            raise KeyboardInterrupt
-
-    return stop
 
 
 def test_the_control_leaves_out_what_only_swaps_learn(tmp_path: Path) -> None:
@@ -282,7 +273,7 @@ def test_a_model_saved_with_swaps_needs_a_named_teacher(tmp_path: Path) -> None:
 def test_a_resumed_run_logs_each_step_once_and_counts_all_of_its_seconds(tmp_path: Path) -> None:
     values = recipe(tmp_path, training={"save_strategy": "steps", "save_steps": 4, "eval_strategy": "no"})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StepLog, "on_log", _stop_at(6, StepLog.on_log))
+        patch.setattr(StepLog, "on_log", stop_at(6, StepLog.on_log))
         with pytest.raises(KeyboardInterrupt):
             train(parse_config(values))
     log = tmp_path / "out.partial" / "steps.jsonl"

@@ -129,3 +129,14 @@ def accelerate(processes: int, *command: str, **environment: str) -> subprocess.
     """Runs a script and its arguments in several processes."""
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
     return spawn(*launch, "--main_process_port", "0", *command, **environment)
+
+
+def stop_at(step: int, original: Any) -> Any:
+    """Returns a callback's method that does as before, and at a step ends the run as Ctrl-C would."""
+
+    def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        original(self, args, state, control, **kwargs)
+        if state.global_step == step:
+            raise KeyboardInterrupt
+
+    return stop

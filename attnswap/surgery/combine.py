@@ -80,9 +80,7 @@ def attend(
     dtype = parts[0][1].dtype if parts else layer.value.dtype
     with torch.autocast(layer.query.device.type, enabled=False):
         shares = [(unchanged, softmax_weights(layer, unchanged))] if weights and kept else []
-        for name, slot in slots.items():
-            if observed is not None and name not in active:
-                observed(name, slot_problem(layer, slot, features[name]))
+        show_idle(layer, slots, features, observed)
         for name, slot in active.items():
             problem = slot_problem(layer, slot, features[name], previous.kernel(slot.heads))
             if observed is not None:
@@ -96,6 +94,18 @@ def attend(
             parts.append((mine, part.to(dtype)))
         out = in_order([(chosen, part.transpose(1, 2)) for chosen, part in parts], 2).contiguous()
     return out, in_order(shares, 1) if weights else None
+
+
+def show_idle(
+    layer: LayerInputs,
+    slots: dict[str, Slot],
+    features: dict[str, dict[str, Tensor]],
+    observed: Callable[[str, Problem], None] | None,
+) -> None:
+    """Shows an observer, if there is one, the problems of the slots at lambda 0, which nobody computes."""
+    for name, slot in slots.items():
+        if observed is not None and slot.phase == "before":
+            observed(name, slot_problem(layer, slot, features[name]))
 
 
 def _blends(slot: Slot) -> bool:

@@ -98,16 +98,14 @@ class Within(TorchFunctionMode):
             content=scores.masked_fill(hidden, 0.0),
         )
         features = self.call.all_features(layer.visibility)
-        result = stock
+        result, observed = stock, self.call.observed
+        combine.show_idle(layer, self.call.slots, features, observed)
         for name, slot in self.call.slots.items():
-            observed = self.call.observed
-            if slot.phase == "before" and observed is None:
+            if slot.phase == "before":
                 continue
             problem = combine.slot_problem(layer, slot, features[name])
             if observed is not None:
                 observed(name, problem)
-            if slot.phase == "before":
-                continue
             _, share = combine.dense_part(problem, problem.query)
             value_scale = problem.regular().terms.value_scale
             if value_scale is not None:

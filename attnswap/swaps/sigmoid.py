@@ -111,9 +111,11 @@ class Sigmoid(Swap):
         return (1.0,) if self.bias == "predicted" else ()
 
     def fit(self, seen: Observed) -> tuple[dict[str, Tensor], float]:
-        told = seen.n > 1 if self.keep_lone else torch.ones_like(seen.n, dtype=torch.bool)
-        target = seen.log_sums[1.0][:, told]
-        return predicted.fit(Observed(seen.hidden[told], {}, seen.n[told]), target, self.units)
+        target = seen.log_sums[1.0]
+        if self.keep_lone:
+            told = seen.n > 1
+            seen, target = Observed(seen.hidden[told], {}, seen.n[told]), target[:, told]
+        return predicted.fit(seen, target, self.units)
 
     def regression(self, call: Call) -> Tensor | None:
         if self.bias != "predicted" or call.logsumexp is None:

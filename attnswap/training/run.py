@@ -132,7 +132,7 @@ def train(config: TrainConfig) -> TrainResult:
             windows=data.sizes,
             rest=at_rest(config, plan, args),
         )
-        if shown is not None and args.process_index == 0:
+        if shown is not None and args.process_index == 0 and not fitted.is_file():
             trainer.movement.save(fitted)
         protection = protect(trainer)
         try:
