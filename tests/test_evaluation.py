@@ -16,6 +16,7 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     GptOssConfig,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaModel,
     MistralConfig,
@@ -56,6 +57,9 @@ ARCHITECTURES: dict[str, PreTrainedConfig] = {
     "qwen3": Qwen3Config(**TINY, head_dim=8),
     "gemma2": Gemma2Config(**TINY, head_dim=8, sliding_window=6, final_logit_softcapping=0.5),
     "gpt_oss": GptOssConfig(**TINY, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=6),
+    "llama4": Llama4TextConfig(
+        **TINY, head_dim=8, intermediate_size_mlp=64, num_local_experts=2, attention_chunk_size=6, no_rope_layers=[1, 0]
+    ),
     "gpt2": GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.3),
     "gpt_neox": GPTNeoXConfig(**{k: v for k, v in TINY.items() if k != "num_key_value_heads"}),
 }
@@ -223,7 +227,7 @@ def test_chunks_of_rows_equal_full_logits(arch, tokenizer):
     scorer = Scorer(model, chunk_elements=300 * 2 * 7)
     seen, cached = [], []
     head = model.get_output_embeddings().register_forward_hook(lambda _m, _a, out: seen.append(out.shape[1]))
-    base = model.base_model.register_forward_hook(
+    base = scorer.body.register_forward_hook(
         lambda _m, _a, kwargs, _o: cached.append(kwargs["use_cache"]), with_kwargs=True
     )
     with scorer.ready():
@@ -242,8 +246,8 @@ def test_chunks_of_rows_equal_full_logits(arch, tokenizer):
         scorer.check(inputs[0], [40])
     assert cached
     assert not any(cached)
-    assert "forward" not in model.base_model.__dict__
-    assert not model.base_model._forward_hooks
+    assert "forward" not in scorer.body.__dict__
+    assert not scorer.body._forward_hooks
 
 
 def test_bf16_is_upcast_and_a_lora_wrapper_is_looked_through(tokenizer):

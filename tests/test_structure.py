@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from training_helpers import byte_tokenizer, tiny_gemma2, tiny_gpt2, tiny_llama
-from transformers import AutoModelForCausalLM, BertConfig, FalconConfig, GPTNeoConfig, MistralConfig
+from transformers import AutoModelForCausalLM, BertConfig, FalconConfig, GPTNeoConfig, Llama4TextConfig, MistralConfig
 
 import attnswap
 from attnswap.errors import ConfigError, NumericsError, UnsupportedModelError
@@ -136,6 +136,16 @@ def test_local_layers_count_the_keys_that_they_see() -> None:
     assert found.largest[0] == pytest.approx(outputs.hidden_states[1].abs().max().item(), rel=1e-5)
     mistral = small(MistralConfig(**SIZES, num_key_value_heads=2, intermediate_size=64, sliding_window=80))
     assert measure_structure(mistral, byte_tokenizer(), text=TEXT, window=100, windows=1).zeros.max() == 0.0
+
+
+def test_keys_of_other_chunks_are_no_zeros() -> None:
+    config = Llama4TextConfig(
+        **SIZES, num_key_value_heads=2, head_dim=8, intermediate_size=64, intermediate_size_mlp=64, num_local_experts=2,
+        attention_chunk_size=80, no_rope_layers=[1, 0], pad_token_id=0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    assert config.layer_types == ["chunked_attention", "full_attention"]
+    found = measure_structure(small(config), byte_tokenizer(), text=TEXT, window=100, windows=1)
+    assert found.zeros.max() == 0.0
 
 
 def test_weights_of_later_keys_are_refused() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from training_helpers import VOCABULARY, tiny_gemma2, tiny_gpt2, tiny_llama
 from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import attnswap
 from attnswap.errors import ConfigError, UnsupportedModelError
@@ -124,9 +125,13 @@ def test_a_head_that_needs_more_than_the_hidden_states_is_refused() -> None:
     model = Odd(tiny_llama().config)
     with pytest.raises(UnsupportedModelError, match="other logits apart from its decoder"), chunked_loss(model):
         pass
-    model = tiny_llama()
-    model.base_model_prefix = "elsewhere"
-    with pytest.raises(UnsupportedModelError, match="cannot be run apart"), chunked_loss(model):
+
+    class Earlier(LlamaForCausalLM):
+        def forward(self, input_ids: torch.Tensor, **kwargs: object) -> object:  # type: ignore[override]
+            states = self.model(input_ids, output_hidden_states=True).hidden_states
+            return CausalLMOutputWithPast(logits=self.lm_head(states[-2]))
+
+    with pytest.raises(UnsupportedModelError, match="cannot be run apart"), chunked_loss(Earlier(tiny_llama().config)):
         pass
     model = tiny_llama()
     model.config.output_router_logits = True

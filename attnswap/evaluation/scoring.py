@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from attnswap.errors import ConfigError, UnsupportedModelError, non_finite
 from attnswap.evaluation.windows import Window
-from attnswap.surgery.attach import base_of, evaluating
+from attnswap.surgery.attach import base_of, body_of, evaluating
 
 CHUNK_ELEMENTS = 1 << 24
 """Logits held at once: 64 MiB in fp32."""
@@ -37,11 +37,7 @@ class Scorer:
 
     def __init__(self, model: nn.Module, chunk_elements: int = CHUNK_ELEMENTS) -> None:
         unwrapped = base_of(model)
-        if not isinstance(unwrapped, PreTrainedModel) or unwrapped.base_model is unwrapped:
-            raise UnsupportedModelError(
-                f"{type(unwrapped).__name__} is not a transformers model with a language model head: "
-                "load it with AutoModelForCausalLM"
-            )
+        self.body = body_of(unwrapped)
         self.model: PreTrainedModel = unwrapped
         self.vocabulary = int(unwrapped.config.get_text_config().vocab_size)
         self.chunk_elements = chunk_elements
@@ -73,7 +69,7 @@ class Scorer:
             outputs.append(output)
             return _with_hidden(output, output.last_hidden_state[:, -1:])
 
-        handle = self.model.base_model.register_forward_hook(keep)
+        handle = self.body.register_forward_hook(keep)
         try:
             self.model(input_ids=inputs, use_cache=False)
         finally:
@@ -81,7 +77,7 @@ class Scorer:
         (output,) = outputs
         size = size or max(1, self.chunk_elements // (self.vocabulary * len(inputs)))
         for hidden in output.last_hidden_state[:, -last:].split(size, dim=1):
-            with _answering(self.model.base_model, _with_hidden(output, hidden)):
+            with _answering(self.body, _with_hidden(output, hidden)):
                 yield self.model(input_ids=inputs[:, : hidden.shape[1]], use_cache=False).logits.float()
 
     def chunk_bytes(self, rows: int) -> int:

@@ -25,6 +25,25 @@ DEAD = 1e-6
 
 
 @dataclass(frozen=True)
+class Reach:
+    """How far back the queries of a layer see; with neither: to the first key.
+
+    Attributes:
+        window: A query sees so many keys at most, its own included.
+        chunk: A query sees the keys of its own chunk of so many tokens.
+    """
+
+    window: int | None = None
+    chunk: int | None = None
+
+    def first_keys(self, positions: Tensor) -> Tensor:
+        """Returns the first key that the queries at these positions see."""
+        if self.chunk is not None:
+            return positions // self.chunk * self.chunk
+        return torch.zeros_like(positions) if self.window is None else (positions - self.window + 1).clamp(min=0)
+
+
+@dataclass(frozen=True)
 class Structure:
     """Figures of every head, as (layers, heads) arrays, and of the hidden states after every layer.
 
@@ -119,10 +138,10 @@ def measure_structure(
     with scorer.ready(), ExitStack() as stack:
         stack.enter_context(_weights_returned(inner))
         for layer, (name, module) in patched_modules(inner).items():
-            stack.enter_context(_hook(module, heads.of(layer, span_of(module, config, layer))))
+            stack.enter_context(_hook(module, heads.of(layer, reach_of(module, config, layer))))
             stack.enter_context(_hook(inner.get_submodule(_block_of(name)), states.of(layer)))
         for ids in inputs:
-            inner.base_model(input_ids=ids.to(scorer.device), use_cache=False, output_attentions=True)
+            scorer.body(input_ids=ids.to(scorer.device), use_cache=False, output_attentions=True)
             advance(window)
     if not heads.sums:
         raise UnsupportedModelError(f"the attention modules of {type(inner).__name__} return no weights")
@@ -137,17 +156,20 @@ def measure_structure(
     return Structure(layers=layers, **figures, tokens=len(inputs) * window)
 
 
-def span_of(module: nn.Module, config: PreTrainedConfig, layer: int) -> int | None:
-    """Returns how many keys a query of a layer sees at most, its own included; None: all before it."""
+def reach_of(module: nn.Module, config: PreTrainedConfig, layer: int) -> Reach:
+    """Returns which keys the queries of a layer see: all before, those within a window, or those of a chunk."""
     if hasattr(module, "sliding_window"):
-        return module.sliding_window  # type: ignore[return-value]
+        return Reach(window=module.sliding_window)  # type: ignore[arg-type]
     local = getattr(config, "attention_layers", None)  # GPT-Neo's
     if local is not None:
-        return config.window_size if local[layer] == "local" else None
+        return Reach(window=config.window_size if local[layer] == "local" else None)
     kinds = getattr(config, "layer_types", None)
-    if (kinds is not None and kinds[layer] != "sliding_attention") or not getattr(config, "use_sliding_window", True):
-        return None
-    return getattr(config, "sliding_window", None)
+    kind = "sliding_attention" if kinds is None else kinds[layer]
+    if kind == "chunked_attention":
+        return Reach(chunk=config.attention_chunk_size)
+    if kind != "sliding_attention" or not getattr(config, "use_sliding_window", True):
+        return Reach()
+    return Reach(window=getattr(config, "sliding_window", None))
 
 
 def _block_of(name: str) -> str:
@@ -164,12 +186,12 @@ class _Heads:
         self.sums: dict[int, dict[str, np.ndarray]] = {}
         self.calls: dict[int, int] = {}
 
-    def of(self, layer: int, span: int | None) -> Any:
+    def of(self, layer: int, reach: Reach) -> Any:
         def look(module: nn.Module, args: Any, output: Any) -> Any:
             weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
             if not isinstance(weights, Tensor) or weights.ndim != 4:
                 return None
-            found = _figures(weights[0].float(), span, type(module).__name__)
+            found = _figures(weights[0].float(), reach, type(module).__name__)
             known = self.sums.setdefault(layer, {})
             self.calls[layer] = self.calls.get(layer, 0) + 1
             for name, value in found.items():
@@ -179,12 +201,12 @@ class _Heads:
         return look
 
 
-def _figures(weights: Tensor, span: int | None, module: str) -> dict[str, Tensor]:
+def _figures(weights: Tensor, reach: Reach, module: str) -> dict[str, Tensor]:
     """Returns the figures of one window's weights (heads, queries, keys), of the queries that see enough keys.
 
     Args:
         weights: Shape (heads, queries, keys).
-        span: How many keys the layer's queries see at most.
+        reach: Which keys the layer's queries see.
         module: Whose they are.
     """
     queries, keys = weights.shape[1:]
@@ -193,7 +215,8 @@ def _figures(weights: Tensor, span: int | None, module: str) -> dict[str, Tensor
         raise UnsupportedModelError(
             f"{module} gives weight to keys that come after their query: its weights are not those of a causal model"
         )
-    visible = causal if span is None else causal.triu(keys - queries - span + 1)
+    first = reach.first_keys(torch.arange(keys - queries, keys, device=weights.device))
+    visible = causal & (torch.arange(keys, device=weights.device) >= first[:, None])
     rows, visible = weights[:, FIRST_QUERY:], visible[FIRST_QUERY:]
     total = rows.sum(-1)
     share = rows.clamp(min=0) / total.clamp(min=1e-12)[..., None]

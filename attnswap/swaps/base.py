@@ -327,7 +327,7 @@ class Swap:
             n: How many keys it sees, the sink included.
             p: The per-head values.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} finds a threshold, so it must override bracket")
 
     def mass_power(self, p: Numbers) -> Any:
         """The power of the weights' sum that is closest to linear in the threshold, for the solver's steps."""

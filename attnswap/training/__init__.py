@@ -8,7 +8,7 @@ from attnswap.training.config import TrainConfig, load_config, parse_config
 from attnswap.training.data import Data, load_data
 from attnswap.training.distill import Distillation
 from attnswap.training.durable import DurableCheckpoints, latest_checkpoint
-from attnswap.training.fit import fit
+from attnswap.training.fitting import fit
 from attnswap.training.loss import chunked_loss
 from attnswap.training.nonfinite import SkipNonFinite
 from attnswap.training.protect import Protection, protect

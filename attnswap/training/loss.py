@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput
 
 from attnswap.errors import ConfigError, UnsupportedModelError
 from attnswap.processes import place, share
+from attnswap.surgery.attach import body_name, body_of
 from attnswap.training.head import IGNORED, CrossEntropy, RowLoss, head_loss
 
 CHUNK = 512
@@ -79,7 +80,7 @@ class _Given(nn.Module):
 
 @contextmanager
 def _standing_in(model: PreTrainedModel, stand_in: nn.Module) -> Iterator[None]:
-    modules, name = model._modules, model.base_model_prefix
+    modules, name = model._modules, body_name(model)
     decoder = modules[name]
     modules[name] = stand_in
     try:
@@ -132,7 +133,7 @@ def forward_with_loss(
     if objective is not None:
         teaching = objective.teach(model, inputs)
     with teaching as lesson:
-        outputs = getattr(model, model.base_model_prefix)(**inputs, use_cache=False)
+        outputs = body_of(model)(**inputs, use_cache=False)
     hidden = outputs.last_hidden_state[:, :-1]
     targets = labels[:, 1:].to(hidden.device)
     rows, columns = (targets != IGNORED).nonzero(as_tuple=True)
@@ -169,7 +170,8 @@ def forward_with_loss(
 
 def _outside_decoder(model: PreTrainedModel) -> list[nn.Module]:
     """Returns the modules beside the decoder: the head."""
-    return [child for name, child in model.named_children() if name != model.base_model_prefix]
+    body = body_of(model)
+    return [child for child in model.children() if child is not body]
 
 
 @contextmanager
@@ -226,7 +228,7 @@ def _prove(model: PreTrainedModel) -> None:
     try:
         ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
         expected = model(input_ids=ids, use_cache=False).logits
-        outputs = getattr(model, model.base_model_prefix)(input_ids=ids, use_cache=False)
+        outputs = body_of(model)(input_ids=ids, use_cache=False)
         actual = head_logits(model, outputs, outputs.last_hidden_state)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UnsupportedModelError(

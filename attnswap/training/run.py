@@ -27,7 +27,7 @@ from attnswap.training.config import TrainConfig
 from attnswap.training.data import Data, load_data
 from attnswap.training.distill import Distillation
 from attnswap.training.durable import latest_checkpoint
-from attnswap.training.fit import fit
+from attnswap.training.fitting import fit
 from attnswap.training.lora import add_lora
 from attnswap.training.loss import chunked_loss
 from attnswap.training.movement import Moved, as_json, start_from
@@ -106,8 +106,9 @@ def train(config: TrainConfig) -> TrainResult:
     if config.data.pack:
         check_separation(model)
     fitted = output.partial / FITTED
-    if shown is not None and args.resume_from_checkpoint and fitted.is_file():
-        start_from(model, fitted)
+    known = Path(args.resume_from_checkpoint).absolute().with_name(FITTED) if args.resume_from_checkpoint else None
+    if shown is not None and known is not None and known.is_file():
+        start_from(model, known)
     elif shown is not None:
         fit_swaps(model, config, shown)
     if config.optimizer.freeze == "all_but_swap":
@@ -132,7 +133,7 @@ def train(config: TrainConfig) -> TrainResult:
             windows=data.sizes,
             rest=at_rest(config, plan, args),
         )
-        if shown is not None and args.process_index == 0 and not fitted.is_file():
+        if shown is not None and args.process_index == 0 and not (known == fitted and fitted.is_file()):
             trainer.movement.save(fitted)
         protection = protect(trainer)
         try:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from attnswap.errors import ConfigError
-from attnswap.surgery.attach import base_of, evaluating, spec_of
+from attnswap.surgery.attach import base_of, body_of, evaluating, spec_of
 from attnswap.surgery.bypass import bypassed
 from attnswap.surgery.patch import swap_parameters, unpatch
 from attnswap.training.config import TrainConfig
@@ -51,7 +51,7 @@ class Teacher:
         if not self.shared:
             self.model.to(device=inputs["input_ids"].device)  # type: ignore[call-arg]
         with self.answering():
-            outputs = getattr(self.model, self.model.base_model_prefix)(**inputs, use_cache=False)
+            outputs = body_of(self.model)(**inputs, use_cache=False)
         self._bare = type(outputs)(last_hidden_state=None)
         return outputs.last_hidden_state
 

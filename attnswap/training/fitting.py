@@ -12,7 +12,7 @@ import attnswap
 from attnswap.attention.logsumexp import logsumexp
 from attnswap.attention.problem import Problem
 from attnswap.errors import ConfigError
-from attnswap.surgery.attach import child_of, evaluating, patched_modules, spec_of
+from attnswap.surgery.attach import body_of, child_of, evaluating, patched_modules, spec_of
 from attnswap.surgery.call import LayerCall
 from attnswap.surgery.patch import check_ramp
 from attnswap.surgery.seam import Enter
@@ -101,7 +101,7 @@ def _look(
     try:
         with evaluating(model), observing(model, observe):
             for batch in tqdm(batches, desc="looking on", unit="batch", disable=None):
-                getattr(model, model.base_model_prefix)(**batch, use_cache=False)
+                body_of(model)(**batch, use_cache=False)
                 count += 1
     finally:
         for handle in handles:
