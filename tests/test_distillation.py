@@ -256,6 +256,36 @@ def test_what_a_swap_predicts_is_regressed_in_the_loss() -> None:
     assert slot.weight.grad.abs().max() > 0
 
 
+def test_a_regression_alone_calibrates_a_swap_that_is_not_there_yet() -> None:
+    model, values = tiny_llama(), batch()
+    with torch.no_grad():
+        expected = model(values["input_ids"]).logits
+    attnswap.patch(model, {"name": "sigmoid", "bias": "predicted", "units": 0}, ramp=0.0)
+    model.requires_grad_(False)
+    own = attnswap.swap_parameters(model)
+    for name, parameter in own.items():
+        parameter.requires_grad_(True)
+        parameter.data += 1.0 if name.endswith("offset") else 0.0  # a start that is off
+    optimizer = torch.optim.Adam(own.values(), lr=0.05)
+    objective = Distillation(None, LossSection(ce=0.0, regression=1.0))
+    errors = []
+    model.train()
+    with chunked_loss(model, objective=objective):
+        for _ in range(20):
+            optimizer.zero_grad()
+            model(**values).loss.backward()
+            optimizer.step()
+            errors.append(objective.means()["regression"])
+    assert errors[-1] < 0.2 * errors[0]
+    with torch.no_grad():
+        assert torch.equal(model(values["input_ids"]).logits, expected)
+
+    attnswap.unpatch(model)
+    attnswap.patch(model, "softpick")
+    with chunked_loss(model, objective=objective), pytest.raises(ConfigError, match="no swap of this model"):
+        model(**values)
+
+
 def test_losses_that_look_at_layers_refuse_to_see_them_twice() -> None:
     model = tiny_llama()
     attnswap.patch(model, "softpick")

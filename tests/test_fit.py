@@ -1,5 +1,6 @@
 """Calibration by least squares: starts that are told from what the unswapped layers do."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,11 @@ def test_a_resumed_run_begins_where_it_was_fitted_without_fitting_again(tmp_path
         patch.setattr("attnswap.training.run.fit_swaps", None)
         resumed = train(parse_config(values))
     assert resumed.movement == whole.movement
+    assert resumed.summary["fit_tokens"] == whole.summary["fit_tokens"] == 320
+    log = [json.loads(line) for line in (resumed.output_dir / "steps.jsonl").open()]
+    spent = [entry["fit_runtime"] for entry in log if "fit_runtime" in entry]
+    assert len(spent) == 1
+    assert resumed.summary["seconds"] > spent[0] > 0
     assert (resumed.output_dir / FITTED).read_bytes() == (whole.output_dir / FITTED).read_bytes()
 
 
@@ -96,7 +102,7 @@ def test_a_fit_looks_at_as_many_tokens_of_each_length(tmp_path: Path, monkeypatc
         ramp=1.0,
         training={"max_steps": 1, "eval_strategy": "no"},
     )
-    train(parse_config(values))
+    assert train(parse_config(values)).summary["fit_tokens"] == 8 * 64 + 5 * 100
     assert seen == [(1, 64)] * 8 + [(1, 100)] * 5
     values["fit"] = {"sequence_lengths": [64, 129]}
     with pytest.raises(ConfigError, match=r"fit.sequence_lengths: 129 tokens are more"):

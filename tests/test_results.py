@@ -62,7 +62,7 @@ def test_a_result_is_complete_and_its_folder_holds_what_it_was_made_of(name: str
     logged = [json.loads(line) for line in (folder / "steps.jsonl").open()]
     curve = {point["step"]: point["loss"] for point in result["curve"]}
     assert curve == {entry["step"]: entry["loss"] for entry in logged if "loss" in entry}
-    assert "attnswap heal" in (folder / "README.md").read_text()
+    assert f"    {result['command']}\n" in (folder / "README.md").read_text(), "the README shows another command"
     assert markdown(result).split("\n\n")[1] in (folder / "README.md").read_text(), "the README shows another table"
 
 

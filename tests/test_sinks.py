@@ -144,4 +144,4 @@ def test_a_slot_at_lambda_0_is_seen_and_costs_nothing(make: Any) -> None:
         assert torch.equal(model(ids, use_cache=False).logits, expected)
     assert seen == [(0, 0.0), (1, 0.0)]
     assert found.mean() is None
-    assert errors.mean() is None
+    assert errors.mean() > 0

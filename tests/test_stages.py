@@ -164,6 +164,10 @@ def test_stages_work_as_a_callback_of_a_plain_trainer(tmp_path: Path) -> None:
     late.add_callback(Stages(plan, Distillation(None, KL)))
     with pytest.raises(ConfigError, match="when it is made"):
         late.train()
+    plan = plan_stages([StageSection("logits", 1.0, KL, learning_rate=1e-3)], 6)
+    plain = Trainer(model=model, args=args, train_dataset=Tokens(), callbacks=[Stages(plan, Distillation(None, KL))])
+    with pytest.raises(ConfigError, match="SwapTrainer"):
+        plain.train()
 
 
 STAGES = [
@@ -190,6 +194,11 @@ def test_a_recipe_with_stages_ends_at_the_swap_and_resumes(tmp_path: Path) -> No
     assert model.config.attnswap["swaps"][0]["ramp"] == 1.0
     assert whole.summary["steps"] == 20
     assert whole.summary["tokens"] == 16 * 2 * 64 + 4 * 2 * 100
+    stages = whole.summary["stages"]
+    assert [(s["name"], s["steps"], s["sequence_length"]) for s in stages] == [
+        ("transfer", 6, 64), ("ramp", 10, 64), ("long", 4, 100),
+    ]  # fmt: skip
+    assert all(stage["seconds_per_step"] > 0 for stage in stages)
 
     part = recipe(tmp_path, **changes, output_dir=str(tmp_path / "part"))
     with pytest.MonkeyPatch.context() as patch:
@@ -200,6 +209,18 @@ def test_a_recipe_with_stages_ends_at_the_swap_and_resumes(tmp_path: Path) -> No
     train(parse_config(part))
     ours, theirs = (attnswap.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "part"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_an_entry_of_the_log_speaks_of_one_stage(tmp_path: Path) -> None:
+    training = {"max_steps": 20, "learning_rate": 1e-3, "eval_strategy": "no", "logging_steps": 8}
+    done = train(parse_config(recipe(tmp_path, swap="softpick", stages=STAGES, training=training)))
+    log = [entry for entry in _log(done.output_dir) if "loss" in entry]
+    assert [(entry["step"], entry["stage"]) for entry in log] == [
+        (6, "transfer"), (8, "ramp"), (16, "ramp"), (20, "long"),
+    ]  # fmt: skip
+    assert log[0]["loss"] == pytest.approx(log[0]["transfer"], rel=1e-2)
+    for entry in log[1:]:
+        assert entry["loss"] == pytest.approx(0.1 * entry["ce"] + 0.9 * entry["kl"], rel=1e-2)
 
 
 def _log(directory: Path) -> list[dict[str, Any]]:

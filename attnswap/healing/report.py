@@ -51,7 +51,13 @@ def table(result: dict[str, Any]) -> Table:
 def title(result: dict[str, Any]) -> str:
     """Says in a line what was healed."""
     where = "all layers" if result["layers"] is None else f"layers {result['layers']}"
-    return f"{swap_of(result)}, {where} of {result['model']}: {result['tokens']:,} tokens"
+    return f"{swap_of(result)}, {where} of {result['model']}: {tokens_of(result)} tokens"
+
+
+def tokens_of(result: dict[str, Any]) -> str:
+    """Returns how many tokens were trained on, and how many a start was fitted to before."""
+    fitted = result.get("fit_tokens")
+    return f"{result['tokens']:,}" + (f" + {fitted:,} to fit" if fitted else "")
 
 
 def swap_of(result: dict[str, Any]) -> str:

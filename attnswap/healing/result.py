@@ -14,6 +14,7 @@ import attnswap
 from attnswap import swaps
 from attnswap.evaluation.bootstrap import Comparison, compare
 from attnswap.healing.experiment import Experiment, Measured
+from attnswap.provenance import commit
 from attnswap.training.config import TrainConfig, as_run
 from attnswap.training.stages import plan_of
 
@@ -65,14 +66,16 @@ def summarise_healing(experiment: Experiment, measured: Measured) -> dict[str, A
         "model": config.model.reference,
         "command": " ".join(["attnswap", *sys.argv[1:]]),
         "commit": healed.get("commit"),
+        "measured_at": commit(),
         "seed": config.training.get("seed", 42),
         "recipe": as_run(config),
         "data": healed["data"],
         "tokens": healed["tokens"],
+        "fit_tokens": healed.get("fit_tokens", 0),
         "steps": healed["steps"],
         "control_steps": {name: control.get(name, 0) for name in ("steps", "steps_at_rest")},
+        "control_commit": control.get("commit"),
         "seconds": {name: summary["seconds"] for name, summary in measured.training.items()},
-        "seconds_per_step": {name: summary["seconds_per_step"] for name, summary in measured.training.items()},
         "corpus": first.corpus,
         "protocol": {**first.protocol.to_dict(), "dtype": first.env["dtype"]},
         "contexts": contexts,

@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from attnswap.errors import ConfigError
+from attnswap.surgery.attach import base_of, spec_of
 from attnswap.training.head import IGNORED, CrossEntropy, RowLoss, in_blocks
 from attnswap.training.observing import observing
 from attnswap.training.regression import Errors
@@ -45,7 +46,7 @@ class Distillation:
                 lesson.transfer = stack.enter_context(transferring(self.teacher, model, inputs))
             elif self.loss.kl and self.teacher is not None:
                 lesson.hidden = self.teacher.hidden(inputs)
-            if self.loss.regression:
+            if self.loss.regression and spec_of(base_of(model)) is not None:
                 lesson.errors = stack.enter_context(observing(model, Errors()))
             if self.loss.sinks:
                 lesson.sinks = stack.enter_context(observing(model, Sinks()))
@@ -89,7 +90,7 @@ class _Lesson:
 
     def of_rows(self, targets: Tensor, positions: tuple[Tensor, Tensor]) -> RowLoss | None:
         """See :class:`attnswap.training.loss.Lesson`."""
-        if self.transfer is not None:
+        if not self.objective.loss.of_logits:
             return None
         taught = None if self.hidden is None else self.hidden[positions]
         return _Rows(self.objective, targets, taught)

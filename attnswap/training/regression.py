@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from attnswap.attention.problem import Problem
+from attnswap.errors import ConfigError
 from attnswap.surgery.call import LayerCall
 
 
@@ -15,13 +16,22 @@ class Errors:
 
     def __call__(self, call: LayerCall, slot: str, problem: Problem) -> None:
         """Takes one slot's problem; called by the seam."""
-        if call.slots[slot].phase == "before" or not problem.swap.needs_logsumexp:
+        if not problem.swap.needs_logsumexp:
             return
         error = problem.swap.regression(problem.call(with_logsumexp=True))
         if error is not None:
             seen = (problem.visibility.n > 0).to(error.dtype).expand_as(error)
             self.means.append((error * seen).sum() / seen.sum().clamp(min=1))
 
-    def mean(self) -> Tensor | None:
-        """Returns the mean over layers, or None where nothing is predicted."""
-        return torch.stack(self.means).mean() if self.means else None
+    def mean(self) -> Tensor:
+        """Returns the mean over layers.
+
+        Raises:
+            ConfigError: None of the swaps predicts anything.
+        """
+        if not self.means:
+            raise ConfigError(
+                "loss.regression: no swap of this model learns a prediction by it (sigmoid with bias: predicted does): "
+                "leave it out"
+            )
+        return torch.stack(self.means).mean()

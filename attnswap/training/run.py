@@ -1,6 +1,7 @@
 """A whole training run: load, patch, train, save."""
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -105,12 +106,14 @@ def train(config: TrainConfig) -> TrainResult:
         attnswap.patch(model, config.swap, part=config.part, layers=config.layers, heads=config.heads, ramp=ramp)
     if config.data.pack:
         check_separation(model)
-    fitted = output.partial / FITTED
+    fitted, fit_seconds = output.partial / FITTED, None
     known = Path(args.resume_from_checkpoint).absolute().with_name(FITTED) if args.resume_from_checkpoint else None
     if shown is not None and known is not None and known.is_file():
         start_from(model, known)
     elif shown is not None:
+        started = time.monotonic()
         fit_swaps(model, config, shown)
+        fit_seconds = time.monotonic() - started
     if config.optimizer.freeze == "all_but_swap":
         freeze_all_but_swap(model)
     adapters = add_lora(model, config.lora) if config.lora else None
@@ -119,6 +122,8 @@ def train(config: TrainConfig) -> TrainResult:
     if args.process_index == 0:
         output.prepare(config, args.resume_from_checkpoint)
     steps = StepLog(output.partial / "steps.jsonl")
+    if fit_seconds is not None and args.process_index == 0:
+        steps.note({"fit_runtime": fit_seconds})
     with learning(model, config, plan) as switch:
         trainer = SwapTrainer(
             model=model,
@@ -166,6 +171,7 @@ def train(config: TrainConfig) -> TrainResult:
         trainable,
         protection.finite.skipped,
         data.description,
+        0 if shown is None else sum(len(row["input_ids"]) for row in _looked_at(shown, config)),
     )
     trainer.save_model(str(output.partial))
     if trainer.is_world_process_zero():
@@ -212,17 +218,17 @@ def fit_swaps(model: PreTrainedModel, config: TrainConfig, data: Data) -> None:
     """Fits a patched model as a recipe's ``fit`` says, on windows of its training text."""
     assert config.fit is not None
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(config.training.get("bf16"))):
-        fit(model, _text_batches(data, config.fit.tokens, model.device))
+        names = ("input_ids", "position_ids")
+        fit(model, ({name: row[name][None].to(model.device) for name in names} for row in _looked_at(data, config)))
 
 
-def _text_batches(data: Data, tokens: int, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
-    """Yields windows from all over each part of the data until they hold so many tokens, as many of each part."""
+def _looked_at(data: Data, config: TrainConfig) -> Iterator[dict[str, torch.Tensor]]:
+    """Yields windows from all over each part of the data that hold the tokens to fit to, as many of each part."""
+    assert config.fit is not None
     first = 0
     for size in data.sizes:
-        count = min(size, -(-tokens // (len(data.sizes) * len(data.train[first]["input_ids"]))))
-        for index in range(count):
-            row = data.train[first + index * size // count]
-            yield {name: row[name][None].to(device) for name in ("input_ids", "position_ids")}
+        count = min(size, -(-config.fit.tokens // (len(data.sizes) * len(data.train[first]["input_ids"]))))
+        yield from (data.train[first + index * size // count] for index in range(count))
         first += size
 
 

@@ -17,7 +17,8 @@ class LossSection:
         transfer: Weight of the attention outputs' distance to the teacher's, each layer having seen the teacher's
             input: the mean over layers of ``|o - o_teacher|^2 / |o_teacher|^2``. It stands alone, without ce and kl.
         regression: Weight of the squared errors of what swaps predict (the row's logsumexp, of a sigmoid with
-            ``bias: predicted``), a mean over layers and heads.
+            ``bias: predicted``), a mean over layers and heads, at a lambda of 0 too. Alone, with ``train: swap``, it
+            calibrates them.
         sinks: Weight of the attention to a text's first token beyond a fifth, a mean over layers and heads: it takes
             heads off the sink that a pretrained model gave them, where its swap can do without.
     """
@@ -32,7 +33,10 @@ class LossSection:
     def __post_init__(self) -> None:
         weights = (self.ce, self.kl, self.transfer, self.regression, self.sinks)
         require(min(weights) >= 0, "loss: a weight must not be negative")
-        require(self.ce + self.kl + self.transfer > 0, "loss: one of ce, kl and transfer must be positive")
+        require(
+            self.ce + self.kl + self.transfer + self.regression > 0,
+            "loss: one of ce, kl, transfer and regression must be positive",
+        )
         require(self.temperature > 0, "loss.temperature: must be positive")
         require(
             not self.transfer or not (self.ce or self.kl),
@@ -44,6 +48,11 @@ class LossSection:
     def taught(self) -> bool:
         """Whether a teacher takes part."""
         return self.kl > 0 or self.transfer > 0
+
+    @property
+    def of_logits(self) -> bool:
+        """Whether the model's logits are learned, not its layers alone."""
+        return self.ce > 0 or self.kl > 0
 
     @property
     def looks_inside(self) -> bool:

@@ -72,7 +72,7 @@ def without_swaps(stages: list[Stage]) -> list[Stage]:
     """Returns what is left of stages for the control: not those that teach the swaps alone, which may be all."""
     kept, first = [], 0
     for stage in stages:
-        if not stage.section.loss.transfer and stage.section.train != "swap":
+        if stage.section.loss.of_logits and stage.section.train != "swap":
             kept.append(Stage(stage.section, first, stage.steps, stage.index))
             first += stage.steps
     return kept
@@ -83,11 +83,14 @@ class Stages(TrainerCallback):
 
     Give it to the trainer's ``callbacks``, so that it is there when the trainer prepares the model. Works with
     ``transformers.Trainer`` and its subclasses. Learning rates and window lengths of stages are the business of
-    :class:`attnswap.training.SwapTrainer`.
+    :class:`attnswap.training.SwapTrainer`; with another trainer they are refused.
 
     Args:
         stages: See :func:`plan_stages`.
         distillation: What the losses of the stages are computed by.
+
+    Attributes:
+        served: The trainer gives the stages their learning rates and windows.
     """
 
     def __init__(self, stages: list[Stage], distillation: Distillation) -> None:
@@ -98,6 +101,7 @@ class Stages(TrainerCallback):
         self._silenced: list[torch.nn.Parameter] = []
         self._hooks: list[Any] = []
         self._ready = False
+        self.served = False
 
     def at(self, step: int) -> Stage:
         """Returns the stage of the step that follows ``step`` others."""
@@ -114,10 +118,16 @@ class Stages(TrainerCallback):
         """Makes sure that the loss is there.
 
         Raises:
-            ConfigError: The callback was added after the trainer was made.
+            ConfigError: The callback was added after the trainer was made, or the stages ask for what it does not do.
         """
         if not self._ready:
             raise ConfigError("Stages must be among the trainer's callbacks=[...] when it is made, not added later")
+        for section in (stage.section for stage in self.stages):
+            if not self.served and (section.learning_rate is not None or section.sequence_length is not None):
+                raise ConfigError(
+                    f'stages: "{section.name}" has a learning rate or windows of its own, which this trainer would not '
+                    "give it: take attnswap.training.SwapTrainer(..., stages=plan)"
+                )
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -140,6 +150,11 @@ class Stages(TrainerCallback):
         """Takes gradients of 0 away, which momentum and weight decay would turn into steps."""
         for parameter in self._silenced:
             parameter.grad = None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Logs where a stage ends, so that no entry speaks of two."""
+        if any(state.global_step == stage.first + stage.steps for stage in self.stages):
+            control.should_log = True
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -168,7 +183,6 @@ class Stages(TrainerCallback):
     def _enter(self, stage: Stage, model: PreTrainedModel) -> None:
         self._current = stage
         self.distillation.loss = stage.section.loss
-        self.distillation.means()  # what the stage before has not logged
         self._thaw()
         rest = left_alone(model, stage.section)
         if place(model)[1] > 1:  # other processes wait for every gradient, so those of the rest are made 0

@@ -24,6 +24,7 @@ def summarise(
     trainable: int,
     skipped: list[int],
     described: dict[str, Any],
+    fit_tokens: int,
 ) -> dict[str, Any]:
     """Returns what ``summary.json`` holds.
 
@@ -37,10 +38,11 @@ def summarise(
         trainable: Number of weights trained.
         skipped: The steps that were left out.
         described: What identifies the training text.
+        fit_tokens: Tokens that a start was fitted to.
     """
     args, state = trainer.args, trainer.state
     at_rest = [] if trainer.rest is None else trainer.rest.left
-    computed = [duration for step, duration in enumerate(steps.seconds) if step not in at_rest]
+    computed = {step: duration for step, duration in steps.seconds.items() if step not in at_rest}
     before = next((entry for entry in state.log_history if "eval_loss" in entry and entry["step"] == 0), None)
     return {
         "schema": "attnswap.train/1",
@@ -56,19 +58,35 @@ def summarise(
         "sequence_length": config.data.sequence_length,
         "data": {"source": config.data.source, **described},
         "tokens": tokens_of(config, trainer),
+        "fit_tokens": fit_tokens,
+        "stages": [
+            {
+                "name": stage.section.name,
+                "steps": stage.steps,
+                "sequence_length": stage.section.sequence_length or config.data.sequence_length,
+                "seconds_per_step": _median(computed, range(stage.first, stage.first + stage.steps)),
+            }
+            for stage in trainer.stages
+        ],
         "windows_per_step": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
         "processes": args.world_size,
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else config.model.dtype,
         "skipped_steps": skipped,
         "steps_at_rest": len(at_rest),
         "seconds": steps.runtime,
-        "seconds_per_step": statistics.median(computed) if computed else None,
+        "seconds_per_step": None if trainer.stages else _median(computed, range(state.global_step)),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "parameters_trained": trainable,
         "parameters_of_swap": sum(p.numel() for p in attnswap.swap_parameters(trainer.model).values()),
         "moved": as_json(by_kind(movement)),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
+
+
+def _median(seconds: dict[int, float], steps: range) -> float | None:
+    """Returns the median duration of those of the steps that this process computed."""
+    known = [seconds[step] for step in steps if step in seconds]
+    return statistics.median(known) if known else None
 
 
 def tokens_of(config: TrainConfig, trainer: SwapTrainer) -> int:
@@ -91,8 +109,14 @@ def table(summary: dict[str, Any]) -> Table:
     view = Table(title=f"{swap if isinstance(swap, str) else swap['name']} on {summary['model']}", show_header=False)
     view.add_column(style="bold")
     view.add_column(justify="right")
-    per_step = summary["windows_per_step"] * summary["sequence_length"]
-    view.add_row("steps", f"{summary['steps']} of {per_step} tokens")
+    if summary["fit_tokens"]:
+        view.add_row("fitted to", f"{summary['fit_tokens']:,} tokens")
+    parts = summary["stages"] or [{"name": "steps", **summary}]
+    for part in parts:
+        said = f"{part['steps']} of {summary['windows_per_step'] * part['sequence_length']} tokens"
+        if part["seconds_per_step"] is not None:
+            said += f", {part['seconds_per_step']:.2f} s each ({summary['precision']})"
+        view.add_row(part["name"], said)
     view.add_row("trained weights", f"{summary['parameters_trained']:,} of {summary['parameters']:,}")
     view.add_row("training loss, mean", f"{summary['train_loss']:.4f}")
     before, after = summary["held_out_loss_before"], summary["held_out_loss"]
@@ -101,7 +125,5 @@ def table(summary: dict[str, Any]) -> Table:
         view.add_row("held-out tokens", f"{summary['held_out_tokens']:,}")
     for kind, moved in summary["moved"].items():
         view.add_row(f"{kind} moved", f"at most {moved['largest']:.2e}, rms {moved['rms']:.2e}")
-    if summary["seconds_per_step"] is not None:
-        view.add_row("seconds a step, median", f"{summary['seconds_per_step']:.2f} ({summary['precision']})")
     view.add_row("seconds in all", f"{summary['seconds']:.0f}")
     return view

@@ -17,7 +17,7 @@ from attnswap.errors import ConfigError
 from attnswap.processes import whole
 from attnswap.training.movement import Movement, by_kind
 from attnswap.training.rest import AtRest
-from attnswap.training.stages import Stage, StagedWindows, staged_schedule
+from attnswap.training.stages import Stage, StagedWindows, Stages, staged_schedule
 
 
 class SwapTrainer(Trainer):
@@ -58,6 +58,9 @@ class SwapTrainer(Trainer):
             self.add_callback(rest)
         self.swap_lr_multiplier = swap_lr_multiplier
         self.stages, self.windows = list(stages), list(windows)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, Stages):
+                callback.served = bool(self.stages)
         self.movement = Movement(self.model)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -170,18 +173,23 @@ class StepLog(TrainerCallback):
         path: The file; a run that is resumed goes on in it, from the step of its checkpoint.
 
     Attributes:
-        seconds: Duration of each optimizer step.
+        seconds: Duration of each optimizer step of this process, by the number of steps before it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.seconds: list[float] = []
+        self.seconds: dict[int, float] = {}
         self._started = 0.0
 
     @property
     def runtime(self) -> float:
-        """Seconds of training, of all the processes that took turns at it and came to an orderly end."""
-        return sum(entry.get("train_runtime", 0.0) for entry in self._entries())
+        """Seconds of fitting and training, of all the processes that took turns at it and came to an orderly end."""
+        return sum(entry.get(kind, 0.0) for entry in self._entries() for kind in ("fit_runtime", "train_runtime"))
+
+    def note(self, entry: dict[str, Any]) -> None:
+        """Writes an entry of our own."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
 
     def _entries(self) -> list[dict[str, Any]]:
         if not self.path.is_file():
@@ -204,10 +212,9 @@ class StepLog(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stops the clock."""
-        self.seconds.append(time.perf_counter() - self._started)
+        self.seconds[state.global_step - 1] = time.perf_counter() - self._started
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Writes the newest entry, in the first process."""
         if state.is_world_process_zero:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(state.log_history[-1]) + "\n")
+            self.note(state.log_history[-1])
