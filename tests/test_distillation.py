@@ -206,10 +206,12 @@ def test_transfer_compares_each_layer_on_the_teachers_input() -> None:
         handle.remove()
     expected = []
     visible = torch.ones(40, 40).tril().bool()[None, None]
+    lasts = [max((i for i, label in enumerate(row) if label != -100), default=-1) for row in values["labels"].tolist()]
+    text = torch.tensor([[i <= last for i in range(40)] for last in lasts])
     for layer, (_, module) in patched_modules(model).items():
         hidden, output, rotary = seen[layer]
         ours = module(hidden_states=hidden, position_embeddings=rotary, attention_mask=visible)[0]
-        expected.append((ours - output).square().sum() / output.square().sum())
+        expected.append((ours - output)[text].square().sum() / output[text].square().sum())
     assert len(set(expected)) == 3
 
     objective = Distillation(teacher, LossSection(ce=0, kl=0, transfer=2.0))
@@ -284,6 +286,29 @@ def test_a_regression_alone_calibrates_a_swap_that_is_not_there_yet() -> None:
     attnswap.patch(model, "softpick")
     with chunked_loss(model, objective=objective), pytest.raises(ConfigError, match="no swap of this model"):
         model(**values)
+
+
+@pytest.mark.parametrize("loss", [{"transfer": 1.0}, {"regression": 1.0}, {"ce": 1.0, "sinks": 50.0}])
+def test_nothing_is_learned_from_padding(loss: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attnswap.training.sinks.ROWS", 1000)  # all queries
+    monkeypatch.setattr("attnswap.training.sinks.SPARED", 0.0)
+    model = tiny_llama()
+    teacher = teacher_of(model, dtype=torch.float32)
+    attnswap.patch(model, {"name": "sigmoid", "bias": "predicted"})
+    model.train()
+    torch.manual_seed(0)
+    ids = torch.randint(1, VOCABULARY, (1, 80))
+    text = {"input_ids": ids, "labels": ids.clone(), "position_ids": torch.arange(80)[None]}
+    text["labels"][:, :9] = -100  # a prompt that is read all the same
+    padded = {
+        "input_ids": torch.cat([ids, torch.zeros(1, 100, dtype=torch.long)], 1),
+        "labels": torch.cat([text["labels"], torch.full((1, 100), -100)], 1),
+        "position_ids": torch.cat([torch.arange(80), torch.arange(100)])[None],
+    }
+    with chunked_loss(model, objective=Distillation(teacher, LossSection(**{"ce": 0.0} | loss))):
+        expected, found = model(**text).loss, model(**padded).loss
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert expected > 1e-6
 
 
 def test_losses_that_look_at_layers_refuse_to_see_them_twice() -> None:

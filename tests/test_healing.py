@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
-from training_helpers import recipe, tiny_gpt2, write_model
+from training_helpers import byte_tokenizer, recipe, tiny_gpt2, write_model
 
+from attnswap import swap_parameters
 from attnswap.cli import main
 from attnswap.errors import ConfigError
 from attnswap.evaluation.bootstrap import Comparison
 from attnswap.healing.experiment import Experiment
+from attnswap.healing.measuring import Bench
 from attnswap.healing.result import proof_of_use, recovered
 from attnswap.healing.speed import measure as measure_speed
 from attnswap.healing.speed import table as speed_table
@@ -128,7 +131,11 @@ def test_a_stopped_run_goes_on_and_one_of_another_recipe_does_not(
             tmp_path, training={"eval_strategy": "no", "save_strategy": "steps", "save_steps": 5, "learning_rate": rate}
         )
         steps.clear()
-        asked = ["training.resume_from_checkpoint=latest"] if begun else []
+        if not begun:
+            assert run(tmp_path) == 2
+            assert "unfinished run of another recipe: training.learning_rate" in capsys.readouterr().err
+            assert (tmp_path / "out" / "healed.partial" / "checkpoint-5").is_dir()
+        asked = ["training.resume_from_checkpoint=latest"] if begun else ["overwrite=true"]
         assert run(tmp_path, *asked) == 0, capsys.readouterr().err
         assert steps[0] == begun
         assert "resume" not in (tmp_path / "out" / "healed" / "recipe.yaml").read_text()
@@ -137,6 +144,43 @@ def test_a_stopped_run_goes_on_and_one_of_another_recipe_does_not(
         result = json.loads((folder / "result.json").read_text())
         assert yaml.safe_load((folder / "recipe.yaml").read_text()) == result["recipe"]
         shutil.rmtree(tmp_path / "out")
+
+
+def test_a_control_by_other_batches_or_of_other_text_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written(tmp_path)
+    assert run(tmp_path) == 0, capsys.readouterr().err
+    shutil.rmtree(tmp_path / "out" / "result")
+    summary = tmp_path / "out" / "control" / "summary.json"
+    right = json.loads(summary.read_text())
+    for wrong, words in (
+        ({"windows_per_step": 16}, "windows in a step: 2 and 16"),
+        ({"data": {**right["data"], "sha256": "0" * 64}}, "sha256 of the text"),
+    ):
+        summary.write_text(json.dumps(right | wrong))
+        assert run(tmp_path) == 2
+        assert words in " ".join(capsys.readouterr().err.split())
+        assert not (tmp_path / "out" / "result").exists()
+
+
+def test_contexts_too_short_to_see_attention_are_refused_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written(tmp_path)
+    assert run(tmp_path, "--contexts", "32,64") == 2
+    assert "more than 64 tokens" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_swap_alone_is_the_model_that_training_started_from(tmp_path: Path) -> None:
+    written(tmp_path)
+    swap = {"name": "selective-temperature", "init": "paper"}
+    experiment = Experiment(parse_config(recipe(tmp_path, swap=swap)), tmp_path / "out", text=TEXT)
+    bench = Bench(experiment, byte_tokenizer())
+    ours, theirs = (swap_parameters(bench.unhealed()) for _ in range(2))
+    assert any(p.std() > 0 for p in ours.values()), "it starts from noise"
+    assert all(torch.equal(p, theirs[name]) for name, p in ours.items())
 
 
 def test_a_recipe_that_fits_its_swap_first_is_measured_fitted(

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from test_healing import run, written
 from training_helpers import recipe
 
-from attnswap.healing.experiment import same_weights
+from attnswap.healing.run import same_weights
 from attnswap.training import SwapTrainer, parse_config, train
 from attnswap.training.rest import TRIED
 

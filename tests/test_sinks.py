@@ -20,6 +20,12 @@ from attnswap.training.sinks import Sinks
 TINY_GPTJ = GPTJConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, rotary_dim=8, n_positions=128)
 
 
+def all_of(values: Any) -> Tensor:
+    """Every position is text."""
+    ids = values if isinstance(values, Tensor) else values["input_ids"]
+    return torch.ones_like(ids, dtype=torch.bool)
+
+
 def windows(lengths: list[int]) -> dict[str, Tensor]:
     """One window packed from documents of such lengths."""
     torch.manual_seed(0)
@@ -41,7 +47,7 @@ def test_it_is_the_weight_on_each_documents_first_token(
     monkeypatch.setattr(sinks, "SPARED", 0.013)  # near the mean, so that some heads cost and others do not
     model, values = tiny_llama(), windows(lengths)
     attnswap.patch(model, swap, heads=[0, 2])
-    with observing(model, Sinks()) as found:
+    with observing(model, Sinks(all_of(values))) as found:
         weights = model(**inputs_of(values), use_cache=False, output_attentions=True).attentions
     expected = []
     for layer in (0, 1):
@@ -59,11 +65,11 @@ def test_some_queries_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     attnswap.patch(model, "ssmax")
     draws = []
     for _ in range(60):
-        with observing(model, Sinks()) as found, torch.no_grad():
+        with observing(model, Sinks(all_of(values))) as found, torch.no_grad():
             model(**inputs_of(values), use_cache=False)
         draws.append(found.mean())
     monkeypatch.setattr(sinks, "ROWS", 1000)
-    with observing(model, Sinks()) as found, torch.no_grad():
+    with observing(model, Sinks(all_of(values))) as found, torch.no_grad():
         model(**inputs_of(values), use_cache=False)
     assert len({float(draw) for draw in draws}) > 10
     assert float(torch.stack(draws).mean()) == pytest.approx(float(found.mean()), rel=0.25)
@@ -72,7 +78,7 @@ def test_some_queries_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_short_texts_have_no_sinks() -> None:
     model, values = tiny_llama(), windows([FIRST_QUERY, FIRST_QUERY])
     attnswap.patch(model, "ssmax")
-    with observing(model, Sinks()) as found:
+    with observing(model, Sinks(all_of(values))) as found:
         model(**inputs_of(values), use_cache=False)
     assert found.mean() == 0
 
@@ -80,7 +86,7 @@ def test_short_texts_have_no_sinks() -> None:
 def test_heads_that_are_no_sinks_cost_nothing() -> None:
     model, values = tiny_llama(), windows([200])
     attnswap.patch(model, "ssmax")
-    with observing(model, Sinks()) as found:
+    with observing(model, Sinks(all_of(values))) as found:
         model(**inputs_of(values), use_cache=False)
     total = found.mean()
     assert total is not None
@@ -140,7 +146,8 @@ def test_a_slot_at_lambda_0_is_seen_and_costs_nothing(make: Any) -> None:
     def observe(call: LayerCall, slot: str, problem: Problem) -> None:
         seen.append((call.layer, float(torch.as_tensor(problem.ramp).max())))
 
-    with observing(model, observe), observing(model, Sinks()) as found, observing(model, Errors()) as errors:
+    looks = Sinks(all_of(ids)), Errors(all_of(ids))
+    with observing(model, observe), observing(model, looks[0]) as found, observing(model, looks[1]) as errors:
         assert torch.equal(model(ids, use_cache=False).logits, expected)
     assert seen == [(0, 0.0), (1, 0.0)]
     assert found.mean() is None

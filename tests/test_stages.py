@@ -1,6 +1,7 @@
 """Stages of healing: each has its steps, windows, rates and lambda, alone and in a recipe that is cut off."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,15 @@ def test_each_stage_draws_from_its_own_windows_and_has_its_own_rates() -> None:
         schedule.step()
     assert rates[:4] == pytest.approx([0.0, 0.05, 0.1, 0.0875])
     assert rates[10:14] == pytest.approx([0.0, 0.1, 0.2, 0.175])
+
+    kind = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 0.01}, "use_cpu": True}
+    factors = staged_schedule(optimizer, plan, TrainingArguments("x", learning_rate=0.1, **kind)).lr_lambdas[0]
+    assert [0.1 * factors(step) for step in (0, 10)] == pytest.approx([0.1, 0.2])
+    late = 0.01 + (0.2 - 0.01) * (1 + math.cos(math.pi * 0.9)) / 2
+    assert 0.1 * factors(19) == pytest.approx(late), "a least rate is a rate, not a factor"
+    args = TrainingArguments("x", lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="epoch", use_cpu=True)
+    with pytest.raises(ConfigError, match="reduce_lr_on_plateau"):
+        staged_schedule(optimizer, plan, args)
 
 
 def test_stages_work_as_a_callback_of_a_plain_trainer(tmp_path: Path) -> None:
@@ -306,3 +316,17 @@ def test_a_resumed_run_logs_each_step_once_and_counts_all_of_its_seconds(tmp_pat
     lines = [json.loads(line) for line in (result.output_dir / "steps.jsonl").open()]
     assert [entry["step"] for entry in lines if "loss" in entry] == list(range(1, 11))
     assert 1000 < result.summary["seconds"] < 1100
+    losses = [entry["loss"] for entry in lines if "loss" in entry]
+    assert result.summary["train_loss"] == pytest.approx(sum(losses) / 10, rel=1e-6)
+
+
+def test_a_run_is_not_resumed_by_another_number_of_processes(tmp_path: Path) -> None:
+    values = recipe(tmp_path, training={"save_strategy": "steps", "save_steps": 4, "eval_strategy": "no"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepLog, "on_log", stop_at(6, StepLog.on_log))
+        with pytest.raises(KeyboardInterrupt):
+            train(parse_config(values))
+    values["training"] |= {"resume_from_checkpoint": "latest", "gradient_accumulation_steps": 2}
+    with pytest.raises(ConfigError, match="2 windows in a step and would now read 4"):
+        train(parse_config(values))
+    assert (tmp_path / "out.partial" / "checkpoint-4").is_dir()

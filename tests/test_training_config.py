@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 import attnswap
 from attnswap.errors import ConfigError
-from attnswap.healing.experiment import Experiment, _as_control
+from attnswap.healing.alike import as_control
+from attnswap.healing.experiment import Experiment
 from attnswap.training import load_config, parse_config
 from attnswap.training.config import to_mapping
 from attnswap.training.strict import MAX_BYTES, parse_yaml, read_yaml
@@ -76,7 +77,7 @@ def test_healing_recipes_are_valid_and_share_the_control_they_name(path: Path) -
         Experiment(config=load_config(p, ["output_dir=out"]), out=Path("out"))
         for p in (path, path.with_name(f"{named[0]}.yaml"))
     )
-    ours, theirs = (_as_control(to_mapping(e.control_config)) for e in (experiment, first))
+    ours, theirs = (as_control(to_mapping(e.control_config)) for e in (experiment, first))
     assert ours == theirs
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from attnswap.errors import ConfigError, NumericsError
 from attnswap.evaluation.figure import COLOURS
 from attnswap.evaluation.result import write_atomically
-from attnswap.healing.experiment import differences
+from attnswap.healing.alike import differences
 from attnswap.markdown import markdown_table
 
 MODELS = ("original", "control", "unhealed", "fitted", "healed")

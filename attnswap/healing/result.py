@@ -13,7 +13,8 @@ import transformers
 import attnswap
 from attnswap import swaps
 from attnswap.evaluation.bootstrap import Comparison, compare
-from attnswap.healing.experiment import Experiment, Measured
+from attnswap.healing.experiment import SEED, Experiment
+from attnswap.healing.run import Measured
 from attnswap.provenance import commit
 from attnswap.training.config import TrainConfig, as_run
 from attnswap.training.stages import plan_of
@@ -67,7 +68,7 @@ def summarise_healing(experiment: Experiment, measured: Measured) -> dict[str, A
         "command": " ".join(["attnswap", *sys.argv[1:]]),
         "commit": healed.get("commit"),
         "measured_at": commit(),
-        "seed": config.training.get("seed", 42),
+        "seed": config.training.get("seed", SEED),
         "recipe": as_run(config),
         "data": healed["data"],
         "tokens": healed["tokens"],

@@ -34,7 +34,7 @@ class Distillation:
         self._sums: dict[str, tuple[Tensor | float, int]] = {}
 
     @contextmanager
-    def teach(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Iterator["_Lesson"]:
+    def teach(self, model: PreTrainedModel, inputs: dict[str, Any], read: Tensor) -> Iterator["_Lesson"]:
         """Asks the teacher about one batch; see :class:`attnswap.training.loss.Objective`."""
         with ExitStack() as stack:
             lesson = _Lesson(self)
@@ -43,13 +43,13 @@ class Distillation:
             if self.loss.taught and self.teacher is None:
                 raise ConfigError("kl and transfer need a teacher: make one with attnswap.training.teacher_of")
             if self.loss.transfer and self.teacher is not None:
-                lesson.transfer = stack.enter_context(transferring(self.teacher, model, inputs))
+                lesson.transfer = stack.enter_context(transferring(self.teacher, model, inputs, read))
             elif self.loss.kl and self.teacher is not None:
                 lesson.hidden = self.teacher.hidden(inputs)
             if self.loss.regression and spec_of(base_of(model)) is not None:
-                lesson.errors = stack.enter_context(observing(model, Errors()))
+                lesson.errors = stack.enter_context(observing(model, Errors(read)))
             if self.loss.sinks:
-                lesson.sinks = stack.enter_context(observing(model, Sinks()))
+                lesson.sinks = stack.enter_context(observing(model, Sinks(read)))
             yield lesson
 
     def count(self, name: str, count: int, values: Tensor) -> None:

@@ -47,8 +47,14 @@ class Lesson(Protocol):
 class Objective(Protocol):
     """What a model learns in place of its labels alone; see :class:`attnswap.training.Distillation`."""
 
-    def teach(self, model: PreTrainedModel, inputs: dict[str, Any]) -> AbstractContextManager[Lesson]:
-        """Prepares the lesson of one batch; the model's decoder runs inside the context."""
+    def teach(self, model: PreTrainedModel, inputs: dict[str, Any], read: Tensor) -> AbstractContextManager[Lesson]:
+        """Prepares the lesson of one batch; the model's decoder runs inside the context.
+
+        Args:
+            model: The student.
+            inputs: What its decoder takes.
+            read: Which positions are text and no padding, shape (batch, tokens).
+        """
 
 
 @dataclass
@@ -131,7 +137,7 @@ def forward_with_loss(
     """
     teaching: AbstractContextManager[Lesson | None] = nullcontext(None)
     if objective is not None:
-        teaching = objective.teach(model, inputs)
+        teaching = objective.teach(model, inputs, _read(labels))
     with teaching as lesson:
         outputs = body_of(model)(**inputs, use_cache=False)
     hidden = outputs.last_hidden_state[:, :-1]
@@ -166,6 +172,11 @@ def forward_with_loss(
         nll=torch.zeros(len(labels), device=nll.device).index_add(0, rows, nll),
         tokens=tokens,
     )
+
+
+def _read(labels: Tensor) -> Tensor:
+    """Returns which positions are text, shape (batch, tokens): all up to a row's last label; padding comes after it."""
+    return (labels != IGNORED).flip(1).cumsum(1).flip(1) > 0
 
 
 def _outside_decoder(model: PreTrainedModel) -> list[nn.Module]:

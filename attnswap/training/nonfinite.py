@@ -39,7 +39,9 @@ class SkipNonFinite(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Begins to look at the model's losses."""
+        """Begins to look at the model's losses, and remembers what a run that is resumed has left out."""
+        log: list[dict[str, Any]] = state.log_history
+        self.skipped = next((list(entry["skipped_steps"]) for entry in reversed(log) if "skipped_steps" in entry), [])
         self._hook = kwargs["model"].register_forward_hook(self._look)
 
     def on_pre_optimizer_step(
@@ -70,9 +72,10 @@ class SkipNonFinite(TrainerCallback):
         self._watch = Watch(base_of(kwargs["model"]))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Notes how many steps were left out so far."""
-        if self.skipped and state.log_history:
-            state.log_history[-1]["skipped_steps"] = len(self.skipped)
+        """Notes which steps were left out so far."""
+        log: list[dict[str, Any]] = state.log_history
+        if self.skipped and log:
+            log[-1]["skipped_steps"] = list(self.skipped)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -86,6 +86,7 @@ class Output:
         sync(self.partial)
         aside = self.final.with_name(self.final.name + ".replaced")
         if self.final.is_dir():
+            shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed while it removed it
             os.replace(self.final, aside)
         os.replace(self.partial, self.final)
         sync(self.final.parent)

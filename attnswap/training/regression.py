@@ -9,9 +9,14 @@ from attnswap.surgery.call import LayerCall
 
 
 class Errors:
-    """The squared errors of one forward."""
+    """The squared errors of one forward.
 
-    def __init__(self) -> None:
+    Args:
+        read: Which positions are text, shape (batch, tokens).
+    """
+
+    def __init__(self, read: Tensor) -> None:
+        self.read = read
         self.means: list[Tensor] = []
 
     def __call__(self, call: LayerCall, slot: str, problem: Problem) -> None:
@@ -20,7 +25,8 @@ class Errors:
             return
         error = problem.swap.regression(problem.call(with_logsumexp=True))
         if error is not None:
-            seen = (problem.visibility.n > 0).to(error.dtype).expand_as(error)
+            read = self.read[:, None].to(error.device)
+            seen = ((problem.visibility.n > 0) & read).to(error.dtype).expand_as(error)
             self.means.append((error * seen).sum() / seen.sum().clamp(min=1))
 
     def mean(self) -> Tensor:

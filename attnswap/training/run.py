@@ -33,7 +33,7 @@ from attnswap.training.lora import add_lora
 from attnswap.training.loss import chunked_loss
 from attnswap.training.movement import Moved, as_json, start_from
 from attnswap.training.output import Output
-from attnswap.training.packing import check_separation
+from attnswap.training.packing import IGNORED, check_separation
 from attnswap.training.protect import protect
 from attnswap.training.rest import at_rest
 from attnswap.training.stages import Stage, Stages, plan_of, without_swaps
@@ -228,7 +228,10 @@ def _looked_at(data: Data, config: TrainConfig) -> Iterator[dict[str, torch.Tens
     first = 0
     for size in data.sizes:
         count = min(size, -(-config.fit.tokens // (len(data.sizes) * len(data.train[first]["input_ids"]))))
-        yield from (data.train[first + index * size // count] for index in range(count))
+        for index in range(count):
+            row = data.train[first + index * size // count]
+            text = int((row["labels"] != IGNORED).nonzero().max()) + 1  # what follows is padding
+            yield {name: values[:text] for name, values in row.items()}
         first += size
 
 
@@ -236,7 +239,8 @@ def training_arguments(config: TrainConfig, directory: Path) -> TrainingArgument
     """Builds ``TrainingArguments``: the recipe's own, and defaults that keep the best checkpoint.
 
     Unless the recipe says otherwise a run goes once through the data, evaluates at the start and at each quarter,
-    saves then too, keeps the best, reports to nobody, and uses the CPU where there is no accelerator.
+    saves then too, keeps the best, reports to nobody, and uses the CPU where there is no accelerator. A process uses
+    one accelerator.
 
     Args:
         config: The recipe.
@@ -269,6 +273,8 @@ def training_arguments(config: TrainConfig, directory: Path) -> TrainingArgument
         args = TrainingArguments(**(defaults | chosen | fixed))
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise ConfigError(f"training: {error}") from None
+    if args.n_gpu > 1:
+        args._n_gpu = 1  # Trainer would run replicas in threads; `accelerate launch` is how several share a run
     absent = set(args.report_to or ()) - set(get_available_reporting_integrations()) - {"flyte"}
     if absent:
         raise ConfigError(f"training.report_to: {', '.join(sorted(absent))} is not installed here (pip install it)")

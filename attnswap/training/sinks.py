@@ -19,9 +19,14 @@ ROWS = 64
 
 
 class Sinks:
-    """How far the swapped heads of each layer are sinks, a mean over heads: each head by some neighbouring queries."""
+    """How far the swapped heads of each layer are sinks, a mean over heads: each head by some neighbouring queries.
 
-    def __init__(self) -> None:
+    Args:
+        read: Which positions are text, shape (batch, tokens).
+    """
+
+    def __init__(self, read: Tensor) -> None:
+        self.read = read
         self.means: list[Tensor] = []
 
     def __call__(self, call: LayerCall, slot: str, problem: Problem) -> None:
@@ -37,7 +42,8 @@ class Sinks:
         weights = attend_block(problem, problem.terms, block, problem.maths_parameters())[1]
         n = visibility.n.expand(len(weights), -1, -1)[:, :1]
         first = n[..., None, block.k0 : block.k1] == 1  # it sees itself alone
-        rows = n[..., start:stop] > FIRST_QUERY  # those before say little of a head
+        read = self.read[:, None, start:stop].to(n.device)
+        rows = (n[..., start:stop] > FIRST_QUERY) & read  # those before say little of a head
         given = ((weights * first).sum(-1) * rows).sum((0, 2)) / rows.sum((0, 2)).clamp(min=1)
         self.means.append((given - SPARED).clamp(min=0).mean())
 

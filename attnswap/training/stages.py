@@ -17,6 +17,7 @@ from transformers import (
     TrainingArguments,
     get_scheduler,
 )
+from transformers.trainer_utils import SchedulerType
 
 import attnswap
 from attnswap.errors import ConfigError
@@ -261,18 +262,25 @@ def staged_schedule(optimizer: Optimizer, stages: list[Stage], args: TrainingArg
         optimizer: Whose groups have the run's learning rates.
         stages: The stages.
         args: The run's; ``warmup_steps`` below 1 are a share of each stage.
+
+    Raises:
+        ConfigError: The schedule depends on how the run goes.
     """
     factors = []
     for stage in stages:
         warmup = args.warmup_steps
         warmup = round(warmup * stage.steps) if warmup < 1 else min(int(warmup), stage.steps // 2)
+        peak = args.learning_rate if stage.section.learning_rate is None else stage.section.learning_rate
+        scale = peak / args.learning_rate if args.learning_rate else 1.0
         # On an optimizer of its own: making a schedule sets the rates of its optimizer.
-        dummy = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        dummy = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=peak or 1.0)
         options: Any = args.lr_scheduler_kwargs or None
         made = get_scheduler(args.lr_scheduler_type, dummy, warmup, stage.steps, scheduler_specific_kwargs=options)
-        peak = stage.section.learning_rate
-        scale = 1.0 if peak is None or not args.learning_rate else peak / args.learning_rate
-        assert isinstance(made, LambdaLR)
+        if not isinstance(made, LambdaLR):
+            raise ConfigError(
+                f'training.lr_scheduler_type: "{SchedulerType(args.lr_scheduler_type).value}" looks at the run as it '
+                "goes, which stages do not let it: take linear, cosine, constant or another that is known beforehand"
+            )
         factors.append((stage, made.lr_lambdas[0], scale))
 
     def factor(step: int) -> float:

@@ -11,7 +11,7 @@ import attnswap
 from attnswap.provenance import commit
 from attnswap.training.config import TrainConfig
 from attnswap.training.movement import Moved, as_json, by_kind
-from attnswap.training.trainer import StepLog, SwapTrainer
+from attnswap.training.trainer import StepLog, SwapTrainer, windows_per_step
 
 
 def summarise(
@@ -51,7 +51,7 @@ def summarise(
         "model": config.model.reference,
         "steps": state.global_step,
         "best_step": state.best_global_step if args.load_best_model_at_end else None,
-        "train_loss": metrics["train_loss"],
+        "train_loss": _mean_loss(state.log_history, metrics["train_loss"]),
         "held_out_loss_before": before["eval_loss"] if before else None,
         "held_out_loss": after["eval_loss"] if after else None,
         "held_out_tokens": after["eval_tokens"] if after else None,
@@ -68,7 +68,7 @@ def summarise(
             }
             for stage in trainer.stages
         ],
-        "windows_per_step": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
+        "windows_per_step": windows_per_step(args),
         "processes": args.world_size,
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else config.model.dtype,
         "skipped_steps": skipped,
@@ -89,10 +89,19 @@ def _median(seconds: dict[int, float], steps: range) -> float | None:
     return statistics.median(known) if known else None
 
 
+def _mean_loss(log: list[dict[str, Any]], known: float) -> float:
+    """Returns the mean loss over all steps of a run, resumed or not; what is known where none was logged."""
+    entries = [entry for entry in log if "loss" in entry]
+    starts = [0, *(entry["step"] for entry in entries)]
+    steps = [entry["step"] - start for entry, start in zip(entries, starts, strict=False)]
+    if not sum(steps):
+        return known
+    return sum(entry["loss"] * count for entry, count in zip(entries, steps, strict=True)) / sum(steps)
+
+
 def tokens_of(config: TrainConfig, trainer: SwapTrainer) -> int:
     """Returns how many tokens a run has read, padding included."""
-    args, done = trainer.args, trainer.state.global_step
-    windows = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    done, windows = trainer.state.global_step, windows_per_step(trainer.args)
     if not trainer.stages:
         return done * windows * config.data.sequence_length
     return sum(

@@ -104,10 +104,8 @@ class SwapTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if not self.stages:
             return super()._get_train_sampler(train_dataset)
-        args = self.args
-        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        draws = [stage.steps * batch for stage in self.stages]
-        return StagedWindows(self.windows, draws, [args.seed + stage.index for stage in self.stages])
+        draws = [stage.steps * windows_per_step(self.args) for stage in self.stages]
+        return StagedWindows(self.windows, draws, [self.args.seed + stage.index for stage in self.stages])
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Computes a step's loss and gradients, or neither where the model is known to be at rest."""
@@ -152,6 +150,11 @@ class SwapTrainer(Trainer):
         nll, tokens = (part.astype("float64").sum() for part in output.predictions)
         mean = {f"{metric_key_prefix}_loss": float(nll / tokens), f"{metric_key_prefix}_tokens": int(tokens)}
         return output._replace(metrics={**(output.metrics or {}), **mean})
+
+
+def windows_per_step(args: TrainingArguments) -> int:
+    """Returns how many windows all processes together read in an optimizer step."""
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def _unsharded(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> PreTrainedModel:
@@ -199,7 +202,20 @@ class StepLog(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Takes out what was logged after the checkpoint that the run goes on from."""
+        """Takes out what was logged after the checkpoint that the run goes on from.
+
+        Raises:
+            ConfigError: A step reads more or less than it did before, so that the run would not be the same.
+        """
+        windows = windows_per_step(args)
+        before = [entry["windows_per_step"] for entry in self._entries() if "windows_per_step" in entry]
+        if before and before[-1] != windows:
+            raise ConfigError(
+                f"training.resume_from_checkpoint: the run read {before[-1]} windows in a step and would now read "
+                f"{windows}: go on with as many processes as before, or start anew with overwrite=true"
+            )
+        if state.is_world_process_zero and not before:
+            self.note({"windows_per_step": windows})
         if state.is_world_process_zero and state.global_step:
             kept = [e for e in self._entries() if e.get("step", 0) <= state.global_step or "train_runtime" in e]
             self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")

@@ -24,10 +24,11 @@ class Transfer:
     Attributes:
         inputs: The hidden states that entered each of the teacher's attention modules, by layer.
         outputs: What each of them returned.
-        distances: ``|o - o_teacher|^2 / |o_teacher|^2`` of each of the student's.
+        distances: ``|o - o_teacher|^2 / |o_teacher|^2`` of each of the student's, over what is text.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, read: Tensor) -> None:
+        self.read = read
         self.inputs: dict[int, Tensor] = {}
         self.outputs: dict[int, Tensor] = {}
         self.distances: dict[int, Tensor] = {}
@@ -38,15 +39,16 @@ class Transfer:
 
 
 @contextmanager
-def transferring(teacher: Teacher, model: PreTrainedModel, inputs: dict[str, Any]) -> Iterator[Transfer]:
+def transferring(teacher: Teacher, model: PreTrainedModel, inputs: dict[str, Any], read: Tensor) -> Iterator[Transfer]:
     """Runs the teacher on a batch; a forward of the student inside the context is compared layer by layer.
 
     Args:
         teacher: Who is learned from.
         model: The student.
         inputs: What the decoders take.
+        read: Which positions are text, shape (batch, tokens).
     """
-    transfer = Transfer()
+    transfer = Transfer(read)
     ours = _modules(model)
     theirs = ours if teacher.shared else _modules(teacher.model, like=model)
     with ExitStack() as stack:
@@ -103,8 +105,9 @@ def _replace(transfer: Transfer, layer: int) -> Callable[..., Any]:
 def _compare(transfer: Transfer, layer: int) -> Callable[..., Any]:
     def compare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         ours, theirs = _first(output), transfer.outputs[layer]
-        difference = (ours.float() - theirs.float()).square().sum()
-        transfer.distances[layer] = difference / theirs.float().square().sum().clamp(min=1e-12)
+        read = transfer.read.to(ours.device)
+        difference = ((ours.float() - theirs.float()).square().sum(-1) * read).sum()
+        transfer.distances[layer] = difference / (theirs.float().square().sum(-1) * read).sum().clamp(min=1e-12)
         given = theirs.to(ours.dtype)
         return (given, *output[1:]) if isinstance(output, tuple) else given
 

@@ -1,0 +1,134 @@
+"""One recipe with its controls: the healed model, the same recipe without a swap, the swap alone, the original."""
+
+import gc
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from attnswap.errors import ConfigError
+from attnswap.evaluation import Evaluation
+from attnswap.evaluation.corpus import load_corpus
+from attnswap.evaluation.scoring import Scorer
+from attnswap.evaluation.structure import FIRST_QUERY, measure_structure
+from attnswap.evaluation.windows import plan
+from attnswap.healing.alike import check_alike, differences
+from attnswap.healing.experiment import Experiment
+from attnswap.healing.measuring import Bench, read, say
+from attnswap.loading import load_model, load_tokenizer
+from attnswap.training.config import TrainConfig, load_config, to_mapping
+from attnswap.training.durable import latest_checkpoint
+from attnswap.training.run import FITTED, train
+
+
+@dataclass
+class Measured:
+    """What an experiment found, by the name of each model.
+
+    Attributes:
+        losses: Perplexities by context of ``original``, ``control``, ``unhealed``, ``healed`` and ``bypassed`` (the
+            healed weights with their swaps passed by), and of ``fitted`` where the recipe fits the swap first.
+        structure: What attention does.
+        fidelity: Divergence from the original.
+        training: The summaries of ``healed`` and, where there is something to train, ``control``.
+        movement: How far the swap's parameters moved.
+        log: The healed model's training log.
+    """
+
+    losses: dict[str, Evaluation]
+    structure: dict[str, dict[str, Any]]
+    fidelity: dict[str, dict[str, Any]]
+    training: dict[str, dict[str, Any]]
+    movement: dict[str, dict[str, float]]
+    log: list[dict[str, Any]]
+
+
+def heal(experiment: Experiment) -> Measured:
+    """Trains what is missing of an experiment and measures all of its models.
+
+    Args:
+        experiment: The experiment.
+
+    Raises:
+        ConfigError: The recipe or its control does not fit, or what would be measured cannot be.
+        StoppedError: A signal asked for the end; the same call goes on from there, unless the recipe keeps no
+            optimizer states (``training.save_only_model``).
+    """
+    config = experiment.config
+    tokenizer = load_tokenizer(config.model.tokenizer or config.model.reference)
+    if not (experiment.out / "healed" / "summary.json").is_file():
+        _check_measurable(experiment, tokenizer)
+    healed = _trained(replace(config, output_dir=str(experiment.out / "healed")))
+    control = experiment.control
+    if control is None:
+        control = _trained(experiment.control_config) if experiment.control_learns else healed
+    trained = {"healed": read(healed / "summary.json")}
+    trained |= {"control": read(control / "summary.json")} if control != healed else {}
+    check_alike(trained)
+    bench = Bench(experiment, tokenizer)
+    original = config.model.reference
+    losses = {"original": bench.losses(control / "original", partial(bench.load, original))}
+    if control == healed or (trained["control"].get("steps_at_rest") and same_weights(str(control), original)):
+        losses["control"] = losses["original"]
+    else:
+        losses["control"] = bench.losses(control / "control", partial(bench.load, control))
+    losses["unhealed"] = bench.losses(healed / "unhealed", bench.unhealed)
+    if config.fit is not None:
+        losses["fitted"] = bench.losses(healed / "fitted", partial(bench.unhealed, fitted=healed / FITTED))
+    losses["healed"] = bench.losses(healed / "healed", partial(bench.load, healed))
+    losses["bypassed"] = bench.losses(healed / "bypassed", partial(bench.load, healed), bypass=True)
+    structure = {
+        "original": bench.structure(control / "original", partial(bench.load, original)),
+        "unhealed": bench.structure(healed / "unhealed", bench.unhealed),
+        "healed": bench.structure(healed / "healed", partial(bench.load, healed)),
+    }
+    fidelity = {"healed": bench.fidelity(healed / "healed", healed, original)}
+    return Measured(
+        losses, structure, fidelity, trained, read(healed / "movement.json"), read(healed / "training_log.json")
+    )
+
+
+def _trained(config: TrainConfig) -> Path:
+    """Returns the folder of a finished run of a recipe, which is trained or trained on if need be."""
+    folder = Path(config.output_dir)
+    if (folder / "summary.json").is_file():
+        different = differences(to_mapping(config), to_mapping(load_config(folder / "recipe.yaml")))
+        if different:
+            raise ConfigError(f'"{folder}" holds the result of another recipe: {", ".join(different)}')
+        return folder
+    unfinished = folder.with_name(folder.name + ".partial")
+    left = latest_checkpoint(unfinished)
+    if left is not None:
+        different = differences(to_mapping(config), to_mapping(load_config(unfinished / "recipe.yaml")))
+        if different and not config.overwrite:
+            raise ConfigError(
+                f'"{unfinished}" holds an unfinished run of another recipe: {", ".join(different)}; name another '
+                "output_dir, or start anew with overwrite=true"
+            )
+        if not different and not config.training.get("save_only_model"):
+            config = replace(config, training={**config.training, "resume_from_checkpoint": "latest"})
+    say(f"training {folder.name}: {config.swap or 'no swap'}")
+    done = train(replace(config, overwrite=config.overwrite or left is not None)).output_dir
+    gc.collect()  # trainer and model hold on to each other, and the next model wants their memory
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+    return done
+
+
+def _check_measurable(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses contexts that the text or the model is too short for, before anything is trained."""
+    corpus = load_corpus(tokenizer, experiment.text)
+    plan(corpus, tokenizer, experiment.contexts, max_tokens=experiment.max_tokens)
+    model = load_model(experiment.config.model.reference, dtype=torch.float32)
+    longest = max(experiment.contexts)
+    Scorer(model).check_positions(longest)
+    measure_structure(model, tokenizer, text=experiment.text, window=min(FIRST_QUERY + 16, longest), windows=1)
+
+
+def same_weights(reference: str, other: str) -> bool:
+    """Says whether two models hold the same weights to the last bit."""
+    ours, theirs = (load_model(name, dtype=torch.float32).state_dict() for name in (reference, other))
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
