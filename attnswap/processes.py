@@ -32,6 +32,20 @@ def largest(value: int, device: torch.device) -> int:
     return int(shared)
 
 
+def spread(tensor: Tensor, device: torch.device) -> None:
+    """Gives a tensor the values that it has in the first process, in all of them.
+
+    Args:
+        tensor: Of the same shape everywhere; where it holds no values it gets none.
+        device: Where processes talk.
+    """
+    if together():
+        shared = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+        dist.broadcast(shared, 0)
+        if not tensor.is_meta:
+            tensor.copy_(shared)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Returns a tensor that may be sharded over processes as one, gathered by all of them."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -121,6 +121,20 @@ def test_stages_train_what_they_train_in_one_process(tmp_path):
     assert moved and all(".self_attn." in name for name in moved)
 
 
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_all_processes_begin_where_the_first_one_fitted(engine, tmp_path):
+    path = write(tmp_path, {"name": "sigmoid", "bias": "predicted"}, max_steps=4, per_device_train_batch_size=2)
+    values = yaml.safe_load(path.read_text()) | {"fit": {"tokens": 200}, "ramp": 1.0}
+    path.write_text(yaml.safe_dump(values))
+    single = train(parse_config(values))
+    launch(2, engine, path, "training.per_device_train_batch_size=1", f"output_dir={tmp_path}/many")
+    one, many = (load_file(folder / "fitted.safetensors") for folder in (single.output_dir, tmp_path / "many"))
+    assert one.keys() == many.keys()
+    assert all(torch.allclose(many[name], one[name], atol=2e-3) for name in one), "but for the rounding of its steps"
+    losses = [logged(folder, "loss") for folder in (single.output_dir, tmp_path / "many")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
 @pytest.mark.slow
 def test_the_best_weights_of_a_sharded_run_are_those_of_one_process(tmp_path):
     """As the recipes run: evaluated and saved now and then, the best checkpoint loaded at the end."""

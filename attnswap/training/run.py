@@ -18,11 +18,16 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations import (
+    get_available_reporting_integrations,
+    is_deepspeed_zero3_enabled,
+    is_fsdp_enabled,
+)
 
 import attnswap
 from attnswap.errors import ConfigError, StoppedError
 from attnswap.loading import load_model, load_tokenizer
+from attnswap.processes import spread
 from attnswap.surgery.attach import spec_of
 from attnswap.training.config import TrainConfig
 from attnswap.training.data import Data, load_data
@@ -112,7 +117,7 @@ def train(config: TrainConfig) -> TrainResult:
         start_from(model, known)
     elif shown is not None:
         started = time.monotonic()
-        fit_swaps(model, config, shown)
+        fit_swaps(model, config, shown, args)
         fit_seconds = time.monotonic() - started
     if config.optimizer.freeze == "all_but_swap":
         freeze_all_but_swap(model)
@@ -214,12 +219,16 @@ def _lengths_to_fit(config: TrainConfig) -> list[int | None]:
     return [None if length == usual else length for length in config.fit.sequence_lengths or [usual]]
 
 
-def fit_swaps(model: PreTrainedModel, config: TrainConfig, data: Data) -> None:
-    """Fits a patched model as a recipe's ``fit`` says, on windows of its training text."""
-    assert config.fit is not None
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(config.training.get("bf16"))):
-        names = ("input_ids", "position_ids")
-        fit(model, ({name: row[name][None].to(model.device) for name in names} for row in _looked_at(data, config)))
+def fit_swaps(model: PreTrainedModel, config: TrainConfig, data: Data, args: TrainingArguments) -> None:
+    """Fits a patched model as a recipe's ``fit`` says, on windows of its training text, in the first process."""
+    if not is_fsdp_enabled() and not is_deepspeed_zero3_enabled():  # which place it themselves
+        model.to(device=args.device)  # type: ignore[call-arg]
+    if args.process_index == 0:
+        rows, names = _looked_at(data, config), ("input_ids", "position_ids")
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(config.training.get("bf16"))):
+            fit(model, ({name: row[name][None].to(model.device) for name in names} for row in rows))
+    for parameter in attnswap.swap_parameters(model).values():
+        spread(parameter.data, args.device)
 
 
 def _looked_at(data: Data, config: TrainConfig) -> Iterator[dict[str, torch.Tensor]]:
