@@ -22,8 +22,8 @@ demo: $(STAMP)  ## patch, fine-tune and evaluate the embedded model; results in 
 test: $(STAMP)  ## the tests, within ten minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-test-all: $(STAMP)  ## every test, slow ones included
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "slow or not slow"
+test-all: $(STAMP)  ## every test, slow ones included; needs Chromium (apt-get install chromium)
+	ATTNSWAP_TEST_BROWSER=required OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "slow or not slow"
 
 results-smoke: $(STAMP)  ## rerun one healing recipe with its control and compare with the committed result
 	rm -rf out/smoke

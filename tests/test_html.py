@@ -2,14 +2,11 @@
 
 import base64
 import json
-import re
-import shutil
-import subprocess
-from html import escape, unescape
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from browser import chromium, looked_at
 from matplotlib.image import imread, imsave
 
 from attnswap.errors import ConfigError
@@ -17,7 +14,6 @@ from attnswap.evaluation.html import shown, write_html
 
 HOSTILE = "<script>alert(1)</script> \"><img src=x onerror='alert(2)'> </title></style><!-- & &lt;"
 VOID = {"meta", "img", "br", "link", "input", "hr"}
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 class Page(HTMLParser):
@@ -180,35 +176,6 @@ def test_a_report_that_cannot_be_shown_leaves_the_page_as_it_was(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["p.png", "tidy.html"]
 
 
-PROBE = """<!DOCTYPE html><iframe id="frame" width="{width}" height="2000" srcdoc="{page}"></iframe>
-<pre id="found"></pre>
-<script>addEventListener("load", () => {{
-  const inside = document.getElementById("frame").contentDocument
-  const all = (query) => [...inside.querySelectorAll(query)]
-  document.getElementById("found").textContent = JSON.stringify({{
-    text: inside.body.innerText,
-    pictures: all("img").map((image) => image.complete && image.naturalWidth),
-    headings: all("h2").map((heading) => heading.textContent),
-    page: [inside.documentElement.scrollWidth, inside.documentElement.clientWidth],
-    tables: all(".table").map((table) => [table.scrollWidth, table.clientWidth]),
-  }})
-}})</script>"""
-
-
-@pytest.fixture
-def chromium(tmp_path):
-    """Runs a headless Chromium and returns what it prints."""
-    if CHROMIUM is None:
-        pytest.skip("Chromium is not installed: apt-get install -y --no-install-recommends chromium")
-
-    def run(*arguments):
-        quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=5000"]
-        command = [CHROMIUM, *quiet, f"--user-data-dir={tmp_path / 'profile'}", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-
-    return run
-
-
 @pytest.fixture
 def opened(tmp_path):
     files = [(f"{i}.png", picture(tmp_path / f"{i}.png", (400, 900))) for i in range(6)]
@@ -219,11 +186,8 @@ def opened(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [360, 1300])
-def test_a_browser_shows_all_of_it(opened, chromium, tmp_path, width):
-    # In a frame of the same origin, so that the page can be asked without being changed.
-    (tmp_path / "probe.html").write_text(PROBE.format(width=width, page=escape(opened.read_text())))
-    printed = chromium("--dump-dom", (tmp_path / "probe.html").as_uri())
-    found = json.loads(unescape(re.search(r'<pre id="found">(.*?)</pre>', printed, re.DOTALL)[1]))
+def test_a_browser_shows_all_of_it(opened, tmp_path, width):
+    found = looked_at(opened, tmp_path, width)
     assert found["headings"] == [f"Section number {i}" for i in range(6)]
     for index in range(6):
         assert f"What it says: {index}." in found["text"]
@@ -235,12 +199,12 @@ def test_a_browser_shows_all_of_it(opened, chromium, tmp_path, width):
 
 
 @pytest.mark.slow
-def test_a_browser_paints_it_light_and_dark(opened, chromium, tmp_path):
+def test_a_browser_paints_it_light_and_dark(opened, tmp_path):
     corner = {}
     for name, scheme in (("light", 1), ("dark", 0)):
         file = tmp_path / f"{name}.png"
         size, colours = "--window-size=1300,1500", f"--blink-settings=preferredColorScheme={scheme}"
-        chromium(size, colours, f"--screenshot={file}", opened.as_uri())
+        chromium(tmp_path, size, colours, f"--screenshot={file}", opened.as_uri())
         pixels = imread(file)[..., :3]
         assert pixels.shape[:2] == (1500, 1300)
         assert len(np.unique(pixels.sum(-1))) > 300, "pictures and text"

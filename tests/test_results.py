@@ -1,17 +1,25 @@
 """Every figure that the pages show is a committed one."""
 
+import hashlib
 import json
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
+import torch
 import yaml
 
 from attnswap.errors import ConfigError, NumericsError
+from attnswap.healing.alike import differences
+from attnswap.healing.experiment import Experiment
 from attnswap.healing.leaderboard import PAGE, page, read_results, table
-from attnswap.healing.report import markdown, within
-from attnswap.training.config import parse_config
+from attnswap.healing.report import markdown
+from attnswap.healing.rerun import check_rerun, read_committed, within
+from attnswap.training.config import as_run, load_config, parse_config
 
 RESULTS = Path(__file__).parent.parent / "recipes" / "results"
 FOUND = read_results(RESULTS)
@@ -63,7 +71,9 @@ def test_a_result_is_complete_and_its_folder_holds_what_it_was_made_of(name: str
     curve = {point["step"]: point["loss"] for point in result["curve"]}
     assert curve == {entry["step"]: entry["loss"] for entry in logged if "loss" in entry}
     assert f"    {result['command']}\n" in (folder / "README.md").read_text(), "the README shows another command"
-    assert markdown(result).split("\n\n")[1] in (folder / "README.md").read_text(), "the README shows another table"
+    shown = " ".join((folder / "README.md").read_text().split())
+    for part in markdown(result).split("\n\n")[1:]:
+        assert " ".join(part.split()) in shown, "the README shows other figures"
 
 
 @pytest.mark.parametrize("name", [n for n, r in FOUND.items() if n == r["swap"]["name"] and r["identity_start"]])
@@ -72,29 +82,76 @@ def test_a_swap_that_starts_as_the_model_was_costs_it_nothing(name: str) -> None
     assert max(entry["ratio_to_control"]["log_hi"] for entry in FOUND[name]["contexts"]) <= 0.005
 
 
+def numbers(value: Any) -> list[float]:
+    """Every number in a result."""
+    if isinstance(value, dict | list):
+        return [x for part in (value.values() if isinstance(value, dict) else value) for x in numbers(part)]
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
+
+
+@pytest.mark.parametrize("page", ["healing.md", *(f"results/{name}/README.md" for name in FOUND)])
+def test_figures_in_prose_are_committed(page: str) -> None:
+    text = re.sub(
+        r"```.*?```|`[^`]*`|\]\([^)]*\)|^(\||    ).*?$|^    .*?$",
+        "",
+        (RESULTS.parent / page).read_text(),
+        flags=re.S | re.M,
+    )
+    known = [abs(x) for result in FOUND.values() for x in numbers(result)]
+    for figure, percent in re.findall(r"(\d+\.\d+(?:e-?\d+)?)( ?%| percent)?", text):
+        places = len(figure.partition(".")[2])
+        shown = {f"{x * (100 if percent else 1):.{places}f}" for x in known} | {f"{x:.2g}" for x in known}
+        assert figure in shown, f"{figure} stands in no result"
+
+
 def test_the_leaderboard_is_made_of_the_results() -> None:
     assert (RESULTS / PAGE).read_text() == page(FOUND)
     assert table(FOUND).count("\n") == len(FOUND) + 1
 
 
-def test_a_rerun_must_land_in_the_committed_interval(tmp_path: Path) -> None:
-    def ratio(value: float) -> dict[str, float]:
-        return {"ratio": value, "lo": value - 0.01, "hi": value + 0.01}
+def made(value: float, context: int = 512) -> dict[str, Any]:
+    ratio = {"ratio": value, "lo": value - 0.01, "hi": value + 0.01}
+    return {
+        "recipe": as_run(RECIPE),
+        "protocol": {"dtype": "float32", "contexts": [context], "tokens_sha256": "a"},
+        "corpus": {"sha256": hashlib.sha256(b"text").hexdigest()},
+        "data": {"sha256": "b"},
+        "contexts": [{"context": context, "ratio_to_control": ratio}],
+    }
 
-    def found(value: float, context: int = 512, **recipe: object) -> dict[str, object]:
-        made = {"recipe": {"seed": 0, "output_dir": "out/here", **recipe}, "protocol": {"dtype": "float32"}}
-        return {**made, "contexts": [{"context": context, "ratio_to_control": ratio(value)}]}
 
-    committed = tmp_path / "result.json"
-    committed.write_text(json.dumps(found(1.02)))
-    assert "1.0250" in within(found(1.025, output_dir="out/there"), committed)[0]
+RECIPE = parse_config({"output_dir": "out", "model": {"reference": "embedded"}, "swap": "softpick"})
+
+
+def test_a_rerun_must_land_in_the_committed_interval() -> None:
+    assert "1.0250" in within(made(1.025), made(1.02))[0]
     with pytest.raises(NumericsError, match="outside"):
-        within(found(1.04), committed)
-    with pytest.raises(ConfigError, match="did not measure"):
-        within(found(1.02, 1024), committed)
-    with pytest.raises(ConfigError, match="seed differ"):
-        within(found(1.02, seed=1), committed)
+        within(made(1.04), made(1.02))
+    with pytest.raises(ConfigError, match="training text differ"):
+        within({**made(1.02), "data": {"sha256": "c"}}, made(1.02))
     with pytest.raises(ConfigError, match="protocol differ"):
-        within({**found(1.02), "protocol": {"dtype": "bfloat16"}}, committed)
+        within({**made(1.02), "protocol": {"tokens_sha256": "other"}}, made(1.02))
+
+
+def test_a_rerun_of_something_else_is_refused_before_it_is_trained(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"out": tmp_path, "contexts": (512,), "dtype": torch.float32, "text": "text"}
+    check_rerun(Experiment(replace(RECIPE, output_dir="elsewhere"), **options), made(1.02))
+    for config, changes, words in (
+        (replace(RECIPE, ramp=0.5), {}, "recipe.ramp"),
+        (RECIPE, {"contexts": (512, 1024)}, "contexts"),
+        (RECIPE, {"dtype": torch.bfloat16}, "dtype"),
+        (RECIPE, {"text": "another"}, "another Python"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            check_rerun(Experiment(config, **{**options, **changes}), made(1.02))
+    for content in ("{}", "[]", "not json"):
+        (tmp_path / "result.json").write_text(content)
+        with pytest.raises(ConfigError, match="no result"):
+            read_committed(tmp_path / "result.json")
     with pytest.raises(ConfigError, match="no result"):
-        within(found(1.02), tmp_path / "absent.json")
+        read_committed(tmp_path / "absent.json")
+
+
+def test_the_recipe_that_results_smoke_runs_is_the_committed_one() -> None:
+    ran = load_config(RESULTS.parent / "smoke" / "softpick.yaml")
+    assert not differences(as_run(ran), FOUND["smoke"]["recipe"])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from kill_saves import Tokens
+from safetensors.torch import load_file
 from training_helpers import logged, recipe, stop_at, tiny_llama, write_model
 from transformers import Trainer, TrainingArguments
 
@@ -235,6 +236,27 @@ def test_an_entry_of_the_log_speaks_of_one_stage(tmp_path: Path) -> None:
 
 def _log(directory: Path) -> list[dict[str, Any]]:
     return json.loads((directory / "training_log.json").read_text())
+
+
+def test_frozen_weights_teach_themselves_in_every_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attnswap.training.teacher.frozen_teacher", None)  # no copy
+    stages = [
+        {"name": "outputs", "share": 0.6, "loss": {"ce": 0.0, "transfer": 1.0}, "train": "attention"},
+        {"name": "logits", "share": 0.4, "loss": {"ce": 0.0, "kl": 1.0}},
+    ]
+    adapters = {"r": 4, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+    training = {"max_steps": 40, "learning_rate": 0.02, "eval_strategy": "no"}
+    done = train(parse_config(recipe(tmp_path, swap="softpick", lora=adapters, stages=stages, training=training)))
+    transfer, kl = logged(done.output_dir, "transfer"), logged(done.output_dir, "kl")
+    assert len(transfer) == 24
+    assert sum(transfer[-4:]) < 0.7 * sum(transfer[:4])
+    assert len(kl) == 16
+    assert min(kl) > 0
+    before = load_file(tmp_path / "model" / "model.safetensors")
+    after = load_file(done.output_dir / "model.safetensors")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert all(".self_attn." in name for name in moved)
 
 
 def test_the_control_leaves_out_what_only_swaps_learn(tmp_path: Path) -> None:

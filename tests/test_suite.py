@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from browser import looked_at
 from training_helpers import byte_tokenizer, tiny_llama, write_model
 
 import attnswap
@@ -142,7 +143,8 @@ def run(*words: str) -> int:
     return int(stopped.value.code or 0)
 
 
-def test_the_command_writes_one_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def reported(tmp_path: Path) -> tuple[list[str], Path]:
+    """Runs the suite on a tiny healed model; returns the command but for baseline and out, and the folder."""
     torch.manual_seed(0)
     healed = tiny_llama(max_position_embeddings=512)
     attnswap.patch(healed, "softpick")
@@ -152,7 +154,12 @@ def test_the_command_writes_one_report(tmp_path: Path, capsys: pytest.CaptureFix
     out = tmp_path / "out"
     words = [str(tmp_path / "healed"), "--suite", "long", "--text", str(tmp_path / "text.txt"), "--prompts", "1"]
     words += ["--contexts", "64,512", "--max-tokens", "600", "--dtype", "fp32", "--seed", "3"]
-    assert run(*words, "--baseline", str(tmp_path / "original"), "--out", str(out)) == 0, capsys.readouterr().err
+    assert run(*words, "--baseline", str(tmp_path / "original"), "--out", str(out)) == 0
+    return words, out
+
+
+def test_the_command_writes_one_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words, out = reported(tmp_path)
     assert {path.name for path in out.iterdir()} == {
         "report.html", "suite.json", "suite.md", "evaluation.json", "evaluation.npz", "perplexity.png",
         "retrieval.png", "structure.png",
@@ -176,3 +183,17 @@ def test_the_command_writes_one_report(tmp_path: Path, capsys: pytest.CaptureFix
     assert "give the model" in capsys.readouterr().err
     assert run(*words, "--batch-size", "2") == 2
     assert run(*words, "--stride", "64") == 2
+
+
+@pytest.mark.slow
+def test_a_browser_shows_the_report(tmp_path: Path) -> None:
+    _, out = reported(tmp_path)
+    found = looked_at(out / "report.html", tmp_path, 1000)
+    sections = json.loads((out / "suite.json").read_text())["sections"]
+    assert found["headings"] == [section["title"] for section in sections]
+    assert len(found["pictures"]) == 3
+    assert all(width > 300 for width in found["pictures"]), "loaded, and allowed by the page's policy"
+    assert found["page"][0] <= found["page"][1]
+    for section in sections:
+        for row in section["table"]["rows"]:
+            assert str(row[0]) in found["text"]

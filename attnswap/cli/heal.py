@@ -34,7 +34,8 @@ def heal_command(
     from attnswap.cli.options import parse_device, parse_dtype, parse_size
     from attnswap.evaluation.corpus import read_text
     from attnswap.healing import Experiment, heal, summarise_healing
-    from attnswap.healing.report import table, within, write
+    from attnswap.healing.report import table, write
+    from attnswap.healing.rerun import check_rerun, read_committed, within
     from attnswap.processes import leave, place
     from attnswap.training import load_config
 
@@ -52,6 +53,9 @@ def heal_command(
         dtype=chosen,
         device=None if device is None else parse_device(device),
     )
+    committed = None if check is None else read_committed(check)
+    if committed is not None:
+        check_rerun(experiment, committed)
     try:
         result = summarise_healing(experiment, heal(experiment))
         first = place()[0] == 0
@@ -63,6 +67,6 @@ def heal_command(
         console = Console()
         console.print(table(result))
         console.print(f"written to {folder}", soft_wrap=True)
-        if check is not None:
-            for line in within(result, check):
+        if committed is not None:
+            for line in within(result, committed):
                 console.print(line, soft_wrap=True)

@@ -9,10 +9,8 @@ from typing import Any
 import yaml
 from rich.table import Table
 
-from attnswap.errors import ConfigError, NumericsError
 from attnswap.evaluation.figure import COLOURS
 from attnswap.evaluation.result import write_atomically
-from attnswap.healing.alike import differences
 from attnswap.markdown import markdown_table
 
 MODELS = ("original", "control", "unhealed", "fitted", "healed")
@@ -133,44 +131,6 @@ def plot(result: dict[str, Any], path: Path) -> Path:
     figure.savefig(buffer, format="png", dpi=110)
     write_atomically(path, buffer.getvalue())
     return path
-
-
-def within(result: dict[str, Any], committed: Path) -> list[str]:
-    """Compares a result with a committed one of the same recipe.
-
-    Args:
-        result: What was found.
-        committed: The ``result.json`` of before.
-
-    Returns:
-        A line for each context.
-
-    Raises:
-        NumericsError: A ratio to the control lies outside the committed 95% interval.
-        ConfigError: The file is no such result, or of another recipe, other tokens or contexts.
-    """
-    try:
-        before = json.loads(committed.read_text())
-        entries = {e["context"]: e["ratio_to_control"] for e in before["contexts"]}
-        different = differences(result["recipe"], before["recipe"])
-        different += ["protocol"] if result["protocol"] != before["protocol"] else []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f'--check: "{committed}" is no result of attnswap heal: {error}') from None
-    if different:
-        raise ConfigError(f'--check: "{committed}" is of something else than this: {", ".join(different)} differ')
-    lines, outside = [], []
-    for entry in result["contexts"]:
-        known = entries.get(entry["context"])
-        if known is None:
-            raise ConfigError(f'--check: "{committed}" did not measure context {entry["context"]}')
-        found = entry["ratio_to_control"]["ratio"]
-        inside = known["lo"] <= found <= known["hi"]
-        said = f"context {entry['context']}: {found:.4f}, committed {known['lo']:.4f} to {known['hi']:.4f}"
-        lines.append(said)
-        outside += [] if inside else [said]
-    if outside:
-        raise NumericsError(f"outside the committed interval: {'; '.join(outside)}")
-    return lines
 
 
 def write(result: dict[str, Any], folder: Path, healed: Path) -> None:

@@ -1,0 +1,82 @@
+"""Reruns of committed results: of the same recipe, on the same text, within their intervals."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from attnswap.errors import ConfigError, NumericsError
+from attnswap.healing.alike import differences
+from attnswap.healing.experiment import Experiment
+from attnswap.text import evaluation_text
+from attnswap.training.config import as_run
+
+
+def read_committed(path: Path) -> dict[str, Any]:
+    """Returns a committed result.
+
+    Raises:
+        ConfigError: The file is none.
+    """
+    try:
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        missing = {"recipe", "contexts", "protocol", "corpus", "data"} - result.keys()
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f'--check: "{path}" is no result of attnswap heal: {error}') from None
+    if missing:
+        raise ConfigError(f'--check: "{path}" is no result of attnswap heal: it has no {", ".join(sorted(missing))}')
+    return result
+
+
+def check_rerun(experiment: Experiment, committed: dict[str, Any]) -> None:
+    """Refuses, before anything is trained, what cannot be compared with a committed result.
+
+    Raises:
+        ConfigError: The recipe, the text or the measurement is another one.
+    """
+    text = evaluation_text() if experiment.text is None else experiment.text
+    protocol = committed["protocol"]
+    asked = {
+        "contexts": [sorted(experiment.contexts), sorted(protocol["contexts"])],
+        "dtype": [str(experiment.dtype).removeprefix("torch."), protocol["dtype"]],
+        "the text to measure on (another Python has another language reference)": [
+            hashlib.sha256(text.encode()).hexdigest(),
+            committed["corpus"]["sha256"],
+        ],
+    }
+    different = [f"recipe.{key}" for key in differences(as_run(experiment.config), committed["recipe"])]
+    _refuse([*different, *(name for name, (ours, theirs) in asked.items() if ours != theirs)])
+
+
+def within(result: dict[str, Any], committed: dict[str, Any]) -> list[str]:
+    """Compares a result with a committed one.
+
+    Args:
+        result: What was found.
+        committed: What was found before.
+
+    Returns:
+        A line for each context.
+
+    Raises:
+        NumericsError: A ratio to the control lies outside the committed 95% interval.
+        ConfigError: They were not measured on the same tokens, or not trained on the same text.
+    """
+    different = ["protocol"] if result["protocol"] != committed["protocol"] else []
+    different += ["the training text"] if result["data"]["sha256"] != committed["data"]["sha256"] else []
+    _refuse(different)
+    entries = {entry["context"]: entry["ratio_to_control"] for entry in committed["contexts"]}
+    lines, outside = [], []
+    for entry in result["contexts"]:
+        known, found = entries[entry["context"]], entry["ratio_to_control"]["ratio"]
+        said = f"context {entry['context']}: {found:.4f}, committed {known['lo']:.4f} to {known['hi']:.4f}"
+        lines.append(said)
+        outside += [] if known["lo"] <= found <= known["hi"] else [said]
+    if outside:
+        raise NumericsError(f"outside the committed interval: {'; '.join(outside)}")
+    return lines
+
+
+def _refuse(different: list[str]) -> None:
+    if different:
+        raise ConfigError(f"--check: not what the committed result is of: {', '.join(different)} differ")
