@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 import yaml
 from conftest import tiny
 from safetensors.torch import load_file
-from training_helpers import accelerate, logged, recipe, spawn
+from training_helpers import accelerate, byte_tokenizer, logged, recipe, spawn
 
 import attnswap
+from attnswap.evaluation import evaluate_perplexity
 from attnswap.training import latest_checkpoint, parse_config, train
 
 IDS = torch.arange(4, 60)[None]
@@ -133,6 +135,31 @@ def test_all_processes_begin_where_the_first_one_fitted(engine, tmp_path):
     assert all(torch.allclose(many[name], one[name], atol=2e-3) for name in one), "but for the rounding of its steps"
     losses = [logged(folder, "loss") for folder in (single.output_dir, tmp_path / "many")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_an_experiment_runs_by_two_processes_from_end_to_end(tmp_path):
+    path = staged(tmp_path)
+    text = tmp_path / "held-out.txt"
+    text.write_text("the dog lay on the floor. " * 60)
+    words = ["heal", str(path), "training.per_device_train_batch_size=2", f"output_dir={tmp_path}/many"]
+    words += ["--text", str(text), "--contexts", "32,96", "--max-tokens", "500", "--dtype", "fp32", "--device", "cpu"]
+    done = accelerate(2, "--module", "attnswap.cli", *words)
+    assert done.returncode == 0, done.stderr[-6000:]
+    result = json.loads((tmp_path / "many" / "result" / "result.json").read_text())
+    for name in ("healed", "control"):
+        summary = json.loads((tmp_path / "many" / name / "summary.json").read_text())
+        assert (summary["processes"], summary["windows_per_step"]) == (2, 4)
+    alone = evaluate_perplexity(
+        attnswap.from_pretrained(str(tmp_path / "many" / "healed")), byte_tokenizer(), text=text.read_text(),
+        contexts=(32, 96), max_tokens=500, quiet=True,
+    )  # fmt: skip
+    assert [entry["perplexity"]["healed"] for entry in result["contexts"]] == [alone.at(n).ppl for n in (32, 96)]
+
+    shutil.rmtree(tmp_path / "many" / "control")
+    refused = spawn("-m", "attnswap.cli", *words)
+    assert refused.returncode == 2
+    assert "on 4 windows a step, and its control would be on 2" in " ".join(refused.stderr.split())
 
 
 @pytest.mark.slow

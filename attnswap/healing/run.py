@@ -19,6 +19,7 @@ from attnswap.healing.alike import check_alike, differences
 from attnswap.healing.experiment import Experiment
 from attnswap.healing.measuring import Bench, read, say
 from attnswap.loading import load_model, load_tokenizer
+from attnswap.processes import place
 from attnswap.training.config import TrainConfig, load_config, to_mapping
 from attnswap.training.durable import latest_checkpoint
 from attnswap.training.run import FITTED, train
@@ -63,9 +64,12 @@ def heal(experiment: Experiment) -> Measured:
         _check_measurable(experiment, tokenizer)
     healed = _trained(replace(config, output_dir=str(experiment.out / "healed")))
     control = experiment.control
-    if control is None:
-        control = _trained(experiment.control_config) if experiment.control_learns else healed
     trained = {"healed": read(healed / "summary.json")}
+    if control is None and experiment.control_learns:
+        _check_processes(config, trained["healed"])
+        control = _trained(experiment.control_config)
+    elif control is None:
+        control = healed
     trained |= {"control": read(control / "summary.json")} if control != healed else {}
     check_alike(trained)
     bench = Bench(experiment, tokenizer)
@@ -116,6 +120,19 @@ def _trained(config: TrainConfig) -> Path:
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
     return done
+
+
+def _check_processes(config: TrainConfig, healed: dict[str, Any]) -> None:
+    """Refuses to train a control by other batches than those of a healed model that was there already."""
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    ours, theirs = place()[1], healed["windows_per_step"]
+    for name in names:
+        ours *= config.training.get(name, 1)
+    if ours != theirs:
+        raise ConfigError(
+            f"the healed model was trained on {theirs} windows a step, and its control would be on {ours}: run this by "
+            "as many processes, too (accelerate launch --module attnswap.cli heal ...)"
+        )
 
 
 def _check_measurable(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> None:
