@@ -11,6 +11,7 @@ import sys
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from transformers import TrainerCallback
 
+import attnswap
 from attnswap.cli import main as cli
 from attnswap.training import run
 
@@ -24,6 +25,18 @@ def with_callback(callback: TrainerCallback) -> None:
         return protect(trainer)
 
     run.protect = protected
+
+
+def tell_fit() -> None:
+    """Makes each process print what its swaps start from once they are fitted."""
+    fit = run.fit_swaps
+
+    def fitted(model, *args):
+        fit(model, *args)
+        total = sum(float(p.double().square().sum()) for p in attnswap.swap_parameters(model).values())
+        os.write(1, f"fitted to {total!r}\n".encode())
+
+    run.fit_swaps = fitted
 
 
 class StopAt(TrainerCallback):
@@ -68,6 +81,7 @@ def main() -> None:
     if "STOP_AT" in os.environ and state.process_index == 0:
         with_callback(StopAt(int(os.environ["STOP_AT"])))
     with_callback(TellEngine())
+    tell_fit()
     sys.argv.insert(1, "train")
     try:
         cli()

@@ -129,7 +129,9 @@ def test_all_processes_begin_where_the_first_one_fitted(engine, tmp_path):
     values = yaml.safe_load(path.read_text()) | {"fit": {"tokens": 200}, "ramp": 1.0}
     path.write_text(yaml.safe_dump(values))
     single = train(parse_config(values))
-    launch(2, engine, path, "training.per_device_train_batch_size=1", f"output_dir={tmp_path}/many")
+    done = launch(2, engine, path, "training.per_device_train_batch_size=1", f"output_dir={tmp_path}/many")
+    told = re.findall(r"fitted to (\S+)", done.stdout)
+    assert len(told) == 2 and told[0] == told[1]
     one, many = (load_file(folder / "fitted.safetensors") for folder in (single.output_dir, tmp_path / "many"))
     assert one.keys() == many.keys()
     assert all(torch.allclose(many[name], one[name], atol=2e-3) for name in one), "but for the rounding of its steps"
@@ -156,10 +158,13 @@ def test_an_experiment_runs_by_two_processes_from_end_to_end(tmp_path):
     )  # fmt: skip
     assert [entry["perplexity"]["healed"] for entry in result["contexts"]] == [alone.at(n).ppl for n in (32, 96)]
 
+    assert spawn("-m", "attnswap.cli", *words).returncode == 0, "nothing is left to train"
     shutil.rmtree(tmp_path / "many" / "control")
     refused = spawn("-m", "attnswap.cli", *words)
     assert refused.returncode == 2
     assert "on 4 windows a step, and its control would be on 2" in " ".join(refused.stderr.split())
+    again = accelerate(2, "--module", "attnswap.cli", *words)
+    assert again.returncode == 0, again.stderr[-6000:]
 
 
 @pytest.mark.slow

@@ -268,6 +268,11 @@ def test_a_step_that_is_not_finite_leaves_every_weight(tmp_path):
     assert not same(kept[1][0], kept[2][0])
     assert trainer.state.log_history[-2]["skipped_steps"] == [3, 5]
 
+    resumed = trainer_of(tmp_path, max_steps=8)
+    protection = protect(resumed)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert protection.finite.skipped == [3, 5]
+
 
 def test_the_third_in_a_row_ends_the_run_and_says_where_it_began(tmp_path):
     trainer = trainer_of(tmp_path, {"name": "sigmoid", "bias": "learned"}, (At(poison, 2),))

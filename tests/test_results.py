@@ -83,7 +83,9 @@ def test_a_swap_that_starts_as_the_model_was_costs_it_nothing(name: str) -> None
 
 
 def numbers(value: Any) -> list[float]:
-    """Every number in a result."""
+    """Every number in a result, those in what it says too."""
+    if isinstance(value, str):
+        return [float(figure) for figure in re.findall(r"\d+\.\d+(?:e[-+]\d+)?", value)]
     if isinstance(value, dict | list):
         return [x for part in (value.values() if isinstance(value, dict) else value) for x in numbers(part)]
     return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
@@ -99,17 +101,18 @@ def test_figures_in_prose_are_committed(page: str) -> None:
     file = RESULTS.parent / page
     text = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)|^    .*?$", "", file.read_text(), flags=re.S | re.M)
     healed = page == "healing.md" or file.parent.name in FOUND
-    sources = [RESULTS / name / "result.json" for name in FOUND] if healed else list(file.parent.rglob("*.json"))
     text = re.sub(r"^\|.*?$", "", text, flags=re.M) if healed else text  # tables are compared above
-    raw = " ".join(source.read_text() for source in sources)
-    known = [abs(x) for source in sources for x in numbers(json.loads(source.read_text()))]
-    rounded = {f"{x:.2g}" for x in known}
+    named = re.findall(r"recipes/results/([\w-]+)/", file.read_text()) if page == "healing.md" else []
+    folders = [RESULTS / name for name in named] or [file.parent]
+    sources = [json.loads(path.read_text()) for folder in folders for path in folder.rglob("*.json")]
+    known = [abs(x) for source in sources for x in numbers(source)]
+    rounded = {(float(f"{x:.2g}"), "") for x in known}
     figures = re.findall(r"(\d+\.\d+(?:e-?\d+)?)( ?%| percent)?", text)
     for places, percent in {(len(figure.partition(".")[2]), percent) for figure, percent in figures}:
         units = (1.0, 100.0) if percent else (1.0,) if healed else UNITS
-        rounded |= {f"{x * unit:.{places}f}" + percent for x in known for unit in units}
+        rounded |= {(float(f"{x * unit:.{places}f}"), percent) for x in known for unit in units}
     for figure, percent in figures:
-        assert figure + percent in rounded or figure in raw, f"{figure} stands in no result"
+        assert (float(figure), percent) in rounded, f"{figure} stands in no result"
 
 
 def test_the_leaderboard_is_made_of_the_results() -> None:
@@ -121,8 +124,8 @@ def made(value: float, context: int = 512) -> dict[str, Any]:
     ratio = {"ratio": value, "lo": value - 0.01, "hi": value + 0.01}
     return {
         "recipe": as_run(RECIPE),
-        "protocol": {"dtype": "float32", "contexts": [context], "tokens_sha256": "a"},
-        "corpus": {"sha256": hashlib.sha256(b"text").hexdigest()},
+        "protocol": {"dtype": "float32", "contexts": [context], "first_token": 8, "scored_tokens": 92},
+        "corpus": {"sha256": hashlib.sha256(b"text").hexdigest(), "tokens": 200},
         "data": {"sha256": "b"},
         "contexts": [{"context": context, "ratio_to_control": ratio}],
     }
@@ -138,16 +141,19 @@ def test_a_rerun_must_land_in_the_committed_interval() -> None:
     with pytest.raises(ConfigError, match="training text differ"):
         within({**made(1.02), "data": {"sha256": "c"}}, made(1.02))
     with pytest.raises(ConfigError, match="protocol differ"):
-        within({**made(1.02), "protocol": {"tokens_sha256": "other"}}, made(1.02))
+        within({**made(1.02), "protocol": {"scored_tokens": 91}}, made(1.02))
 
 
 def test_a_rerun_of_something_else_is_refused_before_it_is_trained(tmp_path: Path) -> None:
     options: dict[str, Any] = {"out": tmp_path, "contexts": (512,), "dtype": torch.float32, "text": "text"}
+    options["max_tokens"] = 92
     check_rerun(Experiment(replace(RECIPE, output_dir="elsewhere"), **options), made(1.02))
     for config, changes, words in (
         (replace(RECIPE, ramp=0.5), {}, "recipe.ramp"),
         (RECIPE, {"contexts": (512, 1024)}, "contexts"),
         (RECIPE, {"dtype": torch.bfloat16}, "dtype"),
+        (RECIPE, {"max_tokens": 91}, "max_tokens"),
+        (RECIPE, {"max_tokens": 93}, "max_tokens"),
         (RECIPE, {"text": "another"}, "another Python"),
     ):
         with pytest.raises(ConfigError, match=words):

@@ -42,13 +42,14 @@ class Bench:
     def unhealed(self, dtype: torch.dtype = torch.float32, fitted: Path | None = None) -> PreTrainedModel:
         """Returns the model with the recipe's swap and no training, or as far as training was told where to start."""
         config = self.experiment.config
-        model = self.load(config.model.reference, dtype)
+        model = load_model(config.model.reference, dtype=dtype)
         assert config.swap is not None
-        set_seed(config.training.get("seed", SEED))  # gates may start from noise: the same as in training
+        # Gates may start from noise: the same as in training, which patches on the CPU, too.
+        set_seed(config.training.get("seed", SEED))
         attnswap.patch(model, config.swap, part=config.part, layers=config.layers, heads=config.heads)
         if fitted is not None:
             start_from(model, fitted)
-        return model
+        return model.to(device=self.device)  # type: ignore[call-arg, no-any-return]
 
     def losses(self, path: Path, load: Any, *, bypass: bool = False) -> Evaluation:
         """Measures perplexity at all contexts.

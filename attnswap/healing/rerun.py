@@ -29,7 +29,7 @@ def read_committed(path: Path) -> dict[str, Any]:
 
 
 def check_rerun(experiment: Experiment, committed: dict[str, Any]) -> None:
-    """Refuses, before anything is trained, what cannot be compared with a committed result.
+    """Refuses, before anything is trained, what can be told by then not to be comparable with a committed result.
 
     Raises:
         ConfigError: The recipe, the text or the measurement is another one.
@@ -44,6 +44,10 @@ def check_rerun(experiment: Experiment, committed: dict[str, Any]) -> None:
             committed["corpus"]["sha256"],
         ],
     }
+    scored = protocol["scored_tokens"]
+    whole = protocol["first_token"] + scored == committed["corpus"]["tokens"]
+    if experiment.max_tokens < scored or (experiment.max_tokens > scored and not whole):
+        asked["max_tokens"] = [str(experiment.max_tokens), str(scored)]
     different = [f"recipe.{key}" for key in differences(as_run(experiment.config), committed["recipe"])]
     _refuse([*different, *(name for name, (ours, theirs) in asked.items() if ours != theirs)])
 

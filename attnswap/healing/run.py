@@ -19,7 +19,7 @@ from attnswap.healing.alike import check_alike, differences
 from attnswap.healing.experiment import Experiment
 from attnswap.healing.measuring import Bench, read, say
 from attnswap.loading import load_model, load_tokenizer
-from attnswap.processes import place
+from attnswap.processes import join, place
 from attnswap.training.config import TrainConfig, load_config, to_mapping
 from attnswap.training.durable import latest_checkpoint
 from attnswap.training.run import FITTED, train
@@ -58,6 +58,7 @@ def heal(experiment: Experiment) -> Measured:
         StoppedError: A signal asked for the end; the same call goes on from there, unless the recipe keeps no
             optimizer states (``training.save_only_model``).
     """
+    join(None)
     config = experiment.config
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.reference)
     if not (experiment.out / "healed" / "summary.json").is_file():
@@ -66,7 +67,8 @@ def heal(experiment: Experiment) -> Measured:
     control = experiment.control
     trained = {"healed": read(healed / "summary.json")}
     if control is None and experiment.control_learns:
-        _check_processes(config, trained["healed"])
+        if not (experiment.out / "control" / "summary.json").is_file():
+            _check_processes(config, trained["healed"])
         control = _trained(experiment.control_config)
     elif control is None:
         control = healed
@@ -117,8 +119,6 @@ def _trained(config: TrainConfig) -> Path:
     say(f"training {folder.name}: {config.swap or 'no swap'}")
     done = train(replace(config, overwrite=config.overwrite or left is not None)).output_dir
     gc.collect()  # trainer and model hold on to each other, and the next model wants their memory
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
     return done
 
 

@@ -41,7 +41,8 @@ class SkipNonFinite(TrainerCallback):
     ) -> None:
         """Begins to look at the model's losses, and remembers what a run that is resumed has left out."""
         log: list[dict[str, Any]] = state.log_history
-        self.skipped = next((list(entry["skipped_steps"]) for entry in reversed(log) if "skipped_steps" in entry), [])
+        known = [entry["skipped_steps"] for entry in log if isinstance(entry.get("skipped_steps"), list)]
+        self.skipped = list(known[-1]) if known else []
         self._hook = kwargs["model"].register_forward_hook(self._look)
 
     def on_pre_optimizer_step(
@@ -70,6 +71,11 @@ class SkipNonFinite(TrainerCallback):
             self._end(args, step)
         self._stop_watching()
         self._watch = Watch(base_of(kwargs["model"]))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Sees that a checkpoint knows which steps were left out before it."""
+        if self.skipped and control.should_save:
+            control.should_log = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Notes which steps were left out so far."""

@@ -1,5 +1,6 @@
 """A whole training run: load, patch, train, save."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -21,8 +22,8 @@ from transformers import (
 from transformers.integrations import (
     get_available_reporting_integrations,
     is_deepspeed_zero3_enabled,
-    is_fsdp_enabled,
 )
+from transformers.utils.generic import strtobool
 
 import attnswap
 from attnswap.errors import ConfigError, StoppedError
@@ -140,7 +141,7 @@ def train(config: TrainConfig) -> TrainResult:
             callbacks=[*switch, steps],
             swap_lr_multiplier=config.optimizer.swap_lr_multiplier,
             stages=plan,
-            windows=data.sizes,
+            windows=data.sizes if plan else (),
             rest=at_rest(config, plan, args),
         )
         if shown is not None and args.process_index == 0 and not (known == fitted and fitted.is_file()):
@@ -220,8 +221,14 @@ def _lengths_to_fit(config: TrainConfig) -> list[int | None]:
 
 
 def fit_swaps(model: PreTrainedModel, config: TrainConfig, data: Data, args: TrainingArguments) -> None:
-    """Fits a patched model as a recipe's ``fit`` says, on windows of its training text, in the first process."""
-    if not is_fsdp_enabled() and not is_deepspeed_zero3_enabled():  # which place it themselves
+    """Fits a patched model as a recipe's ``fit`` says, on windows of its training text, in the first process.
+
+    Raises:
+        ConfigError: DeepSpeed has split the weights, so that no process can run the model alone.
+    """
+    if is_deepspeed_zero3_enabled():
+        raise ConfigError("fit: under ZeRO-3 no process has the whole model; fit and train by DDP or FSDP")
+    if not strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false")):  # which shards it before it is moved
         model.to(device=args.device)  # type: ignore[call-arg]
     if args.process_index == 0:
         rows, names = _looked_at(data, config), ("input_ids", "position_ids")
@@ -232,15 +239,19 @@ def fit_swaps(model: PreTrainedModel, config: TrainConfig, data: Data, args: Tra
 
 
 def _looked_at(data: Data, config: TrainConfig) -> Iterator[dict[str, torch.Tensor]]:
-    """Yields windows from all over each part of the data that hold the tokens to fit to, as many of each part."""
+    """Yields windows from all over each part of the data until they hold the tokens to fit to, as many of each part."""
     assert config.fit is not None
+    generator = torch.Generator().manual_seed(0)
     first = 0
     for size in data.sizes:
-        count = min(size, -(-config.fit.tokens // (len(data.sizes) * len(data.train[first]["input_ids"]))))
-        for index in range(count):
-            row = data.train[first + index * size // count]
+        wanted = config.fit.tokens / len(data.sizes)
+        for index in torch.randperm(size, generator=generator).tolist():
+            row = data.train[first + index]
             text = int((row["labels"] != IGNORED).nonzero().max()) + 1  # what follows is padding
             yield {name: values[:text] for name, values in row.items()}
+            wanted -= text
+            if wanted <= 0:
+                break
         first += size
 
 

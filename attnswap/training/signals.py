@@ -44,7 +44,7 @@ class StopOnSignal(TrainerCallback):
         number = largest(int(self.received or 0), args.device)
         if number and state.global_step < state.max_steps:  # else it ends by itself
             self.received, self.step = signal.Signals(number), state.global_step
-            control.should_save = control.should_training_stop = True
+            control.should_save = control.should_training_stop = control.should_log = True
             control.should_evaluate = False  # there may not be time, and "best" would decide whether to save
             # With a limit of one, Trainer ends by removing all but the best checkpoint, this one included.
             self._limit, args.save_total_limit = args.save_total_limit, None

@@ -127,7 +127,7 @@ class Stages(TrainerCallback):
             if not self.served and (section.learning_rate is not None or section.sequence_length is not None):
                 raise ConfigError(
                     f'stages: "{section.name}" has a learning rate or windows of its own, which this trainer would not '
-                    "give it: take attnswap.training.SwapTrainer(..., stages=plan)"
+                    "give it: take attnswap.training.SwapTrainer(..., stages=plan, windows=[...])"
                 )
 
     def on_step_begin(

@@ -14,6 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 import attnswap
 from attnswap.errors import ConfigError
+from attnswap.evaluation.result import write_atomically
 from attnswap.processes import whole
 from attnswap.training.movement import Movement, by_kind
 from attnswap.training.rest import AtRest
@@ -32,7 +33,7 @@ class SwapTrainer(Trainer):
         swap_lr_multiplier: Learning rate of the swap's parameters over that of the rest.
         stages: Stages with rates and windows of their own; the callback :class:`attnswap.training.Stages` does the
             rest of what they ask for.
-        windows: How many windows the data set holds for each stage, in order.
+        windows: How many windows the data set holds for each stage, in order; empty: all stages draw from all of it.
         rest: Says which steps need not be computed.
         **kwargs: As for ``Trainer``.
 
@@ -58,6 +59,14 @@ class SwapTrainer(Trainer):
             self.add_callback(rest)
         self.swap_lr_multiplier = swap_lr_multiplier
         self.stages, self.windows = list(stages), list(windows)
+        if self.windows and len(self.windows) != len(self.stages):
+            raise ConfigError(f"windows: {len(self.windows)} numbers for {len(self.stages)} stages")
+        for section in (stage.section for stage in self.stages):
+            if section.sequence_length is not None and not self.windows:
+                raise ConfigError(
+                    f'stages: "{section.name}" has windows of its own: say with windows=[...] how many the data set '
+                    "holds for each stage, one after the other"
+                )
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, Stages):
                 callback.served = bool(self.stages)
@@ -102,7 +111,7 @@ class SwapTrainer(Trainer):
         return self.lr_scheduler
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if not self.stages:
+        if not self.windows:
             return super()._get_train_sampler(train_dataset)
         draws = [stage.steps * windows_per_step(self.args) for stage in self.stages]
         return StagedWindows(self.windows, draws, [self.args.seed + stage.index for stage in self.stages])
@@ -218,7 +227,7 @@ class StepLog(TrainerCallback):
             self.note({"windows_per_step": windows})
         if state.is_world_process_zero and state.global_step:
             kept = [e for e in self._entries() if e.get("step", 0) <= state.global_step or "train_runtime" in e]
-            self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+            write_atomically(self.path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -227,8 +236,10 @@ class StepLog(TrainerCallback):
         self._started = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stops the clock."""
+        """Stops the clock, and sees that no step stays out of the log."""
         self.seconds[state.global_step - 1] = time.perf_counter() - self._started
+        if control.should_save or state.global_step >= state.max_steps:
+            control.should_log = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Writes the newest entry, in the first process."""
