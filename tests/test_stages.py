@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from kill_saves import Tokens
 from safetensors.torch import load_file
-from training_helpers import logged, recipe, stop_at, tiny_llama, write_model
+from training_helpers import ROOT, logged, recipe, stop_at, tiny_llama, write_model
 from transformers import Trainer, TrainingArguments
 
 import attnswap
@@ -179,6 +180,22 @@ def test_stages_work_as_a_callback_of_a_plain_trainer(tmp_path: Path) -> None:
     plain = Trainer(model=model, args=args, train_dataset=Tokens(), callbacks=[Stages(plan, Distillation(None, KL))])
     with pytest.raises(ConfigError, match="SwapTrainer"):
         plain.train()
+
+
+def test_the_example_of_the_page_runs(tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "recipes" / "healing.md").read_text(), re.DOTALL)
+    options = {"max_steps": 300, "report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
+    args = TrainingArguments(str(tmp_path), remove_unused_columns=False, logging_steps=1, **options)
+    names: dict[str, Any] = {"model": tiny_llama(), "args": args, "rows": Tokens()}
+    exec(code, names)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stages, "on_log", stop_at(3, Stages.on_log))
+        with pytest.raises(KeyboardInterrupt):
+            names["trainer"].train()
+    log = names["trainer"].state.log_history
+    assert [entry["stage"] for entry in log] == ["ramp"] * 3
+    assert 0 < log[0]["lambda"] < log[2]["lambda"] < 1
+    assert log[2]["kl"] > 0
 
 
 STAGES = [
