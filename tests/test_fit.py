@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from training_helpers import VOCABULARY, recipe, stop_at, tiny_llama
+from training_helpers import VOCABULARY, cut_off, recipe, tiny_llama
 
 import attnswap
 from attnswap.errors import ConfigError
 from attnswap.swaps.base import Call, Observed
 from attnswap.training import fit, parse_config, train
 from attnswap.training.run import FITTED
-from attnswap.training.trainer import StepLog
 
 
 def test_a_fitted_sigmoid_knows_most_of_the_logsumexp() -> None:
@@ -70,10 +69,7 @@ def test_a_resumed_run_begins_where_it_was_fitted_without_fitting_again(tmp_path
     )
     whole = train(parse_config({**values, "output_dir": str(tmp_path / "whole")}))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StepLog, "on_log", stop_at(7, StepLog.on_log))
-        with pytest.raises(KeyboardInterrupt):
-            train(parse_config(values))
+    cut_off(values, 7)
     values["training"] = {**values["training"], "resume_from_checkpoint": "latest"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("attnswap.training.run.fit_swaps", None)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from kill_saves import Tokens
 from safetensors.torch import load_file
-from training_helpers import ROOT, logged, recipe, stop_at, tiny_llama, write_model
+from training_helpers import ROOT, cut_off, logged, recipe, stop_at, tiny_llama, write_model
 from transformers import Trainer, TrainingArguments
 
 import attnswap
@@ -29,7 +29,6 @@ from attnswap.training import (
 )
 from attnswap.training.ramp import ramps
 from attnswap.training.stages import StagedWindows, staged_schedule, without_swaps
-from attnswap.training.trainer import StepLog
 
 
 def test_sections_that_say_nothing_sensible_are_refused() -> None:
@@ -342,10 +341,7 @@ def test_a_model_saved_with_swaps_needs_a_named_teacher(tmp_path: Path) -> None:
 
 def test_a_resumed_run_logs_each_step_once_and_counts_all_of_its_seconds(tmp_path: Path) -> None:
     values = recipe(tmp_path, training={"save_strategy": "steps", "save_steps": 4, "eval_strategy": "no"})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StepLog, "on_log", stop_at(6, StepLog.on_log))
-        with pytest.raises(KeyboardInterrupt):
-            train(parse_config(values))
+    cut_off(values, 6)
     log = tmp_path / "out.partial" / "steps.jsonl"
     assert json.loads(log.read_text().splitlines()[-1])["step"] == 6
     with log.open("a") as file:  # what a run that is stopped in order leaves
@@ -361,10 +357,7 @@ def test_a_resumed_run_logs_each_step_once_and_counts_all_of_its_seconds(tmp_pat
 
 def test_a_run_is_not_resumed_by_another_number_of_processes(tmp_path: Path) -> None:
     values = recipe(tmp_path, training={"save_strategy": "steps", "save_steps": 4, "eval_strategy": "no"})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StepLog, "on_log", stop_at(6, StepLog.on_log))
-        with pytest.raises(KeyboardInterrupt):
-            train(parse_config(values))
+    cut_off(values, 6)
     values["training"] |= {"resume_from_checkpoint": "latest", "gradient_accumulation_steps": 2}
     with pytest.raises(ConfigError, match="2 windows in a step and would now read 4"):
         train(parse_config(values))

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -19,6 +20,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from attnswap.training import parse_config, train
+from attnswap.training.trainer import StepLog
 
 ROOT = Path(__file__).parent.parent
 VOCABULARY = 260
@@ -140,3 +144,11 @@ def stop_at(step: int, original: Any) -> Any:
             raise KeyboardInterrupt
 
     return stop
+
+
+def cut_off(values: dict[str, Any], step: int) -> None:
+    """Runs a recipe and ends it at a step as Ctrl-C would."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepLog, "on_log", stop_at(step, StepLog.on_log))
+        with pytest.raises(KeyboardInterrupt):
+            train(parse_config(values))

@@ -1,5 +1,6 @@
 """What is asked of one recipe with its controls."""
 
+import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from attnswap.errors import ConfigError
 from attnswap.evaluation import CONTEXTS
 from attnswap.healing.alike import differences
+from attnswap.text import evaluation_text
 from attnswap.training.config import TrainConfig, load_config, to_mapping
 from attnswap.training.stages import plan_of, without_swaps
 
@@ -49,6 +51,17 @@ class Experiment:
             raise ConfigError('swap: an experiment heals a swap; for the control alone, run "attnswap train"')
         if self.control is not None:
             self._check_control(self.control)
+
+    @property
+    def seed(self) -> int:
+        """The seed of the training."""
+        return int(self.config.training.get("seed", SEED))
+
+    @property
+    def text_sha256(self) -> str:
+        """What identifies the text to measure on."""
+        text = evaluation_text() if self.text is None else self.text
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def control_learns(self) -> bool:

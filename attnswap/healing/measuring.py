@@ -1,6 +1,5 @@
 """The measurements of an experiment, kept in files so that none is taken twice."""
 
-import hashlib
 import json
 import sys
 from contextlib import nullcontext
@@ -17,10 +16,9 @@ from attnswap.evaluation.bootstrap import check_comparable
 from attnswap.evaluation.fidelity import measure_fidelity
 from attnswap.evaluation.result import write_atomically
 from attnswap.evaluation.structure import measure_structure
-from attnswap.healing.experiment import SEED, Experiment
+from attnswap.healing.experiment import Experiment
 from attnswap.loading import load_model
 from attnswap.processes import default_device, join, place
-from attnswap.text import evaluation_text
 from attnswap.training.movement import start_from
 
 
@@ -31,8 +29,7 @@ class Bench:
         self.experiment, self.tokenizer = experiment, tokenizer
         self._first: Evaluation | None = None
         self.longest = max(experiment.contexts)
-        text = evaluation_text() if experiment.text is None else experiment.text
-        self.digest = hashlib.sha256(text.encode()).hexdigest()
+        self.digest = experiment.text_sha256
         self.device = experiment.device or join(None) or default_device()
 
     def load(self, reference: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -45,7 +42,7 @@ class Bench:
         model = load_model(config.model.reference, dtype=dtype)
         assert config.swap is not None
         # Gates may start from noise: the same as in training, which patches on the CPU, too.
-        set_seed(config.training.get("seed", SEED))
+        set_seed(self.experiment.seed)
         attnswap.patch(model, config.swap, part=config.part, layers=config.layers, heads=config.heads)
         if fitted is not None:
             start_from(model, fitted)

@@ -1,6 +1,5 @@
 """Reruns of committed results: of the same recipe, on the same text, within their intervals."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 from attnswap.errors import ConfigError, NumericsError
 from attnswap.healing.alike import differences
 from attnswap.healing.experiment import Experiment
-from attnswap.text import evaluation_text
 from attnswap.training.config import as_run
 
 
@@ -34,13 +32,12 @@ def check_rerun(experiment: Experiment, committed: dict[str, Any]) -> None:
     Raises:
         ConfigError: The recipe, the text or the measurement is another one.
     """
-    text = evaluation_text() if experiment.text is None else experiment.text
     protocol = committed["protocol"]
     asked = {
         "contexts": [sorted(experiment.contexts), sorted(protocol["contexts"])],
         "dtype": [str(experiment.dtype).removeprefix("torch."), protocol["dtype"]],
         "the text to measure on (another Python has another language reference)": [
-            hashlib.sha256(text.encode()).hexdigest(),
+            experiment.text_sha256,
             committed["corpus"]["sha256"],
         ],
     }

@@ -13,7 +13,7 @@ import transformers
 import attnswap
 from attnswap import swaps
 from attnswap.evaluation.bootstrap import Comparison, compare
-from attnswap.healing.experiment import SEED, Experiment
+from attnswap.healing.experiment import Experiment
 from attnswap.healing.run import Measured
 from attnswap.provenance import commit
 from attnswap.training.config import TrainConfig, as_run
@@ -68,7 +68,7 @@ def summarise_healing(experiment: Experiment, measured: Measured) -> dict[str, A
         "command": " ".join(["attnswap", *sys.argv[1:]]),
         "commit": healed.get("commit"),
         "measured_at": commit(),
-        "seed": config.training.get("seed", SEED),
+        "seed": experiment.seed,
         "recipe": as_run(config),
         "data": healed["data"],
         "tokens": healed["tokens"],
