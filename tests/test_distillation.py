@@ -1,16 +1,17 @@
 """What healing learns from: the losses are what their formulas say, and the teacher is the right one."""
 
+import contextlib
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from training_helpers import VOCABULARY, tiny_gemma2, tiny_gpt2, tiny_llama
-from transformers import PreTrainedModel
+from transformers import BartConfig, BartForConditionalGeneration, PreTrainedModel
 
 import attnswap
 from attnswap.errors import ConfigError
-from attnswap.surgery.attach import patched_modules
+from attnswap.surgery.attach import body_of, patched_modules
 from attnswap.training import (
     Distillation,
     LossSection,
@@ -19,6 +20,7 @@ from attnswap.training import (
 )
 from attnswap.training.config import LoraSection
 from attnswap.training.lora import add_lora
+from attnswap.training.transfer import transferring
 
 
 def batch() -> dict[str, Tensor]:
@@ -222,6 +224,57 @@ def test_transfer_compares_each_layer_on_the_teachers_input() -> None:
     loss.backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     assert reached == {name for name, _ in model.named_parameters() if "self_attn" in name}, "attention alone"
+
+
+def tiny_bart() -> PreTrainedModel:
+    torch.manual_seed(0)
+    sizes = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in (("layers", 2), ("ffn_dim", 48))}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    return BartForConditionalGeneration(BartConfig(**sizes, **heads, vocab_size=VOCABULARY, d_model=32, dropout=0.0))
+
+
+@pytest.mark.parametrize(
+    ("make", "part", "idle"),
+    [
+        (tiny_llama, None, "mlp"),
+        (tiny_gpt2, None, "mlp"),
+        (tiny_bart, None, "final_layer_norm"),
+        (tiny_bart, "cross", "final_layer_norm"),
+    ],
+)
+def test_a_transfer_leaves_out_what_stands_between_attention(
+    make: Any, part: str | None, idle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It changes nothing: neither what attention is given (an encoder's states too) nor what it learns."""
+    model, values = make(), inputs_of(batch())
+    values = values if model.config.model_type != "bart" else {"input_ids": values["input_ids"]}
+    teacher = teacher_of(model, dtype=torch.float32)
+    attnswap.patch(model, "softpick", part=part)
+    beside = [module for name, module in model.named_modules() if name.endswith(idle) and "encoder" not in name]
+    called: list[torch.nn.Module] = []
+    for module in beside:
+        own = type(module).forward
+        module.forward = lambda *args, m=module, own=own: called.append(m) or own(m, *args)  # type: ignore[func-returns-value]
+    before = [module.forward for module in beside]
+
+    def learned() -> tuple[Tensor, dict[str, Tensor]]:
+        model.zero_grad()
+        with transferring(teacher, model, values, torch.ones_like(values["input_ids"])) as transfer:
+            body_of(model)(**values, use_cache=False)
+        loss = transfer.distance()
+        loss.backward()
+        return loss, gradients(model)
+
+    loss, gradient = learned()
+    assert beside
+    assert not called
+    assert [module.forward for module in beside] == before
+    monkeypatch.setattr("attnswap.training.transfer._idle", lambda module: contextlib.nullcontext())
+    whole_loss, whole_gradient = learned()
+    assert len(called) == len(beside)
+    assert torch.equal(loss, whole_loss)
+    assert gradient.keys() == whole_gradient.keys()
+    assert all(torch.equal(gradient[name], whole_gradient[name]) for name in gradient)
 
 
 def test_transfer_teaches_a_swap_what_attention_did() -> None:

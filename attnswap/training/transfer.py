@@ -1,10 +1,10 @@
 """Attention-output transfer: each layer learns to attend as it did, on the inputs that the teacher's layer saw.
 
 The layers learn side by side and no layer sees another one's errors: the output of each attention module is put back
-to the teacher's, so that what follows computes what it always did. Attention modules alone are trained.
+to the teacher's, and attention modules alone are trained. What stands between them has nothing to compute.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from attnswap.errors import UnsupportedModelError
-from attnswap.surgery.attach import patched_modules, spec_of
+from attnswap.surgery.attach import base_of, body_of, patched_modules, spec_of
 from attnswap.surgery.stacks import attention_modules
 from attnswap.training.teacher import Teacher
 
@@ -24,6 +24,7 @@ class Transfer:
     Attributes:
         inputs: The hidden states that entered each of the teacher's attention modules, by layer.
         outputs: What each of them returned.
+        plain: Of the modules beside the teacher's attention, whether they made one tensor of another of its shape.
         distances: ``|o - o_teacher|^2 / |o_teacher|^2`` of each of the student's, over what is text.
     """
 
@@ -31,6 +32,7 @@ class Transfer:
         self.read = read
         self.inputs: dict[int, Tensor] = {}
         self.outputs: dict[int, Tensor] = {}
+        self.plain: dict[str, bool] = {}
         self.distances: dict[int, Tensor] = {}
 
     def distance(self) -> Tensor:
@@ -54,10 +56,15 @@ def transferring(teacher: Teacher, model: PreTrainedModel, inputs: dict[str, Any
     with ExitStack() as stack:
         for layer, module in theirs.items():
             stack.enter_context(_hooked(module, None, _keep(transfer, layer)))
+        for name, module in _beside(teacher.model, theirs.values()):
+            stack.enter_context(_hooked(module, None, _look(transfer, name)))
         teacher.hidden(inputs)
     with ExitStack() as stack:
         for layer, module in ours.items():
             stack.enter_context(_hooked(module, _replace(transfer, layer), _compare(transfer, layer)))
+        for name, module in _beside(model, ours.values()):
+            if transfer.plain.get(name):
+                stack.enter_context(_idle(module))
         yield transfer
 
 
@@ -69,6 +76,30 @@ def _modules(model: PreTrainedModel, like: PreTrainedModel | None = None) -> dic
 def _part(model: PreTrainedModel) -> str | None:
     spec = spec_of(model)
     return None if spec is None else spec.part
+
+
+def _beside(model: PreTrainedModel, attention: Collection[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """Yields the modules that share a layer with attention, such as its norm and the feed-forward part."""
+    ours = set(attention)
+    for prefix, parent in body_of(base_of(model)).named_modules():
+        children = dict(parent.named_children())
+        if not ours.isdisjoint(children.values()):
+            for name, child in children.items():
+                if ours.isdisjoint(child.modules()):
+                    yield f"{prefix}.{name}", child
+
+
+@contextmanager
+def _idle(module: nn.Module) -> Iterator[None]:
+    """Makes a module return zeros: whatever it made would only reach inputs and outputs that are replaced."""
+    own = vars(module).get("forward")
+    module.forward = lambda *args, **kwargs: torch.zeros_like(_hidden(module, args, kwargs))
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
 
 
 @contextmanager
@@ -90,6 +121,15 @@ def _keep(transfer: Transfer, layer: int) -> Callable[..., None]:
         transfer.outputs[layer] = _first(output)
 
     return keep
+
+
+def _look(transfer: Transfer, name: str) -> Callable[..., None]:
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = kwargs.get("hidden_states", args[0] if args else None)
+        same = isinstance(given, Tensor) and isinstance(output, Tensor) and given.shape == output.shape
+        transfer.plain[name] = same and transfer.plain.get(name, True)
+
+    return look
 
 
 def _replace(transfer: Transfer, layer: int) -> Callable[..., Any]:
