@@ -82,6 +82,18 @@ def test_a_swap_that_starts_as_the_model_was_costs_it_nothing(name: str) -> None
     assert max(entry["ratio_to_control"]["log_hi"] for entry in FOUND[name]["contexts"]) <= 0.005
 
 
+def test_softpick_is_healed_in_every_layer() -> None:
+    result = FOUND["softpick"]
+    assert (result["layers"], result["heads"]) == (None, None)
+    assert result["tokens"] <= 1_000_000
+    ratios = {entry["context"]: entry["ratio_to_control"]["ratio"] for entry in result["contexts"]}
+    assert set(ratios) == {512, 1024, 2048, 4096, 8192}
+    assert ratios[512] <= 1.005
+    assert max(ratios.values()) <= 1.01
+    assert result["structure"]["healed"]["sink_rate"] < 0.01
+    assert result["proof_of_use"]["used"]
+
+
 def numbers(value: Any) -> list[float]:
     """Every number in a result, those in what it says too."""
     if isinstance(value, str):
