@@ -125,7 +125,7 @@ def _keep(transfer: Transfer, layer: int) -> Callable[..., None]:
 
 def _look(transfer: Transfer, name: str) -> Callable[..., None]:
     def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        given = kwargs.get("hidden_states", args[0] if args else None)
+        given = _given(args, kwargs)
         same = isinstance(given, Tensor) and isinstance(output, Tensor) and given.shape == output.shape
         transfer.plain[name] = same and transfer.plain.get(name, True)
 
@@ -154,8 +154,12 @@ def _compare(transfer: Transfer, layer: int) -> Callable[..., Any]:
     return compare
 
 
+def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return kwargs.get("hidden_states", args[0] if args else None)
+
+
 def _hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    found = kwargs.get("hidden_states", args[0] if args else None)
+    found = _given(args, kwargs)
     if not isinstance(found, Tensor):
         raise UnsupportedModelError(f"{type(module).__name__} is called without hidden states, which a transfer needs")
     return found
