@@ -1,6 +1,7 @@
 """Calibration by least squares: starts that are told from what the unswapped layers do."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ from training_helpers import VOCABULARY, cut_off, recipe, tiny_llama
 
 import attnswap
 from attnswap.errors import ConfigError
+from attnswap.swaps import predicted
 from attnswap.swaps.base import Call, Observed
 from attnswap.training import fit, parse_config, train
 from attnswap.training.run import FITTED
 
 
-def test_a_fitted_sigmoid_knows_most_of_the_logsumexp() -> None:
+def test_a_fitted_sigmoid_is_nearer_to_what_the_model_was() -> None:
     model = tiny_llama(hidden_size=64)
     with torch.no_grad():
         for layer in model.model.layers:
@@ -49,17 +51,31 @@ def test_a_network_finds_what_a_linear_map_of_the_hidden_state_cannot() -> None:
     logsumexp = (query + 0.02 * query.square() + n.log()[:, None]).T
     left = {}
     for units in (0, 32):
-        swap = attnswap.Sigmoid(bias="predicted", units=units)
         with torch.no_grad():
-            found, missed = swap.fit(Observed(hidden[:5000], {1.0: logsumexp[:, :5000]}, n[:5000]))
-            assert set(found) == {*swap.gate_parameters(), "offset", "slope"}
-            features = swap.gates(hidden[None, 5000:], found) | {k: found[k][:, None] for k in ("offset", "slope")}
-        call = Call(n[None, None, 5000:], features, 1.0, torch.arange(1000), logsumexp=logsumexp[None, :, 5000:])
-        error = swap.regression(call)
-        assert error is not None
-        left[units] = float(error.mean())
+            found, missed = predicted.fit(Observed(hidden[:5000], {}, n[:5000]), logsumexp[:, :5000], units)
+            assert set(found) == {*predicted.gate_parameters(units), "offset", "slope"}
+            features = predicted.gates(hidden[None, 5000:], found) | {k: found[k][:, None] for k in ("offset", "slope")}
+        told = predicted.predicted(Call(n[None, None, 5000:], features, 1.0, torch.arange(1000)))
+        left[units] = float((told[0] - logsumexp[:, 5000:]).square().mean())
         assert missed == pytest.approx(left[units] ** 0.5, rel=0.2)
     assert left[32] < 0.1 * left[0]
+
+
+@pytest.mark.parametrize(("units", "bound"), [(0, 0.2), (16, 0.05)])  # at the least squares it is 0.38
+def test_a_fitted_sigmoid_gives_rows_the_sum_they_had(units: int, bound: float) -> None:
+    """A key that has its row for itself wants a level far below the logsumexp, one of four ln 3 / 4 of it above."""
+    hidden = torch.eye(2).repeat_interleave(600, 0)
+    n = torch.full((1200,), 9.0)
+    logsumexp = torch.cat([torch.full((1, 600), 3.0), torch.full((1, 600), 5.0)], 1)
+    squares = torch.cat([torch.full((1, 600), 6.0), torch.full((1, 600), 10 - math.log(4))], 1)
+    swap = attnswap.Sigmoid(bias="predicted", units=units)
+    with torch.no_grad():
+        found, missed = swap.fit(Observed(hidden, {1.0: logsumexp, 2.0: squares}, n))
+        features = swap.gates(torch.eye(2)[None], found) | {k: found[k][:, None] for k in ("offset", "slope")}
+    level = predicted.predicted(Call(torch.full((1, 1, 2), 9.0), features, 1.0, torch.arange(2)))[0, 0]
+    sums = torch.stack([torch.sigmoid(3.0 - level[0]), 4 * torch.sigmoid(5 - math.log(4) - level[1])])
+    assert missed == pytest.approx(float((sums - 1).square().mean().sqrt()), rel=1e-3)
+    assert missed < bound
 
 
 def test_a_resumed_run_begins_where_it_was_fitted_without_fitting_again(tmp_path: Path) -> None:

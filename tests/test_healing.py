@@ -15,11 +15,10 @@ from attnswap import swap_parameters
 from attnswap.cli import main
 from attnswap.errors import ConfigError
 from attnswap.evaluation.bootstrap import Comparison
+from attnswap.healing import speed
 from attnswap.healing.experiment import Experiment
 from attnswap.healing.measuring import Bench
 from attnswap.healing.result import proof_of_use, recovered
-from attnswap.healing.speed import measure as measure_speed
-from attnswap.healing.speed import table as speed_table
 from attnswap.training import Stages, parse_config
 
 STAGES = [
@@ -30,8 +29,6 @@ TEXT = "the dog lay on the floor. " * 60
 
 
 def written(tmp_path: Path, **changes: Any) -> Path:
-    import yaml
-
     values = {"swap": "softpick", "stages": STAGES, "training": {"eval_strategy": "no", "save_steps": 5}} | changes
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe(tmp_path, **values)))
@@ -246,10 +243,21 @@ def test_a_step_of_each_stage_is_timed_beside_plain_distillation(tmp_path: Path)
         {"name": "outputs", "share": 0.5, "loss": {"transfer": 1.0, "ce": 0.0}, "train": "attention"},
         {"name": "logits", "share": 0.5, "loss": {"kl": 1.0, "ce": 0.0}, "sequence_length": 48},
     ]
-    found = measure_speed(parse_config(recipe(tmp_path, swap="softpick", stages=stages)), rounds=3)
+    found = speed.measure(parse_config(recipe(tmp_path, swap="softpick", stages=stages)), rounds=3)
     assert [(entry["stage"], entry["length"]) for entry in found] == [("outputs", 64), ("logits", 48)]
     for entry in found:
         assert 0 < entry["least"] <= entry["ratio"] <= entry["largest"]
         assert min(entry["plain_seconds"], entry["healing_seconds"]) > 0
         assert entry["rounds"] == 3
-    assert "| softpick | outputs | 64 |" in speed_table({"recipes": {"softpick": found}})
+    assert "| softpick | outputs | 64 |" in speed.table({"recipes": {"softpick": found}})
+
+
+def test_recipes_are_timed_with_overrides(tmp_path: Path) -> None:
+    stage = {"name": "logits", "share": 1.0, "loss": {"kl": 1.0, "ce": 0.0}}
+    file = tmp_path / "short.yaml"
+    file.write_text(yaml.safe_dump(recipe(tmp_path, swap="softpick", stages=[stage])))
+    speed.main(str(tmp_path / "speed"), [str(file), "data.sequence_length=24"])
+    found = json.loads((tmp_path / "speed" / "speed.json").read_text())
+    assert [entry["length"] for entry in found["recipes"]["short"]] == [24]
+    assert found["command"].endswith("short.yaml data.sequence_length=24")
+    assert "| short | logits | 24 |" in (tmp_path / "speed" / "speed.md").read_text()

@@ -1,6 +1,6 @@
 """What a step of each stage of a recipe costs beside a step of plain distillation of the unpatched model.
 
-python -m attnswap.healing.speed recipes/results/healing-speed recipes/heal/*.yaml
+python -m attnswap.healing.speed recipes/results/healing-speed recipes/heal/*.yaml training.bf16=false
 
 The two take turns, so that whatever else a machine does falls on both.
 """
@@ -127,17 +127,23 @@ def table(result: dict[str, Any]) -> str:
     return markdown_table(head, rows, words=2) + "\n"
 
 
-def main(folder: str, recipes: list[str]) -> None:
-    """Times recipes and writes ``speed.json`` and ``speed.md``."""
+def main(folder: str, words: list[str]) -> None:
+    """Times recipes and writes ``speed.json`` and ``speed.md``.
+
+    Args:
+        folder: Where to.
+        words: Recipes, and overrides (``key=value``) of all of them.
+    """
+    overrides = [word for word in words if "=" in word]
     result: dict[str, Any] = {
         "schema": "attnswap.healing-speed/1",
-        "command": " ".join(["python -m attnswap.healing.speed", folder, *recipes]),
+        "command": " ".join(["python -m attnswap.healing.speed", folder, *words]),
         "commit": commit(),
         "environment": environment(),
         "recipes": {},
     }
-    for recipe in recipes:
-        result["recipes"][Path(recipe).stem] = measure(load_config(Path(recipe)))
+    for recipe in (word for word in words if "=" not in word):
+        result["recipes"][Path(recipe).stem] = measure(load_config(Path(recipe), overrides))
         print(table(result), flush=True)
         write_atomically(Path(folder) / "speed.json", (json.dumps(result, indent=1) + "\n").encode())
         write_atomically(Path(folder) / "speed.md", table(result).encode())

@@ -7,7 +7,7 @@ start of training. Put into a pretrained softmax model that start is far off (pe
 model lacks is its normalizer, the logsumexp L_i of a row. Most of it can be told without looking at the keys, so
 ``bias="predicted"`` learns it from the query's token:
 
-    b_i = -t_i,   t being a function of the token and ln n (``attnswap.swaps.predicted``) that starts as L's regression
+    b_i = -t_i,   t being a function of the token and ln n (``attnswap.swaps.predicted``) that starts near L
 
 The ramp leads from softmax to sigmoid without a jump: with l_i = (1 - lambda) L_i + lambda t_i,
 
@@ -27,6 +27,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from attnswap.errors import ConfigError
 from attnswap.swaps import expression as fn
@@ -108,14 +109,27 @@ class Sigmoid(Swap):
 
     @property
     def fit_powers(self) -> tuple[float, ...]:
-        return (1.0,) if self.bias == "predicted" else ()
+        return (1.0, 2.0) if self.bias == "predicted" else ()
 
     def fit(self, seen: Observed) -> tuple[dict[str, Tensor], float]:
-        target = seen.log_sums[1.0]
+        """Makes rows sum to 1, as far as the token tells: see ``missed``, which knows of a row how many keys share it.
+
+        The squared distance to the logsumexp L knows less. With t = L a key that has the row for itself gets half of
+        it, and what is wrong by a factor of e either way is not equally bad: one row sums to 2.7, the other to 0.4.
+        """
         if self.keep_lone:
             told = seen.n > 1
-            seen, target = Observed(seen.hidden[told], {}, seen.n[told]), target[:, told]
-        return predicted.fit(seen, target, self.units)
+            sums = {power: x[:, told] for power, x in seen.log_sums.items()}
+            seen = Observed(seen.hidden[told], sums, seen.n[told])
+        logsumexp, most = seen.log_sums[1.0], seen.n.log()[None]
+        sharing = (2 * logsumexp - seen.log_sums[2.0]).clamp(min=0).minimum(most)  # ln of 1 over sum_j p_j^2
+
+        def missed(t: Tensor, rows: predicted.Rows) -> Tensor:
+            """Returns what a row's sum is too much, if so many equal keys share it."""
+            keys = sharing[:, rows]
+            return (keys + logsigmoid(logsumexp[:, rows] - keys - t)).exp() - 1
+
+        return predicted.fit(seen, logsumexp, self.units, missed)
 
     def regression(self, call: Call) -> Tensor | None:
         if self.bias != "predicted" or call.logsumexp is None:

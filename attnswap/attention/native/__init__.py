@@ -19,8 +19,8 @@ def refusal(problem: Problem) -> str | None:
 def attend(problem: Problem) -> Tensor:
     """Computes a call with memory linear in its length, forward and backward.
 
-    In bf16 the products run on matrix units (AMX) where the processor has them, with fp32 scores, weights and sums.
-    Without them, and in fp16, queries, keys and values are copied to fp32.
+    In bf16 the products run on matrix units (AMX) or vectors of bf16 (AVX512_BF16) where the processor has them, with
+    fp32 scores, weights and sums. Without them, and in fp16, queries, keys and values are copied to fp32.
 
     Returns:
         Output (batch, heads, queries, value_dim) in the dtype of the values, laid out (batch, queries, heads, ...).

@@ -33,10 +33,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_of(ARGUMENTS) {
   if (query.scalar_type() == at::kFloat)
     return row ? forward_rows<float>(NAMES) : few ? forward_few<float, float>(NAMES) : forward<float, Direct<float>>(NAMES);
   if (!row && few) return forward_few<float, Half>(NAMES);
-  if (!row && matrix_units()) return forward<float, Packed>(NAMES);
+  if (!row && multiplies_bf16()) return forward<float, Packed>(NAMES);
   return in_float(query, key, value, [&](const Tensor& query, const Tensor& key, const Tensor& value) {
     auto [out, shifts, inverses, mean] = row ? forward_rows<float>(NAMES) : forward<float, Direct<float>>(NAMES);
-    // As on matrix units, the backward pass reads an output that is not rounded.
+    // As where bf16 is multiplied, the backward pass reads an output that is not rounded.
     return std::tuple{out.to(at::kBFloat16), shifts, inverses, row || !training ? mean : out};
   });
 }
@@ -46,7 +46,7 @@ std::vector<Tensor> backward_of(const Tensor& grad, const Tensor& out, const Ten
 #define OWN grad, out, shifts, inverses, wanted, NAMES
   if (query.scalar_type() == at::kDouble) return backward<double, DirectBackward<double>>(OWN);
   if (query.scalar_type() == at::kFloat) return backward<float, DirectBackward<float>>(OWN);
-  if (matrix_units()) return backward<float, PackedBackward>(OWN);
+  if (multiplies_bf16()) return backward<float, PackedBackward>(OWN);
   const Tensor &rounded_grad = grad, &rounded_out = out;
   return in_float(query, key, value, [&](const Tensor& query, const Tensor& key, const Tensor& value) {
     const Tensor grad = rounded_grad.to(at::kFloat), out = rounded_out.to(at::kFloat);

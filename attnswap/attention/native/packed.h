@@ -1,5 +1,6 @@
-// The same products in bf16 on matrix units (AMX), by the kernels that torch exports. Factors are bf16 and sums fp32;
-// the second factor of a product lies as (k / 2, n, 2), and what it lacks to whole tiles is filled with zeros.
+// The same products in bf16, on matrix units (AMX) or by vectors of bf16 (AVX512_BF16), by the kernels that torch
+// exports. Factors are bf16 and sums fp32; the second factor of a product lies as (k / 2, n, 2), and what it lacks to
+// whole tiles is filled with zeros.
 #pragma once
 #include <ATen/native/CPUBlas.h>
 
@@ -13,7 +14,29 @@ typedef std::uint32_t words __attribute__((vector_size(64)));
 typedef std::uint16_t half_words __attribute__((vector_size(32)));
 
 inline int64_t rounded_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
-bool matrix_units() { return blas::could_pack(at::kBFloat16); }
+
+// torch says whether there are matrix units; whether its kernels know this processor's vectors, or were told to leave
+// them alone (ONEDNN_MAX_CPU_ISA), shows in a product.
+bool multiplies_by_vectors() {
+#ifdef __AVX512BF16__
+  std::vector<Half> first(16 * 32, Half(1)), second(32 * 16, Half(1));
+  std::vector<float> product(16 * 16);
+  try {
+    blas::brgemm(16, 16, 32, 32, 16, 16, false, first.data(), second.data(), product.data());
+    blas::brgemm_release();
+  } catch (const std::exception&) {
+    return false;
+  }
+  return product.front() == 32;
+#else
+  return false;
+#endif
+}
+bool multiplies_bf16() {
+  if (!at::globalContext().userEnabledMkldnn()) return false;
+  static const bool found = blas::could_pack(at::kBFloat16) || multiplies_by_vectors();
+  return found;
+}
 
 // Sixteen numbers rounded to bf16: to the nearest, ties to even.
 inline half_words halves(floats x) {
