@@ -25,7 +25,7 @@ test: $(STAMP)  ## the tests, within ten minutes on two cores
 test-all: $(STAMP)  ## every test, slow ones included; needs Chromium (apt-get install chromium)
 	ATTNSWAP_TEST_BROWSER=required OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "slow or not slow"
 
-results-smoke: $(STAMP)  ## rerun one healing recipe with its control and compare with the committed result
+results-smoke: $(STAMP)  ## rerun one healing recipe and compare with the committed result, which is of Python 3.11.7
 	rm -rf out/smoke
 	$(BIN)/attnswap heal recipes/smoke/softpick.yaml --contexts 512,1k --max-tokens 8k --dtype fp32 --check recipes/results/smoke/result.json
 

@@ -140,7 +140,15 @@ def test_a_stopped_run_goes_on_and_one_of_another_recipe_does_not(
         assert "resume" not in (folder / "recipe.yaml").read_text()
         result = json.loads((folder / "result.json").read_text())
         assert yaml.safe_load((folder / "recipe.yaml").read_text()) == result["recipe"]
-        shutil.rmtree(tmp_path / "out")
+        if begun:
+            shutil.rmtree(tmp_path / "out")
+    written(tmp_path, training={"eval_strategy": "no", "learning_rate": 0.03})
+    assert run(tmp_path) == 2
+    assert "the result of another recipe: training.learning_rate" in capsys.readouterr().err
+    steps.clear()
+    assert run(tmp_path, "overwrite=true") == 0, capsys.readouterr().err
+    assert steps[0] == 0
+    assert json.loads((folder / "result.json").read_text())["recipe"]["training"]["learning_rate"] == 0.03
 
 
 def test_a_control_by_other_batches_or_of_other_text_is_refused(
@@ -220,11 +228,11 @@ def test_a_swap_is_needed_to_be_healed(tmp_path: Path) -> None:
 
 
 def test_what_was_recovered_is_null_where_nothing_was_lost() -> None:
-    ppl = {"unhealed": 30.0, "control": 10.0, "healed": 11.0}
-    hurt = Comparison(512, 3.0, math.log(3), 1.0, 1.2, 0.05)
-    assert recovered(hurt, ppl) == pytest.approx(0.95)
+    ppl = {"unhealed": 1e10, "control": 10.0, "healed": 100.0}
+    hurt = Comparison(512, 1e9, math.log(1e9), 20.0, 21.0, 0.05)
+    assert recovered(hurt, ppl) == pytest.approx(8 / 9), "a model at ten times its control is not whole"
     assert recovered(Comparison(512, 1.0, 0.0, -0.01, 0.01, 0.005), ppl) is None
-    assert recovered(hurt, ppl | {"control": 31.0}) is None, "the control is no measure of what there was"
+    assert recovered(hurt, ppl | {"control": 2e10}) is None, "the control is no measure of what there was"
 
 
 def test_proof_of_use_asks_for_five_percent_at_every_context() -> None:

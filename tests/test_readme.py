@@ -80,5 +80,5 @@ def test_paths_exist(path):
 
 def test_shell_commands_name_real_files_and_options():
     for command in re.findall(r"^(?:accelerate|attnswap) .*$", README, re.MULTILINE):
-        for path in re.findall(r"recipes/[\w.-]+", command):
+        for path in re.findall(r"recipes/[\w./-]+", command):
             assert (ROOT / path).exists()

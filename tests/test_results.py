@@ -61,6 +61,9 @@ def test_a_result_is_complete_and_its_folder_holds_what_it_was_made_of(name: str
         ppl = entry["perplexity"]
         assert entry["ratio_to_control"]["ratio"] == pytest.approx(ppl["healed"] / ppl["control"], rel=1e-6)
         assert math.log(entry["ratio_to_control"]["ratio"]) == pytest.approx(entry["ratio_to_control"]["log_ratio"])
+        if entry["recovered_fraction"] is not None:
+            back, lost = (math.log(ppl["unhealed"] / ppl[name]) for name in ("healed", "control"))
+            assert entry["recovered_fraction"] == pytest.approx(back / lost)
     assert {"README.md", "result.json", "result.md", "result.png", "recipe.yaml", "steps.jsonl"} <= {
         path.name for path in folder.iterdir()
     }

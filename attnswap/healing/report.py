@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,11 @@ def tokens_of(result: dict[str, Any]) -> str:
     return f"{result['tokens']:,}" + (f" + {fitted:,} to fit" if fitted else "")
 
 
+def minutes_of(result: dict[str, Any]) -> int:
+    """Returns how long the healed model was trained, over all resumes."""
+    return math.ceil(result["seconds"]["healed"] / 60)
+
+
 def swap_of(result: dict[str, Any]) -> str:
     """Returns the swap's name with the options it was given."""
     options = ", ".join(f"{k}={v}" for k, v in result["swap"].items() if k != "name")
@@ -75,7 +81,9 @@ def markdown(result: dict[str, Any]) -> str:
     head, *rows = rows_of(result)
     lines += [markdown_table(head, rows), "", markdown_table(["attention", *structure], attention, words=1)]
     fidelity, use, control = result["fidelity"], result["proof_of_use"], result.get("control_steps", {})
-    said = [f"KL to the original {fidelity['kl']:.4f} nats a token, the same favourite token {fidelity['top1']:.1%}."]
+    scored = result["protocol"]["scored_tokens"]
+    said = [f"Trained in {minutes_of(result)} minutes, measured on {scored:,} tokens at each context."]
+    said += [f"KL to the original {fidelity['kl']:.4f} nats a token, the same favourite token {fidelity['top1']:.1%}."]
     if use["movement"]:
         moves = ", ".join(f"{name} {largest:.2g}" for name, largest in use["movement"].items())
         said.append(f"Largest move of the swap's parameters: {moves}.")

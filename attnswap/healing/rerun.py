@@ -1,6 +1,7 @@
 """Reruns of committed results: of the same recipe, on the same text, within their intervals."""
 
 import json
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def check_rerun(experiment: Experiment, committed: dict[str, Any]) -> None:
     if experiment.max_tokens < scored or (experiment.max_tokens > scored and not whole):
         asked["max_tokens"] = [str(experiment.max_tokens), str(scored)]
     different = [f"recipe.{key}" for key in differences(as_run(experiment.config), committed["recipe"])]
-    _refuse([*different, *(name for name, (ours, theirs) in asked.items() if ours != theirs)])
+    _refuse([*different, *(name for name, (ours, theirs) in asked.items() if ours != theirs)], committed)
 
 
 def within(result: dict[str, Any], committed: dict[str, Any]) -> list[str]:
@@ -65,7 +66,7 @@ def within(result: dict[str, Any], committed: dict[str, Any]) -> list[str]:
     """
     different = ["protocol"] if result["protocol"] != committed["protocol"] else []
     different += ["the training text"] if result["data"]["sha256"] != committed["data"]["sha256"] else []
-    _refuse(different)
+    _refuse(different, committed)
     entries = {entry["context"]: entry["ratio_to_control"] for entry in committed["contexts"]}
     lines, outside = [], []
     for entry in result["contexts"]:
@@ -78,6 +79,10 @@ def within(result: dict[str, Any], committed: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _refuse(different: list[str]) -> None:
+def _refuse(different: list[str], committed: dict[str, Any]) -> None:
     if different:
-        raise ConfigError(f"--check: not what the committed result is of: {', '.join(different)} differ")
+        python = committed.get("environment", {}).get("python", "unknown")
+        raise ConfigError(
+            f"--check: not what the committed result is of: {', '.join(different)} differ (the offline texts are those "
+            f"of the running Python, {platform.python_version()} here and {python} there)"
+        )

@@ -100,7 +100,9 @@ def environment() -> dict[str, Any]:
 
 
 def recovered(raw: Comparison, perplexity: dict[str, float]) -> float | None:
-    """Returns which share of the damage was healed: ``(unhealed - healed) / (unhealed - control)`` perplexity.
+    """Returns which share of the damage was healed, in nats: ``ln(unhealed / healed) / ln(unhealed / control)``.
+
+    In perplexity a model that is lost would seem whole beside a swap that destroys: of 1e10 nearly all comes back.
 
     Args:
         raw: The unhealed swap against the original: a control that learned is better than both.
@@ -109,8 +111,9 @@ def recovered(raw: Comparison, perplexity: dict[str, float]) -> float | None:
     Returns:
         1 where the healed model is the control's equal; None where the swap did no damage that can be measured.
     """
-    lost = perplexity["unhealed"] - perplexity["control"]
-    return (perplexity["unhealed"] - perplexity["healed"]) / lost if raw.lo > 0 and lost > 0 else None
+    nats = {name: math.log(perplexity[name]) for name in ("unhealed", "healed", "control")}
+    lost = nats["unhealed"] - nats["control"]
+    return (nats["unhealed"] - nats["healed"]) / lost if raw.lo > 0 and lost > 0 else None
 
 
 def proof_of_use(

@@ -100,26 +100,29 @@ def heal(experiment: Experiment) -> Measured:
 def _trained(config: TrainConfig) -> Path:
     """Returns the folder of a finished run of a recipe, which is trained or trained on if need be."""
     folder = Path(config.output_dir)
-    if (folder / "summary.json").is_file():
-        different = differences(to_mapping(config), to_mapping(load_config(folder / "recipe.yaml")))
-        if different:
-            raise ConfigError(f'"{folder}" holds the result of another recipe: {", ".join(different)}')
+    if (folder / "summary.json").is_file() and not _changed(config, folder, "the result"):
         return folder
     unfinished = folder.with_name(folder.name + ".partial")
     left = latest_checkpoint(unfinished)
     if left is not None:
-        different = differences(to_mapping(config), to_mapping(load_config(unfinished / "recipe.yaml")))
-        if different and not config.overwrite:
-            raise ConfigError(
-                f'"{unfinished}" holds an unfinished run of another recipe: {", ".join(different)}; name another '
-                "output_dir, or start anew with overwrite=true"
-            )
-        if not different and not config.training.get("save_only_model"):
+        changed = _changed(config, unfinished, "an unfinished run")
+        if not changed and not config.training.get("save_only_model"):
             config = replace(config, training={**config.training, "resume_from_checkpoint": "latest"})
     say(f"training {folder.name}: {config.swap or 'no swap'}")
     done = train(replace(config, overwrite=config.overwrite or left is not None)).output_dir
     gc.collect()  # trainer and model hold on to each other, and the next model wants their memory
     return done
+
+
+def _changed(config: TrainConfig, folder: Path, what: str) -> bool:
+    """Says whether a folder is of another recipe, which is refused unless it may be overwritten."""
+    different = differences(to_mapping(config), to_mapping(load_config(folder / "recipe.yaml")))
+    if different and not config.overwrite:
+        raise ConfigError(
+            f'"{folder}" holds {what} of another recipe: {", ".join(different)}; name another output_dir, or start '
+            "anew with overwrite=true"
+        )
+    return bool(different)
 
 
 def _check_processes(config: TrainConfig, healed: dict[str, Any]) -> None:

@@ -113,7 +113,11 @@ def split_documents(documents: Dataset, section: DataSection) -> tuple[Dataset, 
     if len(order) < 2:
         raise ConfigError(
             f"data: found {len(order)} different document(s); at least two are needed, one of them to evaluate on"
-            + (" (documents: paragraph makes more of a file)" if section.source == "files" else "")
+            + (
+                " (cut a long file in several, or let documents: paragraph make short ones of it)"
+                if section.source == "files"
+                else ""
+            )
         )
     count = min(len(order) - 1, max(1, round(section.eval_fraction * len(order))))
     return documents.select(order[count:]), documents.select(order[:count])
@@ -165,7 +169,10 @@ def long_windows(documents: Dataset, section: DataSection, tokenizer: PreTrained
         desc="Keeping long documents",
     )
     if len(whole) == 0:
-        raise ConfigError(f"data: no document of the training data fills a window of {length} tokens")
+        raise ConfigError(
+            f"data: no document of the training data fills a window of {length} tokens; give longer ones, or lower the "
+            "sequence_length of the stage"
+        )
     return whole
 
 
