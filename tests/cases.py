@@ -49,6 +49,8 @@ def variants() -> list[Swap]:
         attnswap.Sigmoid(bias="predicted"),
         attnswap.Sigmoid(bias="predicted", keep_lone=True),
         attnswap.Sigmoid(bias=-1.5, keep_lone=True),
+        attnswap.Sigmoid(bias=0.5, row_limit=1.5),
+        attnswap.Sigmoid(bias="predicted", keep_lone=True, row_limit=2.0),
         attnswap.Sigmoid(bias=0.0, bias_log_n=-1.0),
         attnswap.Sigmoid(bias=0.5, divide_by_n=True),
         attnswap.SelectiveTemperature(),

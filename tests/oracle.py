@@ -106,6 +106,14 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
+def damped(w, swap, sink, lam):
+    """Sigmoid's weights under a limit of their sum."""
+    if swap.row_limit is None:
+        return w
+    rest = 0.0 if sink is None else np.exp(sink) / (1 + lam * np.exp(sink))
+    return w / (1 + lam * (w.sum() + rest - 1) / swap.row_limit)
+
+
 def gate(parameters, side, hidden, head):
     return hidden @ parameters[f"{side}weight"][head] + parameters[f"{side}bias"][head]
 
@@ -145,9 +153,10 @@ def row_weights(swap, p, z, n, lam, sink, head, kv_head, hidden, i, keys, real):
     if swap.name == "sigmoid" and swap.bias == "predicted":
         known = np.log(np.exp(z).sum() + (0.0 if sink is None else np.exp(sink)))
         e = np.exp(z - (1 - lam) * known - lam * predicted(p, head, hidden[i], n))
+        w = e / (1 + lam * e)
         if swap.keep_lone and n == 1:
-            return np.exp(z - known) / (1 - lam + lam * np.exp(z - known)), ones
-        return e / (1 + lam * e), ones
+            w = np.exp(z - known) / (1 - lam + lam * np.exp(z - known))
+        return damped(w, swap, sink, lam), ones
     if swap.name == "sigmoid":
         bias = (
             p["bias"][head]
@@ -158,6 +167,7 @@ def row_weights(swap, p, z, n, lam, sink, head, kv_head, hidden, i, keys, real):
         )
         w = sigmoid(z + bias + swap.bias_log_n * np.log(n)) / (n if swap.divide_by_n else 1)
         w = ones if swap.keep_lone and n == 1 else w
+        w = damped(w, swap, sink, 1.0)
         return (1 - lam) * softmax_row(z, sink) + lam * w, ones
     if swap.name == "selective-temperature":
         t = p["position_gain"][head] * np.log(n) + np.tanh(gate(p, "query_", hidden[i], head))

@@ -62,18 +62,21 @@ def test_a_network_finds_what_a_linear_map_of_the_hidden_state_cannot() -> None:
 
 
 @pytest.mark.parametrize(("units", "bound"), [(0, 0.2), (16, 0.05)])  # at the least squares it is 0.38
-def test_a_fitted_sigmoid_gives_rows_the_sum_they_had(units: int, bound: float) -> None:
+@pytest.mark.parametrize("limit", [None, 2.0])
+def test_a_fitted_sigmoid_gives_rows_the_sum_they_had(units: int, bound: float, limit: float | None) -> None:
     """A key that has its row for itself wants a level far below the logsumexp, one of four ln 3 / 4 of it above."""
     hidden = torch.eye(2).repeat_interleave(600, 0)
     n = torch.full((1200,), 9.0)
     logsumexp = torch.cat([torch.full((1, 600), 3.0), torch.full((1, 600), 5.0)], 1)
     squares = torch.cat([torch.full((1, 600), 6.0), torch.full((1, 600), 10 - math.log(4))], 1)
-    swap = attnswap.Sigmoid(bias="predicted", units=units)
+    swap = attnswap.Sigmoid(bias="predicted", units=units, row_limit=limit)
     with torch.no_grad():
         found, missed = swap.fit(Observed(hidden, {1.0: logsumexp, 2.0: squares}, n))
         features = swap.gates(torch.eye(2)[None], found) | {k: found[k][:, None] for k in ("offset", "slope")}
     level = predicted.predicted(Call(torch.full((1, 1, 2), 9.0), features, 1.0, torch.arange(2)))[0, 0]
     sums = torch.stack([torch.sigmoid(3.0 - level[0]), 4 * torch.sigmoid(5 - math.log(4) - level[1])])
+    if limit is not None:
+        sums = sums / (1 + (sums - 1) / limit)
     assert missed == pytest.approx(float((sums - 1).square().mean().sqrt()), rel=1e-3)
     assert missed < bound
 

@@ -84,6 +84,12 @@ def softmax_one_row(z, bias, keys, f, swap, ramp, own):
     return softmax(s)[:-1], torch.ones_like(z)
 
 
+def damped(w, swap, ramp):
+    if swap.row_limit is None:
+        return w
+    return w / (1 + ramp * (w.sum() - 1) / swap.row_limit)
+
+
 def sigmoid_row(z, bias, keys, f, swap, ramp, own):
     if swap.bias == "predicted":
         known = (z + bias).detach().logsumexp(0)
@@ -91,13 +97,14 @@ def sigmoid_row(z, bias, keys, f, swap, ramp, own):
         if swap.keep_lone and len(keys) == 1:  # all of its weight; a ramp at its end is no longer on its way
             level = known + torch.log(torch.clamp(1 - ramp, min=1e-30))
         x = z + bias - level
-        return torch.exp(x - torch.nn.functional.softplus(x + torch.log(ramp))), torch.ones_like(z)
+        w = torch.exp(x - torch.nn.functional.softplus(x + torch.log(ramp)))
+        return damped(w, swap, ramp), torch.ones_like(z)
     constant = (
         f["bias"] if swap.bias == "learned" else -math.log(swap.max_positions) if swap.bias is None else swap.bias
     )
     b = constant + swap.bias_log_n * math.log(len(keys))
     b = 1e3 if swap.keep_lone and len(keys) == 1 else b
-    full = 0.5 + 0.5 * torch.tanh((z + bias + b) / 2)
+    full = damped(0.5 + 0.5 * torch.tanh((z + bias + b) / 2), swap, 1.0)
     if swap.divide_by_n:
         full = full / len(keys)
     return (1 - ramp) * softmax(z + bias) + ramp * full, torch.ones_like(z)
@@ -266,6 +273,15 @@ def test_ssmax_forms_agree_where_their_formulas_meet():
     assert (anchored - affine).abs().max() < 1e-13
     untouched = attend(attnswap.SSMax(form="anchored", train_length=7), inputs, scale=100 * s)
     assert torch.equal(untouched, attend(attnswap.SSMax(), inputs)), "anchored changes rows within the trained length"
+
+
+def test_a_row_limit_leaves_sums_of_one_and_bounds_the_rest():
+    keys = torch.zeros(1, 1, 8, 2, dtype=torch.float64)
+    for bias, sum_of_eight in ((-math.log(7), 1.0), (-9.0, 8 / (1 + math.exp(9))), (30.0, 8.0)):
+        swap = attnswap.Sigmoid(bias=bias, row_limit=2.0)
+        out = attnswap.attention(keys[:, :, :1], keys, keys + 1, swap, backend="dense")
+        assert out == pytest.approx(sum_of_eight / (1 + (sum_of_eight - 1) / 2))
+        assert (out < 2).all()
 
 
 def test_a_learned_and_a_constant_sigmoid_bias_agree():

@@ -15,6 +15,14 @@ The ramp leads from softmax to sigmoid without a jump: with l_i = (1 - lambda) L
 
 Rows are free to sum to anything; a model's own sinks mean nothing here, since there is no denominator for them.
 
+No token can tell how often it was written before, and keys that are alike add up: in the first layers of a pretrained
+model the row of a word that a long text repeats may sum to a hundred, which is lost on the layers above. With
+``row_limit`` R there is a denominator again, though one that needs no maximum,
+
+    w_ij = sigmoid(z_ij + b_i) / (1 + (S_i - 1) / R),   S_i = sum_k sigmoid(z_ik + b_i):
+
+what sums to 1 stays as it is, and nothing sums to more than R. Sinks then add sigmoid(sink) to S.
+
 No bias makes a row exact that sees one key, and pretrained models build on that row: with less than all of its weight
 the first token of some texts loses the massive activation that later heads rest on. ``keep_lone`` leaves the row as it
 was, along the ramp too (there l_i = L_i + ln(1 - lambda)).
@@ -46,6 +54,7 @@ class Sigmoid(Swap):
         bias_log_n: Coefficient of ln n in the bias; -1 with ``bias=0`` makes it per-row.
         divide_by_n: Divide each row by its number of visible keys.
         keep_lone: Give the only key of a row all of its weight, as softmax does; false: as published.
+        row_limit: What no row sums to more than, above 1; None: as published, without a limit.
         units: Width of the network that predicts beside a linear map of the hidden state; 0: the map alone.
         max_positions: Training length behind the default bias; filled in from the model.
     """
@@ -54,6 +63,7 @@ class Sigmoid(Swap):
     bias_log_n: float = 0.0
     divide_by_n: bool = False
     keep_lone: bool = False
+    row_limit: float | None = None
     units: int = 128
     max_positions: int | None = None
 
@@ -69,6 +79,10 @@ class Sigmoid(Swap):
         require(
             self.bias != "predicted" or (self.bias_log_n == 0 and not self.divide_by_n),
             'sigmoid: bias="predicted" learns how it depends on n: leave out bias_log_n and divide_by_n',
+        )
+        require(
+            self.row_limit is None or (self.row_limit > 1 and not self.divide_by_n),
+            "sigmoid: row_limit must be above 1, and goes without divide_by_n",
         )
         require(self.units >= 0, "sigmoid: units must not be negative")
         require(self.max_positions is None or self.max_positions > 0, "sigmoid: max_positions must be positive")
@@ -127,9 +141,14 @@ class Sigmoid(Swap):
         def missed(t: Tensor, rows: predicted.Rows) -> Tensor:
             """Returns what a row's sum is too much, if so many equal keys share it."""
             keys = sharing[:, rows]
-            return (keys + logsigmoid(logsumexp[:, rows] - keys - t)).exp() - 1
+            total = (keys + logsigmoid(logsumexp[:, rows] - keys - t)).exp()
+            return total / (1 + (total - 1) * self._damping) - 1
 
         return predicted.fit(seen, logsumexp, self.units, missed)
+
+    @property
+    def _damping(self) -> float:
+        return 0.0 if self.row_limit is None else 1 / self.row_limit
 
     def regression(self, call: Call) -> Tensor | None:
         if self.bias != "predicted" or call.logsumexp is None:
@@ -163,10 +182,15 @@ class Sigmoid(Swap):
         return fn.sigmoid(s + fn.log(share)) / share
 
     def norm(self, s: Any, shift: Any, p: Numbers) -> Any:
-        return 0.0 * s
+        return 0.0 * s if self.row_limit is None else self._damped(p) * self.weight(s, shift, p)
 
     def null(self, shift: Any, n: Any, p: Numbers) -> Any:
+        if self.row_limit is not None:
+            return 1.0 - self._damped(p)
         return n if self.divide_by_n else 1.0
+
+    def _damped(self, p: Numbers) -> Any:
+        return self._damping * p.ramp if self.native_ramp else self._damping
 
 
 if __name__ == "__main__":
