@@ -188,6 +188,27 @@ def test_the_swap_alone_is_the_model_that_training_started_from(tmp_path: Path) 
     assert all(torch.equal(p, theirs[name]) for name, p in ours.items())
 
 
+def test_a_swap_that_overflows_untrained_is_left_out_of_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = Bench.unhealed
+
+    def overflowing(self: Bench, *args: Any, **kwargs: Any) -> Any:
+        model = original(self, *args, **kwargs)
+        model.get_output_embeddings().weight.data.fill_(math.nan)
+        return model
+
+    monkeypatch.setattr(Bench, "unhealed", overflowing)
+    written(tmp_path)
+    assert run(tmp_path) == 0, capsys.readouterr().err
+    assert "unhealed is left out of the result" in capsys.readouterr().out
+    result = json.loads((tmp_path / "out" / "result" / "result.json").read_text())
+    for entry in result["contexts"]:
+        assert entry["recovered_fraction"] is None
+        assert set(entry["perplexity"]) == {"original", "control", "healed", "bypassed"}
+    assert "nan" not in (tmp_path / "out" / "result" / "result.md").read_text()
+
+
 def test_a_recipe_that_fits_its_swap_first_is_measured_fitted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

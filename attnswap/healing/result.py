@@ -20,6 +20,15 @@ from attnswap.training.config import TrainConfig, as_run
 from attnswap.training.stages import plan_of
 
 SCHEMA = "attnswap.heal/1"
+COMPARED = {
+    "ratio_to_control": ("healed", "control"),
+    "ratio_to_original": ("healed", "original"),
+    "control_to_original": ("control", "original"),
+    "unhealed_to_control": ("unhealed", "control"),
+    "unhealed_to_original": ("unhealed", "original"),
+    "bypassed_to_healed": ("bypassed", "healed"),
+}
+"""What is set beside what."""
 USED = 0.05
 """A swap is used if passing it by costs more than this share of the perplexity."""
 
@@ -32,14 +41,7 @@ def summarise_healing(experiment: Experiment, measured: Measured) -> dict[str, A
         measured: What was found.
     """
     losses = measured.losses
-    compared = {
-        "ratio_to_control": _by_context(losses, "healed", "control"),
-        "ratio_to_original": _by_context(losses, "healed", "original"),
-        "control_to_original": _by_context(losses, "control", "original"),
-        "unhealed_to_control": _by_context(losses, "unhealed", "control"),
-        "unhealed_to_original": _by_context(losses, "unhealed", "original"),
-        "bypassed_to_healed": _by_context(losses, "bypassed", "healed"),
-    }
+    compared = {name: _by_context(losses, ours, theirs) for name, (ours, theirs) in COMPARED.items() if ours in losses}
     contexts = [
         {
             "context": length,
@@ -47,7 +49,8 @@ def summarise_healing(experiment: Experiment, measured: Measured) -> dict[str, A
             "bits_per_byte": {name: found.at(length).bpb for name, found in losses.items()},
             **{name: _ratio(entries[length]) for name, entries in compared.items()},
             "recovered_fraction": recovered(
-                compared["unhealed_to_original"][length], {name: found.at(length).ppl for name, found in losses.items()}
+                compared.get("unhealed_to_original", {}).get(length),
+                {name: found.at(length).ppl for name, found in losses.items()},
             ),
         }
         for length in losses["healed"].protocol.contexts
@@ -99,21 +102,23 @@ def environment() -> dict[str, Any]:
     }
 
 
-def recovered(raw: Comparison, perplexity: dict[str, float]) -> float | None:
+def recovered(raw: Comparison | None, perplexity: dict[str, float]) -> float | None:
     """Returns which share of the damage was healed, in nats: ``ln(unhealed / healed) / ln(unhealed / control)``.
 
     In perplexity a model that is lost would seem whole beside a swap that destroys: of 1e10 nearly all comes back.
 
     Args:
-        raw: The unhealed swap against the original: a control that learned is better than both.
+        raw: The unhealed swap against the original (a control that learned is better than both); None: it overflows.
         perplexity: Of each model.
 
     Returns:
         1 where the healed model is the control's equal; None where the swap did no damage that can be measured.
     """
+    if raw is None or raw.lo <= 0:
+        return None
     nats = {name: math.log(perplexity[name]) for name in ("unhealed", "healed", "control")}
     lost = nats["unhealed"] - nats["control"]
-    return (nats["unhealed"] - nats["healed"]) / lost if raw.lo > 0 and lost > 0 else None
+    return (nats["unhealed"] - nats["healed"]) / lost if lost > 0 else None
 
 
 def proof_of_use(

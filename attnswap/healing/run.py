@@ -1,6 +1,8 @@
 """One recipe with its controls: the healed model, the same recipe without a swap, the swap alone, the original."""
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from attnswap.errors import ConfigError
+from attnswap.errors import ConfigError, NumericsError
 from attnswap.evaluation import Evaluation
 from attnswap.evaluation.corpus import load_corpus
 from attnswap.evaluation.scoring import Scorer
@@ -31,7 +33,8 @@ class Measured:
 
     Attributes:
         losses: Perplexities by context of ``original``, ``control``, ``unhealed``, ``healed`` and ``bypassed`` (the
-            healed weights with their swaps passed by), and of ``fitted`` where the recipe fits the swap first.
+            healed weights with their swaps passed by), and of ``fitted`` where the recipe fits the swap first. What
+            overflows of ``unhealed`` and ``fitted`` is missing.
         structure: What attention does.
         fidelity: Divergence from the original.
         training: The summaries of ``healed`` and, where there is something to train, ``control``.
@@ -81,20 +84,30 @@ def heal(experiment: Experiment) -> Measured:
         losses["control"] = losses["original"]
     else:
         losses["control"] = bench.losses(control / "control", partial(bench.load, control))
-    losses["unhealed"] = bench.losses(healed / "unhealed", bench.unhealed)
+    with _unless_infinite("unhealed"):
+        losses["unhealed"] = bench.losses(healed / "unhealed", bench.unhealed)
     if config.fit is not None:
-        losses["fitted"] = bench.losses(healed / "fitted", partial(bench.unhealed, fitted=healed / FITTED))
+        with _unless_infinite("fitted"):
+            losses["fitted"] = bench.losses(healed / "fitted", partial(bench.unhealed, fitted=healed / FITTED))
     losses["healed"] = bench.losses(healed / "healed", partial(bench.load, healed))
     losses["bypassed"] = bench.losses(healed / "bypassed", partial(bench.load, healed), bypass=True)
-    structure = {
-        "original": bench.structure(control / "original", partial(bench.load, original)),
-        "unhealed": bench.structure(healed / "unhealed", bench.unhealed),
-        "healed": bench.structure(healed / "healed", partial(bench.load, healed)),
-    }
+    structure = {"original": bench.structure(control / "original", partial(bench.load, original))}
+    with _unless_infinite("unhealed"):
+        structure["unhealed"] = bench.structure(healed / "unhealed", bench.unhealed)
+    structure["healed"] = bench.structure(healed / "healed", partial(bench.load, healed))
     fidelity = {"healed": bench.fidelity(healed / "healed", healed, original)}
     return Measured(
         losses, structure, fidelity, trained, read(healed / "movement.json"), read(healed / "training_log.json")
     )
+
+
+@contextmanager
+def _unless_infinite(name: str) -> Iterator[None]:
+    """Leaves out a model that nobody has trained to be sound, where what it computes overflows."""
+    try:
+        yield
+    except NumericsError as error:
+        say(f"{name} is left out of the result: {error}")
 
 
 def _trained(config: TrainConfig) -> Path:
