@@ -16,7 +16,7 @@ The ramp leads from softmax to sigmoid without a jump: with l_i = (1 - lambda) L
 Rows are free to sum to anything; a model's own sinks mean nothing here, since there is no denominator for them.
 
 No token can tell how often it was written before, and keys that are alike add up: in the first layers of a pretrained
-model the row of a word that a long text repeats may sum to a hundred, which is lost on the layers above. With
+model the row of a word that a text repeats sums to many times what it should, which the layers above do not bear. With
 ``row_limit`` R there is a denominator again, though one that needs no maximum,
 
     w_ij = sigmoid(z_ij + b_i) / (1 + (S_i - 1) / R),   S_i = sum_k sigmoid(z_ik + b_i):
