@@ -37,15 +37,8 @@ def table(results: dict[str, dict[str, Any]], link: str = "", contexts: Sequence
     """
     contexts = contexts or sorted({entry["context"] for result in results.values() for entry in result["contexts"]})
     head = ["experiment", "swap", "layers", "tokens", "minutes", "measured on"]
-    head += [
-        *(f"/ control at {n}" for n in contexts),
-        "recovered",
-        "cost without swap",
-        "sinks",
-        "dead heads",
-        "row sum",
-        "KL",
-    ]
+    head += [f"/ control at {n}" for n in contexts]
+    head += ["recovered", "cost without swap", "sinks", "dead heads", "row sum", "KL"]
     rows = []
     for name, result in sorted(results.items(), key=lambda item: worst(item[1])):
         by_context = {entry["context"]: entry for entry in result["contexts"]}

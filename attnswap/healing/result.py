@@ -20,7 +20,7 @@ from attnswap.training.config import TrainConfig, as_run
 from attnswap.training.stages import plan_of
 
 SCHEMA = "attnswap.heal/1"
-COMPARED = {
+PAIRS = {
     "ratio_to_control": ("healed", "control"),
     "ratio_to_original": ("healed", "original"),
     "control_to_original": ("control", "original"),
@@ -41,7 +41,7 @@ def summarise_healing(experiment: Experiment, measured: Measured) -> dict[str, A
         measured: What was found.
     """
     losses = measured.losses
-    compared = {name: _by_context(losses, ours, theirs) for name, (ours, theirs) in COMPARED.items() if ours in losses}
+    compared = {name: _by_context(losses, ours, theirs) for name, (ours, theirs) in PAIRS.items() if ours in losses}
     contexts = [
         {
             "context": length,
