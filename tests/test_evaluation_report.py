@@ -133,6 +133,9 @@ def test_what_differs_is_not_compared(pair, tokenizer):
     assert not ran  # refused before any work
     subset = evaluate_perplexity(model, tokenizer, **{**OPTIONS, "contexts": [16, 32]}, baseline=ours)
     assert [entry.length for entry in compare(subset, ours)] == [32]
+    assert not any("rounding" in note for note in subset.notes)
+    rough = evaluate_perplexity(model.bfloat16(), tokenizer, **OPTIONS, baseline=ours)
+    assert "measured in bfloat16 and the baseline in float32" in " ".join(rough.notes)
 
 
 def test_report_files(pair, tmp_path):

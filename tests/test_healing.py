@@ -29,7 +29,8 @@ TEXT = "the dog lay on the floor. " * 60
 
 
 def written(tmp_path: Path, **changes: Any) -> Path:
-    values = {"swap": "softpick", "stages": STAGES, "training": {"eval_strategy": "no", "save_steps": 5}} | changes
+    training = {"eval_strategy": "steps", "eval_steps": 5, "save_steps": 5, "load_best_model_at_end": False}
+    values = {"swap": "softpick", "stages": STAGES, "training": training} | changes
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe(tmp_path, **values)))
     (tmp_path / "held-out.txt").write_text(TEXT)
@@ -73,6 +74,12 @@ def test_an_experiment_measures_every_control_and_is_not_done_twice(
     assert result["fidelity"]["kl"] > 0
     read = {point["step"]: point["tokens"] for point in result["curve"]}
     assert (read[7], read[10]) == (7 * 2 * 64, result["tokens"]), "windows of the second stage are longer"
+    seen = result["held_out"]["curve"]
+    assert [(point["step"], point["tokens"]) for point in seen] == [(0, 0), (5, 5 * 2 * 64), (10, result["tokens"])]
+    control = result["held_out"]["control"]
+    assert control == json.loads((out / "control" / "summary.json").read_text())["held_out_loss"]
+    assert len({control, *(point["nll"] for point in seen)}) == 4
+    assert result["structure_tokens"] == 2 * 96
     assert result["recipe"]["swap"] == {"name": "softpick"} or result["recipe"]["swap"] == "softpick"
     assert "attnswap" in json.loads((out / "healed" / "config.json").read_text())
     assert "attnswap" not in json.loads((out / "control" / "config.json").read_text())
@@ -246,6 +253,8 @@ def test_what_cannot_be_measured_is_refused_before_the_training(
 def test_a_swap_is_needed_to_be_healed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="heals a swap"):
         Experiment(config=parse_config(recipe(tmp_path, swap="none")), out=tmp_path / "out")
+    with pytest.raises(ConfigError, match="a part of the swap only"):
+        Experiment(config=parse_config(recipe(tmp_path, swap="softpick", ramp=0.05)), out=tmp_path / "out")
 
 
 def test_what_was_recovered_is_null_where_nothing_was_lost() -> None:

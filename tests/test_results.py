@@ -48,8 +48,9 @@ SCHEMA = {
 }
 
 
-def test_there_are_results() -> None:
-    assert FOUND
+def test_every_swap_of_the_recipes_has_a_result() -> None:
+    recipes = {path.stem for path in (RESULTS.parent / "heal").glob("*.yaml")}
+    assert recipes <= {name for name, result in FOUND.items() if name == result["swap"]["name"]}
 
 
 @pytest.mark.parametrize("name", FOUND)
@@ -113,21 +114,28 @@ UNITS = (1.0, 1e3, 1e-6, 2**-20)
 
 @pytest.mark.parametrize("page", ["healing.md", *OTHERS])
 def test_figures_in_prose_are_committed(page: str) -> None:
+    """Those of a result's page are its own, those of a paragraph of healing.md of the results that it names."""
     file = RESULTS.parent / page
-    text = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)|^    .*?$", "", file.read_text(), flags=re.S | re.M)
+    whole = re.sub(r"```.*?```|^    .*?$", "", file.read_text(), flags=re.S | re.M)
     healed = page == "healing.md" or file.parent.name in FOUND
-    text = re.sub(r"^\|.*?$", "", text, flags=re.M) if healed else text  # tables are compared above
-    named = re.findall(r"recipes/results/([\w-]+)/", file.read_text()) if page == "healing.md" else []
-    folders = [RESULTS / name for name in named] or [file.parent]
-    sources = [json.loads(path.read_text()) for folder in folders for path in folder.rglob("*.json")]
-    known = [abs(x) for source in sources for x in numbers(source)]
-    rounded = {(float(f"{x:.2g}"), "") for x in known}
-    figures = re.findall(r"(\d+\.\d+(?:e-?\d+)?)( ?%| percent)?", text)
-    for places, percent in {(len(figure.partition(".")[2]), percent) for figure, percent in figures}:
-        units = (1.0, 100.0) if percent else (1.0,) if healed else UNITS
-        rounded |= {(float(f"{x * unit:.{places}f}"), percent) for x in known for unit in units}
-    for figure, percent in figures:
-        assert (float(figure), percent) in rounded, f"{figure} stands in no result"
+    whole = re.sub(r"^\|.*?$", "", whole, flags=re.M) if healed else whole  # tables are compared above
+    for part in re.split(r"\n\n|\n(?=- )", whole) if page == "healing.md" else [whole]:
+        named = [RESULTS / name for name in re.findall(r"recipes/results/([\w-]+)/", part)]
+        folders = named if page == "healing.md" else [file.parent]
+        known = [abs(x) for folder in folders for path in folder.rglob("*.json") for x in numbers(read(path))]
+        text = re.sub(r"`[^`]*`|\]\([^)]*\)", "", part)
+        figures = re.findall(r"(\d+\.\d+(?:e-?\d+)?)( ?%| percent)?", text)
+        powers = any("e" in figure for figure, _ in figures)  # of ten, in front of which two digits stand
+        rounded = {(float(f"{x:.2g}"), "") for x in known} if powers or not healed else set()
+        for places, percent in {(len(figure.partition(".")[2]), percent) for figure, percent in figures}:
+            units = (1.0, 100.0) if percent else (1.0,) if healed else UNITS
+            rounded |= {(float(f"{x * unit:.{places}f}"), percent) for x in known for unit in units}
+        for figure, percent in figures:
+            assert (float(figure), percent) in rounded, f"{figure} stands in no result that {page} names there"
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
 
 
 def test_the_leaderboard_is_made_of_the_results() -> None:

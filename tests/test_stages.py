@@ -171,6 +171,12 @@ def test_stages_work_as_a_callback_of_a_plain_trainer(tmp_path: Path) -> None:
     assert "forward" not in model.__dict__ or model.forward.__func__ is forward
     assert all(p.requires_grad for p in model.parameters())
 
+    wrong = Stages(plan_stages([StageSection("logits", 1.0, KL)], 9), Distillation(None, KL))
+    with pytest.raises(ConfigError, match="planned for 9 steps, and the trainer makes 6"):
+        Trainer(model=model, args=args, train_dataset=Tokens(), callbacks=[wrong]).train()
+    wrong.close()
+    with pytest.warns(UserWarning, match="the run ends after 6"):
+        RampSchedule(9).on_train_begin(args, trainer.state, trainer.control)
     late = Trainer(model=model, args=args, train_dataset=Tokens())
     late.add_callback(Stages(plan, Distillation(None, KL)))
     with pytest.raises(ConfigError, match="when it is made"):

@@ -12,7 +12,7 @@ from training_helpers import byte_tokenizer, tiny_llama, write_model
 
 import attnswap
 from attnswap.cli import main
-from attnswap.errors import ConfigError
+from attnswap.errors import ConfigError, UnsupportedModelError
 from attnswap.evaluation import evaluate_perplexity
 from attnswap.evaluation.quantize import rounded
 from attnswap.evaluation.retrieval import measure_retrieval
@@ -133,6 +133,10 @@ def test_what_cannot_be_measured_is_refused_before_anything_runs(monkeypatch: py
     other = tiny_llama(vocab_size=300)
     with pytest.raises(ConfigError, match="vocabularies"):
         profile(tiny_llama(), byte_tokenizer(), reference=other, options=OPTIONS, text=TEXT, quiet=True)
+    coarse = tiny_llama()
+    coarse.model.layers[0].mlp.up_proj.weight.data = torch.zeros(1, dtype=torch.float8_e4m3fn)
+    with pytest.raises(UnsupportedModelError, match="float8_e4m3fn already"):
+        profile(coarse, byte_tokenizer(), options=OPTIONS, text=TEXT, quiet=True)
 
 
 def run(*words: str) -> int:
@@ -149,11 +153,11 @@ def reported(tmp_path: Path) -> tuple[list[str], Path]:
     healed = tiny_llama(max_position_embeddings=512)
     attnswap.patch(healed, "softpick")
     write_model(tmp_path / "healed", healed)
-    write_model(tmp_path / "original", tiny_llama(max_position_embeddings=512))
+    write_model(tmp_path / "original", tiny_llama(max_position_embeddings=512).bfloat16())
     (tmp_path / "text.txt").write_text(TEXT * 2)
     out = tmp_path / "out"
     words = [str(tmp_path / "healed"), "--suite", "long", "--text", str(tmp_path / "text.txt"), "--prompts", "1"]
-    words += ["--contexts", "64,512", "--max-tokens", "600", "--dtype", "fp32", "--seed", "3"]
+    words += ["--contexts", "64,512", "--max-tokens", "600", "--seed", "3"]
     assert run(*words, "--baseline", str(tmp_path / "original"), "--out", str(out)) == 0
     return words, out
 
@@ -173,6 +177,7 @@ def test_the_command_writes_one_report(tmp_path: Path, capsys: pytest.CaptureFix
         assert section["title"] in page
         assert section["title"] in table
     assert page.count("data:image/png;base64,") == 3
+    assert not any("rounding" in note for note in report["notes"]), "both in the dtype of the model in question"
     assert json.loads((out / "evaluation.json").read_text())["env"]["seed"] == 3
     assert json.loads((out / "suite.json").read_text())["options"]["seed"] == 3
 

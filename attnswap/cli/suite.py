@@ -40,7 +40,7 @@ def run_suite(
         reference: The model in question.
         original: The model it was; None: it stands alone.
         options: How much is measured.
-        dtype: Dtype of the weights; None: the checkpoint's own.
+        dtype: Dtype of the weights, the original's too; None: that of the model's checkpoint.
         device: Where to run.
         text: The text; None: the offline evaluation text.
         corpus_id: Name of the text.
@@ -57,7 +57,7 @@ def run_suite(
     model = load_model(reference, dtype=dtype, device=device)
     before = twin = None
     if original is not None:
-        twin = load_model(original, dtype=dtype, device=device)
+        twin = load_model(original, dtype=model.dtype, device=device)
         comparable(model, twin)
         before = profile(twin, tokenizer, model_id=original, **common)
     baseline = None if before is None else before.evaluation

@@ -89,7 +89,7 @@ def evaluate_perplexity(
     jobs = {str(length): protocol.windows(length) for length in reversed(protocol.contexts)}
     if positions:
         jobs["positions"] = protocol.position_windows()
-    notes = _notes(scorer.model, protocol)
+    notes = _notes(scorer.model, protocol, baseline)
     with scorer.ready():
         scorer.check(corpus.ids, protocol.contexts)
         rank, count = place(scorer.model)
@@ -167,7 +167,7 @@ def _by_position(windows: list[Window], losses: list[np.ndarray]) -> list[Positi
     return curve
 
 
-def _notes(model: PreTrainedModel, protocol: Protocol) -> list[str]:
+def _notes(model: PreTrainedModel, protocol: Protocol, baseline: Evaluation | None) -> list[str]:
     trained = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     beyond = [length for length in protocol.contexts if trained and length > trained]
     notes = []
@@ -176,6 +176,10 @@ def _notes(model: PreTrainedModel, protocol: Protocol) -> list[str]:
         notes.append(f"warning: context {lengths} is beyond the model's max_position_embeddings of {trained}")
     if protocol.prefix_id is None:
         notes.append("the tokenizer has no BOS token: windows start with text")
+    ours = _dtype(model)
+    if baseline is not None and baseline.env["dtype"] != ours:
+        theirs = baseline.env["dtype"]
+        notes.append(f"warning: measured in {ours} and the baseline in {theirs}, so the ratio is of rounding, too")
     return notes
 
 
@@ -187,6 +191,10 @@ def _describe_model(model: PreTrainedModel, model_id: str | None) -> dict[str, A
         "params": sum(parameter.numel() for parameter in model.parameters()),
         "max_position_embeddings": getattr(model.config.get_text_config(), "max_position_embeddings", None),
     }
+
+
+def _dtype(model: PreTrainedModel) -> str:
+    return str(model.dtype).removeprefix("torch.")
 
 
 def _environment(scorer: Scorer, block: int, seed: int) -> dict[str, Any]:
@@ -202,7 +210,7 @@ def _environment(scorer: Scorer, block: int, seed: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
-        "dtype": str(scorer.model.dtype).removeprefix("torch."),
+        "dtype": _dtype(scorer.model),
         "attention": scorer.model.config.get_text_config()._attn_implementation,
         "seed": seed,
         "block": block,

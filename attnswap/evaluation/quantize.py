@@ -36,6 +36,26 @@ def rounded(model: nn.Module, bits: int, group: int = GROUP) -> Iterator[int]:
     """
     if not 2 <= bits <= 8:
         raise ConfigError(f"bits must lie between 2 and 8, not {bits}")
+    chosen = layers_to_round(model)
+    kept = [module.weight.data for module in chosen]
+    try:
+        for module, weight in zip(chosen, kept, strict=True):
+            turned = isinstance(module, Conv1D)  # GPT-2's: (in, out)
+            module.weight.data = (
+                round_to_nearest(weight.T, bits, group).T if turned else round_to_nearest(weight, bits, group)
+            )
+        yield sum(weight.numel() for weight in kept)
+    finally:
+        for module, weight in zip(chosen, kept, strict=True):
+            module.weight.data = weight
+
+
+def layers_to_round(model: nn.Module) -> list[nn.Linear | Conv1D]:
+    """Returns the layers whose weights :func:`rounded` rounds.
+
+    Raises:
+        UnsupportedModelError: There are none, or their weights are quantized already.
+    """
     inner = base_of(model)
     own = {id(p) for p in swap_parameters(inner).values()}
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
@@ -49,17 +69,7 @@ def rounded(model: nn.Module, bits: int, group: int = GROUP) -> Iterator[int]:
             f"the weights of {type(inner).__name__} are {str(coarse).removeprefix('torch.')} already: "
             "load the model unquantized"
         )
-    kept = [module.weight.data for module in chosen]
-    try:
-        for module, weight in zip(chosen, kept, strict=True):
-            turned = isinstance(module, Conv1D)  # GPT-2's: (in, out)
-            module.weight.data = (
-                round_to_nearest(weight.T, bits, group).T if turned else round_to_nearest(weight, bits, group)
-            )
-        yield sum(weight.numel() for weight in kept)
-    finally:
-        for module, weight in zip(chosen, kept, strict=True):
-            module.weight.data = weight
+    return chosen
 
 
 def round_to_nearest(weight: Tensor, bits: int, group: int = GROUP) -> Tensor:

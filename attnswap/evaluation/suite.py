@@ -16,7 +16,7 @@ from attnswap.evaluation.corpus import WINDOWS
 from attnswap.evaluation.estimate import counting
 from attnswap.evaluation.fidelity import Fidelity, comparable, measure_fidelity
 from attnswap.evaluation.perplexity import CONTEXTS, evaluate_perplexity
-from attnswap.evaluation.quantize import rounded
+from attnswap.evaluation.quantize import layers_to_round, rounded
 from attnswap.evaluation.result import Evaluation
 from attnswap.evaluation.retrieval import DEPTHS, TASKS, Cell, check_questions, measure_retrieval
 from attnswap.evaluation.structure import FIRST_QUERY, Structure, measure_structure
@@ -135,6 +135,7 @@ def profile(
 
     Raises:
         ConfigError: An argument does not fit, or the text is too short.
+        UnsupportedModelError: The weights cannot be rounded.
         NumericsError: A figure is not finite; rounded weights may be, and have no losses then.
     """
     options = options or SuiteOptions()
@@ -144,6 +145,7 @@ def profile(
     if longest <= FIRST_QUERY:
         raise ConfigError(f"the longest context must be more than {FIRST_QUERY} tokens, not {longest}")
     check_questions(tokenizer, options.tasks, lengths, options.depths, options.prompts, options.seed)
+    layers_to_round(model)  # what cannot be rounded is refused before anything is measured
     if reference is not None:
         comparable(model, reference)
     joined = text if text is None or isinstance(text, str) else "\n\n".join(text)

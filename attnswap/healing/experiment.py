@@ -49,6 +49,11 @@ class Experiment:
     def __post_init__(self) -> None:
         if self.config.swap is None:
             raise ConfigError('swap: an experiment heals a swap; for the control alone, run "attnswap train"')
+        if self.config.ramp != 1.0:
+            raise ConfigError(
+                f"ramp: at a lambda of {self.config.ramp} the model is healed of a part of the swap only, and the swap "
+                "without healing is measured whole: leave it out, and give a stage a ramp to begin lower"
+            )
         if self.control is not None:
             self._check_control(self.control)
 

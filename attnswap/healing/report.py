@@ -83,6 +83,8 @@ def markdown(result: dict[str, Any]) -> str:
     fidelity, use, control = result["fidelity"], result["proof_of_use"], result.get("control_steps", {})
     scored = result["protocol"]["scored_tokens"]
     said = [f"Trained in {minutes_of(result)} minutes, measured on {scored:,} tokens at each context."]
+    if "structure_tokens" in result:  # later than the first results
+        said[0] = said[0].removesuffix(".") + f", attention on {result['structure_tokens']:,}."
     said += [f"KL to the original {fidelity['kl']:.4f} nats a token, the same favourite token {fidelity['top1']:.1%}."]
     if use["movement"]:
         moves = ", ".join(f"{name} {largest:.2g}" for name, largest in use["movement"].items())
@@ -103,9 +105,11 @@ def plot(result: dict[str, Any], path: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    seen = _held_out(result)
+    panels = 4 if seen else 3
+    figure = Figure(figsize=(5 * panels, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    left, middle, right = figure.subplots(1, 3)
+    left, middle, right, *last = figure.subplots(1, panels)
     points = result["curve"]
     parts = [key for key in ("kl", "transfer", "regression", "sinks") if any(key in p for p in points)]
     for key, colour in zip(parts or ["loss"], COLOURS, strict=False):
@@ -134,11 +138,23 @@ def plot(result: dict[str, Any], path: Path) -> Path:
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [str(n) for n in lengths], minor=False)
         axes.set_xlabel("context (tokens)")
+    for axes in last:
+        axes.plot(*zip(*seen, strict=True), marker="o", color=COLOURS[0])
+        axes.axhline(1.0, color="black", ls="--", lw=1)
+        axes.set(xlabel="tokens", ylabel="perplexity, healed / control", yscale="log", title="held-out training text")
     figure.suptitle(title(result))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     write_atomically(path, buffer.getvalue())
     return path
+
+
+def _held_out(result: dict[str, Any]) -> list[tuple[int, float]]:
+    """Returns perplexity over the control's on held-out windows, by the tokens read."""
+    found = result.get("held_out", {})
+    if found.get("control") is None:
+        return []
+    return [(point["tokens"], math.exp(point["nll"] - found["control"])) for point in found["curve"]]
 
 
 def write(result: dict[str, Any], folder: Path, healed: Path) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import math
 import platform
+import shlex
 import sys
 from datetime import UTC, datetime
 from typing import Any
@@ -68,7 +69,7 @@ def summarise_healing(experiment: Experiment, measured: Measured) -> dict[str, A
         "heads": config.heads,
         "identity_start": swap.exact_identity,
         "model": config.model.reference,
-        "command": " ".join(["attnswap", *sys.argv[1:]]),
+        "command": shlex.join(["attnswap", *sys.argv[1:]]),
         "commit": healed.get("commit"),
         "measured_at": commit(),
         "seed": experiment.seed,
@@ -85,8 +86,10 @@ def summarise_healing(experiment: Experiment, measured: Measured) -> dict[str, A
         "contexts": contexts,
         "proof_of_use": proof_of_use(contexts, measured.movement, identity=swap.exact_identity),
         "structure": {name: found["summary"] for name, found in measured.structure.items()},
+        "structure_tokens": measured.structure["healed"]["tokens"],
         "fidelity": measured.fidelity["healed"],
         "curve": curve(measured, config),
+        "held_out": {"control": control.get("held_out_loss"), "curve": held_out(measured, config)},
         "environment": environment(),
     }
 
@@ -136,21 +139,33 @@ def proof_of_use(
 
 def curve(measured: Measured, config: TrainConfig) -> list[dict[str, Any]]:
     """Returns the parts of the loss over training: tokens are those read up to that step."""
+    keys = ("loss", "kl", "ce", "transfer", "regression", "sinks", "lambda", "stage")
+    read = tokens_by_step(measured, config)
+    return [
+        {"step": entry["step"], "tokens": read[entry["step"]], **{k: entry[k] for k in keys if k in entry}}
+        for entry in measured.log
+        if "loss" in entry
+    ]
+
+
+def held_out(measured: Measured, config: TrainConfig) -> list[dict[str, Any]]:
+    """Returns the mean negative log-likelihood of held-out windows over training in nats, if there is any."""
+    read = tokens_by_step(measured, config)
+    return [
+        {"step": entry["step"], "tokens": read[entry["step"]], "nll": entry["eval_loss"]}
+        for entry in measured.log
+        if "eval_loss" in entry
+    ]
+
+
+def tokens_by_step(measured: Measured, config: TrainConfig) -> list[int]:
+    """Returns how many tokens were read before the first step, up to it, and so on."""
     healed = measured.training["healed"]
     lengths = [0]  # of the window of each step, which differs between stages
     for stage in plan_of(config):
         lengths += [stage.section.sequence_length or config.data.sequence_length] * stage.steps
     read = list(itertools.accumulate(lengths if len(lengths) > 1 else [0, *[1] * healed["steps"]]))
-    keys = ("loss", "kl", "ce", "transfer", "regression", "sinks", "lambda", "stage")
-    return [
-        {
-            "step": entry["step"],
-            "tokens": round(healed["tokens"] * read[entry["step"]] / read[-1]),
-            **{k: entry[k] for k in keys if k in entry},
-        }
-        for entry in measured.log
-        if "loss" in entry
-    ]
+    return [round(healed["tokens"] * part / read[-1]) for part in read]
 
 
 def _by_context(losses: dict[str, Any], ours: str, theirs: str) -> dict[int, Comparison]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +58,17 @@ class RampSchedule(TrainerCallback):
         if callable(self.schedule):
             return self.schedule(step)
         return ramps(self.section, step / max(self.schedule, 1), model)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Warns of a run that ends before lambda does."""
+        if not callable(self.schedule) and state.max_steps < self.schedule:
+            warnings.warn(
+                f"RampSchedule: lambda takes {self.schedule} steps to {self.section.end}, and the run ends after "
+                f"{state.max_steps}: its model will be on the way there",
+                stacklevel=2,
+            )
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -123,6 +123,12 @@ class Stages(TrainerCallback):
         """
         if not self._ready:
             raise ConfigError("Stages must be among the trainer's callbacks=[...] when it is made, not added later")
+        planned = sum(stage.steps for stage in self.stages)
+        if state.max_steps != planned:
+            raise ConfigError(
+                f"stages: planned for {planned} steps, and the trainer makes {state.max_steps}, so that lambda and the "
+                "last stages would end elsewhere: plan_stages(..., max_steps) takes the trainer's max_steps"
+            )
         for section in (stage.section for stage in self.stages):
             if not self.served and (section.learning_rate is not None or section.sequence_length is not None):
                 raise ConfigError(
