@@ -99,9 +99,11 @@ def test_softpick_is_healed_in_every_layer() -> None:
 
 
 def numbers(value: Any) -> list[float]:
-    """Every number in a result, those in what it says too."""
+    """Every number in a result, those in what it says too, and how far ratios are above or below 1."""
     if isinstance(value, str):
         return [float(figure) for figure in re.findall(r"\d+\.\d+(?:e[-+]\d+)?", value)]
+    if isinstance(value, dict) and isinstance(value.get("ratio"), float):
+        return [value["ratio"] - 1, *numbers(list(value.values()))]
     if isinstance(value, dict | list):
         return [x for part in (value.values() if isinstance(value, dict) else value) for x in numbers(part)]
     return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
@@ -172,7 +174,7 @@ def test_a_rerun_of_something_else_is_refused_before_it_is_trained(tmp_path: Pat
     options["max_tokens"] = 92
     check_rerun(Experiment(replace(RECIPE, output_dir="elsewhere"), **options), made(1.02))
     for config, changes, words in (
-        (replace(RECIPE, ramp=0.5), {}, "recipe.ramp"),
+        (replace(RECIPE, layers="1:"), {}, "recipe.layers"),
         (RECIPE, {"contexts": (512, 1024)}, "contexts"),
         (RECIPE, {"dtype": torch.bfloat16}, "dtype"),
         (RECIPE, {"max_tokens": 91}, "max_tokens"),

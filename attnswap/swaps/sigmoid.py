@@ -69,7 +69,7 @@ class Sigmoid(Swap):
 
     name: ClassVar[str] = "sigmoid"
     paper: ClassVar[str] = "Theory, Analysis, and Best Practices for Sigmoid Self-Attention (arXiv 2409.04431)"
-    summary: ClassVar[str] = "sigmoid(z + bias) for every key on its own, no row normalizer"
+    summary: ClassVar[str] = "sigmoid(z + bias) for every key on its own, no row normalizer unless row_limit is given"
     row_sum: ClassVar = "free"
     needs_n: ClassVar[bool] = True
     shifted: ClassVar[bool] = False
