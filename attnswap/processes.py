@@ -2,12 +2,16 @@
 
 import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from attnswap.errors import NumericsError
 
 T = TypeVar("T")
 
@@ -96,6 +100,20 @@ def place(model: torch.nn.Module | None = None) -> tuple[int, int]:
     if together():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+@contextmanager
+def one_fate() -> Iterator[None]:
+    """Raises a NumericsError of one process in all of them, so that none waits for another that has given up."""
+    error: NumericsError | None = None
+    try:
+        yield
+    except NumericsError as found:
+        error = found
+    rank, count = place()
+    errors = gather({} if error is None else {rank: str(error)}, count)
+    if errors:
+        raise NumericsError(next(iter(errors.values()))) from error
 
 
 def gather(mine: dict[Any, T], count: int) -> dict[Any, T]:

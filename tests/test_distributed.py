@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from training_helpers import accelerate, byte_tokenizer, logged, recipe, spawn
 
 import attnswap
+from attnswap import processes
+from attnswap.errors import NumericsError
 from attnswap.evaluation import evaluate_perplexity
 from attnswap.training import latest_checkpoint, parse_config, train
 
@@ -243,6 +245,26 @@ def test_evaluation_over_two_processes(tmp_path):
         assert done.stdout.count("64") >= 1
     one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two"))
     assert one["metrics"] == two["metrics"]
+
+
+def test_what_is_not_finite_in_one_process_ends_the_measurement_in_all(monkeypatch):
+    """Or those that go on would take what another sends of the next model for the rest of this one."""
+    told = []
+
+    def gather(mine, count):
+        told.append(mine)
+        return {0: "lost in window 3"} | mine
+
+    monkeypatch.setattr(processes, "place", lambda: (1, 2))
+    monkeypatch.setattr(processes, "gather", gather)
+    with pytest.raises(NumericsError, match="window 3"), processes.one_fate():
+        pass
+    with pytest.raises(NumericsError), processes.one_fate():
+        raise NumericsError("window 4")
+    assert told == [{}, {1: "window 4"}]
+    monkeypatch.setattr(processes, "gather", lambda mine, count: mine)
+    with processes.one_fate():
+        pass
 
 
 def test_tensor_parallelism_computes_the_swap_or_refuses(tmp_path):

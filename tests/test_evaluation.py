@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.implementations import ByteLevelBPETokenizer
 from transformers import (
@@ -334,6 +335,12 @@ def test_unsuitable_models_are_refused(tokenizer):
         evaluate_perplexity(LlamaModel(ARCHITECTURES["llama"]), tokenizer, text=TEXT, contexts=[8], quiet=True)
     with pytest.raises(ConfigError, match="128 learned positions"):
         evaluate_perplexity(build("gpt2"), tokenizer, text=TEXT * 2, contexts=[8, 256], quiet=True)
+    seeing = build()
+    seeing.model.vision_tower = torch.nn.ModuleDict({"position_embedding": torch.nn.Embedding(4, 4)})
+    Scorer(seeing).check_positions(32)  # pictures have positions of their own
+    prompted = get_peft_model(build(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(UnsupportedModelError, match="learned prompt"):
+        evaluate_perplexity(prompted, tokenizer, text=TEXT, contexts=[8], quiet=True)
 
     class PeeksAtTheInput(type(build())):
         def forward(self, input_ids=None, **kwargs):

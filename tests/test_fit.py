@@ -1,5 +1,6 @@
 """Calibration by least squares: starts that are told from what the unswapped layers do."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -33,6 +34,10 @@ def test_a_fitted_sigmoid_is_nearer_to_what_the_model_was() -> None:
     assert model.model.layers[0].self_attn.attnswap.sigmoid.ramp.item() == 1.0, "lambda is where it was"
     held_out = (model(ids[6:]).logits - expected[6:]).square().mean()
     assert held_out < 0.7 * raw
+    attnswap.set_ramp(model, {0: 0.25, 1: (0.0, 0.0, 1.0, 1.0)})
+    spec = copy.deepcopy(model.config.attnswap)
+    fit(model, [{"input_ids": ids[:6]}])
+    assert model.config.attnswap == spec, "of each head"
     plain = tiny_llama()
     attnswap.patch(plain, "ssmax")
     with pytest.raises(ConfigError, match="can be fitted"):

@@ -18,6 +18,7 @@ from attnswap.evaluation.bootstrap import Comparison
 from attnswap.healing import speed
 from attnswap.healing.experiment import Experiment
 from attnswap.healing.measuring import Bench
+from attnswap.healing.report import title
 from attnswap.healing.result import proof_of_use, recovered
 from attnswap.training import Stages, parse_config
 
@@ -213,7 +214,11 @@ def test_a_swap_that_overflows_untrained_is_left_out_of_the_result(
     for entry in result["contexts"]:
         assert entry["recovered_fraction"] is None
         assert set(entry["perplexity"]) == {"original", "control", "healed", "bypassed"}
-    assert "nan" not in (tmp_path / "out" / "result" / "result.md").read_text()
+    shown = (tmp_path / "out" / "result" / "result.md").read_text()
+    assert "nan" not in shown
+    assert "nothing lost" not in shown
+    assert "unhealed overflows" in shown
+    assert title({**result, "heads": [0, 1], "layers": 0}).startswith("softpick, heads [0, 1] of layers 0 of")
 
 
 def test_a_recipe_that_fits_its_swap_first_is_measured_fitted(

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from attnswap.training import (
     RampSection,
     Stages,
     StageSection,
+    SwapTrainer,
+    chunked_loss,
     parse_config,
     plan_stages,
     teacher_of,
@@ -305,6 +308,7 @@ def test_the_control_leaves_out_what_only_swaps_learn(tmp_path: Path) -> None:
         ({"stages": STAGES, "training": {"load_best_model_at_end": True}}, "load_best_model_at_end"),
         ({"stages": [{"name": "a", "share": 1.0, "loss": {"kl": 1.0, "hl": 1}}]}, "nearest|Did you mean|unknown key"),
         ({"teacher": "embedded"}, "goes with stages"),
+        ({"stages": STAGES, "training": {"max_steps": 20, "learning_rate": 0.0}}, "the rate of long too"),
     ],
 )
 def test_recipes_whose_stages_make_no_sense_are_refused(tmp_path: Path, changes: Any, words: str) -> None:
@@ -343,6 +347,84 @@ def test_a_model_saved_with_swaps_needs_a_named_teacher(tmp_path: Path) -> None:
         train(parse_config(recipe(tmp_path, **changes)))
     result = train(parse_config(recipe(tmp_path, **changes, teacher=str(tmp_path / "model"))))
     assert logged(result.output_dir, "kl")[0] > 1e-6
+
+    partly = tiny_llama()
+    attnswap.patch(partly, "softpick", layers="0:1")
+    write_model(tmp_path / "partly", partly)
+    rest = {
+        **changes,
+        "output_dir": str(tmp_path / "more"),
+        "model": {"reference": str(tmp_path / "partly")},
+        "swap": "softpick",
+        "layers": "1:",
+    }
+    with pytest.raises(ConfigError, match="saved with swaps"):
+        train(parse_config(recipe(tmp_path, **rest)))
+    ramped = [{**changes["stages"][0], "ramp": {"over": 0.5}}]
+    with pytest.raises(ConfigError, match="a ramp would move the swaps"):
+        train(parse_config(recipe(tmp_path, **{**rest, "stages": ramped}, teacher=str(tmp_path / "model"))))
+
+
+def test_a_model_saved_with_swaps_goes_through_every_stage(tmp_path: Path) -> None:
+    model = tiny_llama()
+    attnswap.patch(model, "softpick")
+    write_model(tmp_path / "healed", model)
+    changes = {"swap": "none", "stages": STAGES, "training": {"max_steps": 20, "eval_strategy": "no"}}
+    values = recipe(tmp_path, **changes, model={"reference": str(tmp_path / "healed")}, teacher=str(tmp_path / "model"))
+    result = train(parse_config(values))
+    assert [stage["name"] for stage in result.summary["stages"]] == ["transfer", "ramp", "long"]
+    assert result.summary["steps"] == 20
+
+
+def test_a_trainer_evaluates_and_trains_again_after_its_stages(tmp_path: Path) -> None:
+    model = tiny_llama()
+    attnswap.patch(model, "softpick")
+    plan = plan_stages([StageSection("logits", 1.0, KL)], 2)
+    options = {"max_steps": 2, "report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
+    args = TrainingArguments(
+        str(tmp_path), per_device_eval_batch_size=1, label_names=["labels"], remove_unused_columns=False, **options
+    )
+    callback = Stages(plan, Distillation(teacher_of(model), KL))
+    rows = [Tokens()[index] for index in range(3)]
+    trainer = SwapTrainer(model, args, train_dataset=Tokens(), eval_dataset=rows, callbacks=[callback], stages=plan)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert not callback.installed
+    after = trainer.evaluate()["eval_loss"]
+    assert after != before
+    with torch.no_grad(), chunked_loss(model):
+        outputs = [model.eval()(**{k: torch.as_tensor(v)[None] for k, v in row.items()}) for row in rows]
+    wanted = sum(o.nll.sum() for o in outputs) / sum(o.tokens.sum() for o in outputs)
+    assert after == pytest.approx(float(wanted), rel=1e-5)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] != after
+
+
+def test_stages_that_cannot_be_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    model = tiny_llama()
+    attnswap.patch(model, "softpick")
+    options = {"max_steps": 4, "report_to": "none", "disable_tqdm": True, "use_cpu": True}
+    args = TrainingArguments(str(tmp_path), save_strategy="no", **options)
+    ran: list[int] = []
+    model.register_forward_pre_hook(lambda *_: ran.append(1))
+    for later, changes, words in (
+        (StageSection("swap", 0.5, KL, train="swap"), {}, "nothing to train"),
+        (
+            StageSection("outputs", 0.5, TRANSFER, train="attention"),
+            {"activation_checkpointing": True},
+            "switch it off for such stages",
+        ),
+        (StageSection("ramp", 0.5, KL, RampSection()), {"load_best_model_at_end": True}, "lambda below 1"),
+    ):
+        plan = plan_stages([StageSection("first", 0.5, KL), later], 4)
+        stages = Stages(plan, Distillation(teacher_of(model), KL))
+        trainer = Trainer(model=model, args=replace(args, **changes), train_dataset=Tokens(), callbacks=[stages])
+        ran.clear()  # the loss was tried on a few tokens
+        with pytest.raises(ConfigError, match=words):
+            trainer.train()
+        assert not ran
+        stages.close()
+        model.activation_checkpointing_disable()
 
 
 def test_a_resumed_run_logs_each_step_once_and_counts_all_of_its_seconds(tmp_path: Path) -> None:

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 from training_helpers import byte_tokenizer, tiny_gemma2, tiny_gpt2, tiny_llama
-from transformers import AutoModelForCausalLM, BertConfig, FalconConfig, GPTNeoConfig, Llama4TextConfig, MistralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    Exaone4Config,
+    FalconConfig,
+    GPTNeoConfig,
+    Llama4TextConfig,
+    MistralConfig,
+)
 
 import attnswap
 from attnswap.errors import ConfigError, NumericsError, UnsupportedModelError
@@ -146,6 +154,19 @@ def test_keys_of_other_chunks_are_no_zeros() -> None:
     assert config.layer_types == ["chunked_attention", "full_attention"]
     found = measure_structure(small(config), byte_tokenizer(), text=TEXT, window=100, windows=1)
     assert found.zeros.max() == 0.0
+
+
+def test_a_window_that_a_layer_names_and_does_not_use_is_no_reach() -> None:
+    config = Exaone4Config(
+        **SIZES, num_key_value_heads=2, intermediate_size=64, sliding_window=80, sliding_window_pattern=2,
+    )  # fmt: skip
+    assert config.layer_types == ["sliding_attention", "full_attention"]
+    model = small(config)
+    assert all(layer.self_attn.sliding_window == 80 for layer in model.model.layers)
+    found = measure_structure(model, byte_tokenizer(), text=TEXT, window=100, windows=1)
+    ids = torch.tensor([[0, *byte_tokenizer()(TEXT, add_special_tokens=False)["input_ids"][:99]]])
+    weights = weights_of(model, ids).attentions[1][0, :, 64:, 0]
+    np.testing.assert_allclose(found.first[1], weights.mean(-1), atol=1e-6)
 
 
 def test_weights_of_later_keys_are_refused() -> None:

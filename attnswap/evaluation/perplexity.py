@@ -22,7 +22,7 @@ from attnswap.evaluation.estimate import Estimate, Progress, estimate, peak_memo
 from attnswap.evaluation.result import ContextMetrics, Evaluation, PositionNLL, mean_nll
 from attnswap.evaluation.scoring import Scorer
 from attnswap.evaluation.windows import Protocol, Window, plan
-from attnswap.processes import gather, place
+from attnswap.processes import gather, one_fate, place
 
 CONTEXTS = (512, 1024, 2048, 4096, 8192)
 
@@ -97,7 +97,8 @@ def evaluate_perplexity(
         mine = {job: every[rank::count] for job, every in batches.items()}
         everything = [window for every in mine.values() for _, batch in every for window in batch]
         everything = everything or [window for windows in jobs.values() for window in windows]  # none is left for us
-        forecast = estimate(scorer, corpus.ids, everything, protocol.prefix_id, batch_size)
+        with one_fate():
+            forecast = estimate(scorer, corpus.ids, everything, protocol.prefix_id, batch_size)
         quiet = quiet or rank > 0
         if not quiet:
             print("\n".join([str(forecast), *notes]), file=sys.stderr)
@@ -109,9 +110,10 @@ def evaluate_perplexity(
                 for job, every in mine.items():
                     started = time.perf_counter()
                     found: dict[int, np.ndarray] = {}
-                    for index, batch in every:
-                        found[index] = scorer.score(corpus.ids, batch, protocol.prefix_id).numpy()
-                        progress.advance(job, batch)
+                    with one_fate():
+                        for index, batch in every:
+                            found[index] = scorer.score(corpus.ids, batch, protocol.prefix_id).numpy()
+                            progress.advance(job, batch)
                     found = gather(found, count)
                     losses[job] = [nll for index in sorted(found) for nll in found[index]]
                     seconds[job] = time.perf_counter() - started

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from attnswap.errors import ConfigError, UnsupportedModelError, non_finite
 from attnswap.evaluation.windows import Window
 from attnswap.surgery.attach import base_of, body_of, evaluating
+from attnswap.surgery.stacks import SENSES
 
 CHUNK_ELEMENTS = 1 << 24
 """Logits held at once: 64 MiB in fp32."""
@@ -32,10 +33,15 @@ class Scorer:
         chunk_elements: Upper limit of logits held at once; at least one row is always computed.
 
     Raises:
-        UnsupportedModelError: The model is not a base with a head on its last hidden state.
+        UnsupportedModelError: The model is not a base with a head on its last hidden state, or a peft model learned a
+            prompt, which its base would be scored without.
     """
 
     def __init__(self, model: nn.Module, chunk_elements: int = CHUNK_ELEMENTS) -> None:
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            raise UnsupportedModelError(
+                "a peft model with a learned prompt or prefix is not measured: its windows would be scored without it"
+            )
         unwrapped = base_of(model)
         self.body = body_of(unwrapped)
         self.model: PreTrainedModel = unwrapped
@@ -118,7 +124,7 @@ class Scorer:
         """Raises ConfigError if a learned position table is shorter than a window of ``longest`` tokens."""
         for name, module in self.model.named_modules():
             table = isinstance(module, nn.Embedding) and ("pos" in name or name.endswith("wpe"))
-            if table and module.num_embeddings < longest:
+            if table and module.num_embeddings < longest and not SENSES.search(name):
                 raise ConfigError(
                     f"the model has {module.num_embeddings} learned positions ({name}) and cannot read windows of "
                     f"{longest} tokens: leave out contexts beyond that"

@@ -158,12 +158,14 @@ def measure_structure(
 
 def reach_of(module: nn.Module, config: PreTrainedConfig, layer: int) -> Reach:
     """Returns which keys the queries of a layer see: all before, those within a window, or those of a chunk."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and kinds[layer] == "full_attention":  # some name a window that they do not use
+        return Reach()
     if hasattr(module, "sliding_window"):
         return Reach(window=module.sliding_window)  # type: ignore[arg-type]
     local = getattr(config, "attention_layers", None)  # GPT-Neo's
     if local is not None:
         return Reach(window=config.window_size if local[layer] == "local" else None)
-    kinds = getattr(config, "layer_types", None)
     kind = "sliding_attention" if kinds is None else kinds[layer]
     if kind == "chunked_attention":
         return Reach(chunk=config.attention_chunk_size)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from attnswap.evaluation.result import write_atomically
-from attnswap.healing.report import minutes_of, swap_of, tokens_of
+from attnswap.healing.report import minutes_of, recovered_of, swap_of, tokens_of, where_of
 from attnswap.healing.result import SCHEMA
 from attnswap.markdown import markdown_table
 
@@ -36,17 +36,16 @@ def table(results: dict[str, dict[str, Any]], link: str = "", contexts: Sequence
         contexts: Context lengths with a column; None: all that were measured.
     """
     contexts = contexts or sorted({entry["context"] for result in results.values() for entry in result["contexts"]})
-    head = ["experiment", "swap", "layers", "tokens", "minutes", "measured on"]
+    head = ["experiment", "swap", "where", "tokens", "minutes", "measured on"]
     head += [f"/ control at {n}" for n in contexts]
     head += ["recovered", "cost without swap", "sinks", "dead heads", "row sum", "KL"]
     rows = []
     for name, result in sorted(results.items(), key=lambda item: worst(item[1])):
         by_context = {entry["context"]: entry for entry in result["contexts"]}
-        cells = [f"[{name}]({link}{name}/)", swap_of(result), str(result["layers"] or "all"), tokens_of(result)]
+        cells = [f"[{name}]({link}{name}/)", swap_of(result), where_of(result), tokens_of(result)]
         cells += [str(minutes_of(result)), f"{result['protocol']['scored_tokens']:,}"]
         cells += [_ratio(by_context[n]) if n in by_context else "-" for n in contexts]
-        shares = [e["recovered_fraction"] for e in result["contexts"] if e["recovered_fraction"] is not None]
-        cells.append(f"{min(shares):.3f}" if shares else "nothing lost")
+        cells.append(recovered_of(result["contexts"]))
         cells.append(f"{min(result['proof_of_use']['cost_of_bypass'].values()):+.1%}")
         healed = result["structure"]["healed"]
         cells += [f"{healed['sink_rate']:.1%}", f"{healed['dead_head_rate']:.1%}", f"{healed['row_sum']:.2f}"]
@@ -70,9 +69,11 @@ Each experiment is one recipe and its control, the same recipe without the swap:
 alone, and the original itself where nothing is left to learn. Tokens count those trained on, and those that a start was
 fitted to before; minutes are those of its training on two cores, with pauses; "measured on" is the number of tokens
 scored at each context. "/ control" is the healed model's perplexity over the control's on the same tokens, with its
-paired 95% interval; "recovered" the share of the damage that was healed, in nats, at the worst context; "cost without
-swap" what passing the swap by costs the healed model in perplexity, at the context where it costs least; sinks and dead
-heads are shares of all heads, the row sum a mean over heads and queries; KL is to the original model, in nats a token.
+paired 95% interval over stretches of that text: 8,192 tokens fill two windows of 8192, and such an interval does not
+know how windows differ. "Recovered" is the share of the damage that was healed, in nats, at the worst context; "cost
+without swap" what passing the swap by costs the healed model in perplexity, at the context where it costs least; sinks
+and dead heads are shares of all heads, the row sum a mean over heads and queries; KL is to the original model, in nats
+a token.
 
 {table(results)}
 """

@@ -23,13 +23,13 @@ def rows_of(result: dict[str, Any]) -> list[tuple[str, ...]]:
     models = [name for name in MODELS if name in result["contexts"][0]["perplexity"]]
     rows: list[tuple[str, ...]] = [("context", *models, *COMPARED)]
     for entry in result["contexts"]:
-        ppl, ratio, back = entry["perplexity"], entry["ratio_to_control"], entry["recovered_fraction"]
+        ppl, ratio = entry["perplexity"], entry["ratio_to_control"]
         rows.append(
             (
                 str(entry["context"]),
                 *(f"{ppl[name]:.3f}" if ppl[name] < 1e4 else f"{ppl[name]:.1e}" for name in models),
                 f"{ratio['ratio']:.4f} [{ratio['lo']:.4f}, {ratio['hi']:.4f}]",
-                "nothing lost" if back is None else f"{back:.3f}",
+                recovered_of([entry]),
                 f"{entry['bypassed_to_healed']['ratio']:.3f}x",
             )
         )
@@ -49,8 +49,21 @@ def table(result: dict[str, Any]) -> Table:
 
 def title(result: dict[str, Any]) -> str:
     """Says in a line what was healed."""
-    where = "all layers" if result["layers"] is None else f"layers {result['layers']}"
-    return f"{swap_of(result)}, {where} of {result['model']}: {tokens_of(result)} tokens"
+    return f"{swap_of(result)}, {where_of(result)} of {result['model']}: {tokens_of(result)} tokens"
+
+
+def where_of(result: dict[str, Any]) -> str:
+    """Says in which layers the swap is, and in which of their heads if not in all."""
+    layers = "all layers" if result["layers"] is None else f"layers {result['layers']}"
+    return layers if result["heads"] is None else f"heads {result['heads']} of {layers}"
+
+
+def recovered_of(contexts: list[dict[str, Any]]) -> str:
+    """Returns the smallest share of the damage that was healed, over some contexts."""
+    shares = [entry["recovered_fraction"] for entry in contexts if entry["recovered_fraction"] is not None]
+    if shares:
+        return f"{min(shares):.3f}"
+    return "nothing lost" if all("unhealed" in entry["perplexity"] for entry in contexts) else "unhealed overflows"
 
 
 def tokens_of(result: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ from attnswap.healing.experiment import Experiment
 from attnswap.healing.measuring import Bench, read, say
 from attnswap.loading import load_model, load_tokenizer
 from attnswap.processes import join, place
+from attnswap.surgery.attach import spec_of
 from attnswap.training.config import TrainConfig, load_config, to_mapping
 from attnswap.training.durable import latest_checkpoint
 from attnswap.training.run import FITTED, train
@@ -156,6 +157,11 @@ def _check_measurable(experiment: Experiment, tokenizer: PreTrainedTokenizerBase
     corpus = load_corpus(tokenizer, experiment.text)
     plan(corpus, tokenizer, experiment.contexts, max_tokens=experiment.max_tokens)
     model = load_model(experiment.config.model.reference, dtype=torch.float32)
+    if spec_of(model) is not None:
+        raise ConfigError(
+            f'model.reference: "{experiment.config.model.reference}" was saved with swaps, and an experiment needs the '
+            'model before any; to train it on, run "attnswap train"'
+        )
     longest = max(experiment.contexts)
     Scorer(model).check_positions(longest)
     measure_structure(model, tokenizer, text=experiment.text, window=min(FIRST_QUERY + 16, longest), windows=1)

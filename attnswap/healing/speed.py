@@ -78,7 +78,8 @@ def measure(config: TrainConfig, rounds: int = ROUNDS) -> list[dict[str, Any]]:
         length = stage.sequence_length or config.data.sequence_length
         plain, healed = (load_model(config.model.reference, dtype=torch.float32) for _ in range(2))
         assert config.swap is not None
-        attnswap.patch(healed, config.swap, part=config.part, layers=config.layers, heads=config.heads)
+        ramp = 1.0 if stage.ramp is None else 0.5  # along a ramp some swaps compute softmax, too
+        attnswap.patch(healed, config.swap, part=config.part, layers=config.layers, heads=config.heads, ramp=ramp)
         trains = "attention" if stage.train == "swap" else stage.train  # a model without swaps has no parameters of one
         taught = replace(stage, loss=LossSection(kl=1.0, ce=0.0), train=trains)
         with stepping(plain, taught, length, config) as theirs, stepping(healed, stage, length, config) as ours:

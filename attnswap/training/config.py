@@ -213,6 +213,11 @@ class TrainConfig:
                 not self.training.get("load_best_model_at_end"),
                 "training.load_best_model_at_end: the best loss may be one at a lambda below 1",
             )
+        rates = [stage.name for stage in self.stages if stage.learning_rate is not None]
+        require(
+            not rates or self.training.get("learning_rate") != 0,
+            f"training.learning_rate: 0 would be the rate of {', '.join(rates)} too, whose own are relative to it",
+        )
         looking = [stage.name for stage in self.stages if stage.loss.looks_inside]
         again = [key for key in ("gradient_checkpointing", "activation_checkpointing") if self.training.get(key)]
         require(

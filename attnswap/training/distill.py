@@ -38,8 +38,7 @@ class Distillation:
         """Asks the teacher about one batch; see :class:`attnswap.training.loss.Objective`."""
         with ExitStack() as stack:
             lesson = _Lesson(self)
-            if self.loss.looks_inside:
-                _check_layers(model)
+            check_looked_into(model, self.loss)
             if self.loss.taught and self.teacher is None:
                 raise ConfigError("kl and transfer need a teacher: make one with attnswap.training.teacher_of")
             if self.loss.transfer and self.teacher is not None:
@@ -64,9 +63,13 @@ class Distillation:
         return found
 
 
-def _check_layers(model: nn.Module) -> None:
-    """Refuses a model whose layers cannot be looked into: sharded ones, and those that run twice."""
-    for module in model.modules():
+def check_looked_into(model: nn.Module, loss: LossSection) -> None:
+    """Refuses a loss that looks into layers which are sharded or run twice.
+
+    Raises:
+        ConfigError: They are.
+    """
+    for module in model.modules() if loss.looks_inside else ():
         if isinstance(module, FSDPModule):
             raise ConfigError(
                 "transfer, regression and sinks take gradients inside of layers, which FSDP has given away by then: "

@@ -14,7 +14,7 @@ from attnswap.attention.problem import Problem
 from attnswap.errors import ConfigError
 from attnswap.surgery.attach import body_of, child_of, evaluating, patched_modules, spec_of
 from attnswap.surgery.call import LayerCall
-from attnswap.surgery.patch import check_ramp
+from attnswap.surgery.patch import follow
 from attnswap.surgery.seam import Enter
 from attnswap.surgery.spec import PatchSpec
 from attnswap.swaps.base import Observed
@@ -95,7 +95,6 @@ def _look(
         if (call.layer, slot) in seen:
             seen[call.layer, slot].take(entered[call.layer], problem)
 
-    before = {layer: {name: slot.ramp for name, slot in slots.items()} for layer, slots in spec.layers.items()}
     attnswap.set_ramp(model, 0.0)
     count = 0
     try:
@@ -106,8 +105,7 @@ def _look(
     finally:
         for handle in handles:
             handle.remove()
-        for layer, ramps in before.items():
-            attnswap.set_ramp(model, {layer: check_ramp(next(iter(ramps.values())))})
+        follow(model, spec)
     if not count:
         raise ConfigError("there is no text to fit the swaps on")
     return seen

@@ -25,7 +25,10 @@ Ramps = float | dict[int, float | tuple[float, ...]]
 
 
 class RampSchedule(TrainerCallback):
-    """Moves lambda of every swap with the step. A resumed run goes on at the value of its step.
+    """Moves lambda of every swap with the step.
+
+    A run that is resumed under :func:`attnswap.training.protect` goes on at the value of its step; a plain trainer's is
+    refused where its checkpoint has another lambda than the model.
 
     Args:
         schedule: Steps until every lambda is ``end``; or a function from the number of a step, counted from 1, to its

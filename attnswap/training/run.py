@@ -92,19 +92,26 @@ def train(config: TrainConfig) -> TrainResult:
         resumed = {**config.training, "resume_from_checkpoint": None if latest is None else str(latest)}
         config = replace(config, training=resumed)
     output.check(config.training.get("resume_from_checkpoint"))
+    model = load_model(config.model.reference, dtype=getattr(torch, config.model.dtype))
+    swapped_before = spec_of(model) is not None
     plan = plan_of(config)
-    if plan and config.swap is None:
+    if swapped_before and config.swap is not None and any(stage.section.ramp is not None for stage in plan):
+        raise ConfigError(
+            f'stages: a ramp would move the swaps that "{config.model.reference}" was saved with, too: begin with the '
+            "model it was before"
+        )
+    if plan and config.swap is None and not swapped_before:
         plan = without_swaps(plan)
         if not plan:
             raise ConfigError("stages: without a swap nothing is left to train, so these stages have no control")
     steps_of_plan = {"max_steps": sum(stage.steps for stage in plan)} if plan else {}
     args = training_arguments(replace(config, training={**config.training, **steps_of_plan}), output.partial)
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.reference)
-    model = load_model(config.model.reference, dtype=getattr(torch, config.model.dtype))
     _check_length(model, config)
     with args.main_process_first(local=False, desc="preparing the data"):
         data = load_data(config.data, tokenizer, [stage.section.sequence_length for stage in plan])
-        shown = load_data(config.data, tokenizer, _lengths_to_fit(config)) if config.swap and config.fit else None
+        fits = config.fit is not None and (config.swap is not None or swapped_before)
+        shown = load_data(config.data, tokenizer, _lengths_to_fit(config)) if fits else None
     use_cache = model.config.use_cache
     set_seed(args.seed)  # gates may start from noise: the same in every process and on resuming
     if config.swap is not None:
@@ -130,7 +137,7 @@ def train(config: TrainConfig) -> TrainResult:
     steps = StepLog(output.partial / "steps.jsonl")
     if fit_seconds is not None and args.process_index == 0:
         steps.note({"fit_runtime": fit_seconds})
-    with learning(model, config, plan) as switch:
+    with learning(model, config, plan, swapped_before=swapped_before) as switch:
         trainer = SwapTrainer(
             model=model,
             args=args,
@@ -187,7 +194,9 @@ def train(config: TrainConfig) -> TrainResult:
 
 
 @contextmanager
-def learning(model: PreTrainedModel, config: TrainConfig, plan: list[Stage]) -> Iterator[list[TrainerCallback]]:
+def learning(
+    model: PreTrainedModel, config: TrainConfig, plan: list[Stage], *, swapped_before: bool
+) -> Iterator[list[TrainerCallback]]:
     """Gives a model the loss of a recipe, and yields the callbacks that go with it.
 
     Raises:
@@ -201,7 +210,7 @@ def learning(model: PreTrainedModel, config: TrainConfig, plan: list[Stage]) -> 
     if any(stage.section.loss.taught for stage in plan):
         if config.teacher is not None:
             teacher = frozen_teacher(load_model(config.teacher, dtype=torch.float32), matrix_dtype(config))
-        elif config.swap is None and spec_of(model) is not None:
+        elif swapped_before:
             raise ConfigError(
                 f'teacher: "{config.model.reference}" was saved with swaps; name the model it was before to learn from'
             )

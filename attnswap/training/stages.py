@@ -25,7 +25,7 @@ from attnswap.processes import place
 from attnswap.surgery.attach import base_of, patched_modules, spec_of
 from attnswap.surgery.patch import swap_parameters
 from attnswap.training.config import TrainConfig
-from attnswap.training.distill import Distillation
+from attnswap.training.distill import Distillation, check_looked_into
 from attnswap.training.loss import chunked_loss
 from attnswap.training.ramp import ramps
 from attnswap.training.sections import StageSection
@@ -92,6 +92,7 @@ class Stages(TrainerCallback):
 
     Attributes:
         served: The trainer gives the stages their learning rates and windows.
+        installed: The model computes the loss of the stages.
     """
 
     def __init__(self, stages: list[Stage], distillation: Distillation) -> None:
@@ -101,7 +102,8 @@ class Stages(TrainerCallback):
         self._frozen: list[torch.nn.Parameter] = []
         self._silenced: list[torch.nn.Parameter] = []
         self._hooks: list[Any] = []
-        self._ready = False
+        self._made = False
+        self.installed = False
         self.served = False
 
     def at(self, step: int) -> Stage:
@@ -110,31 +112,40 @@ class Stages(TrainerCallback):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Puts the loss into the model."""
-        self._installed.enter_context(chunked_loss(base_of(kwargs["model"]), objective=self.distillation))
-        self._ready = True
+        self._install(base_of(kwargs["model"]))
+        self._made = True
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Makes sure that the loss is there.
+        """Makes sure that the loss is there, and that every stage can do what it is for.
 
         Raises:
             ConfigError: The callback was added after the trainer was made, or the stages ask for what it does not do.
         """
-        if not self._ready:
+        if not self._made:
             raise ConfigError("Stages must be among the trainer's callbacks=[...] when it is made, not added later")
+        model: PreTrainedModel = base_of(kwargs["model"])
         planned = sum(stage.steps for stage in self.stages)
         if state.max_steps != planned:
             raise ConfigError(
                 f"stages: planned for {planned} steps, and the trainer makes {state.max_steps}, so that lambda and the "
                 "last stages would end elsewhere: plan_stages(..., max_steps) takes the trainer's max_steps"
             )
-        for section in (stage.section for stage in self.stages):
+        sections = [stage.section for stage in self.stages]
+        if args.load_best_model_at_end and any(section.ramp is not None for section in sections):
+            raise ConfigError("load_best_model_at_end: the best loss may be one at a lambda below 1: switch it off")
+        for section in sections:
+            left_alone(model, section)
+            check_looked_into(model, section.loss)
             if not self.served and (section.learning_rate is not None or section.sequence_length is not None):
                 raise ConfigError(
                     f'stages: "{section.name}" has a learning rate or windows of its own, which this trainer would not '
                     "give it: take attnswap.training.SwapTrainer(..., stages=plan, windows=[...])"
                 )
+        if not self.installed:  # trained once already
+            self._current = None
+            self._install(model)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -185,7 +196,11 @@ class Stages(TrainerCallback):
         """Takes the loss out of the model again and thaws what a stage froze; for runs that end in an error."""
         self._thaw()
         self._installed.close()
-        self._ready = False
+        self.installed = False
+
+    def _install(self, model: PreTrainedModel) -> None:
+        self._installed.enter_context(chunked_loss(model, objective=self.distillation))
+        self.installed = True
 
     def _enter(self, stage: Stage, model: PreTrainedModel) -> None:
         self._current = stage

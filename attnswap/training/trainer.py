@@ -4,6 +4,7 @@ import copy
 import json
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import attnswap
 from attnswap.errors import ConfigError
 from attnswap.evaluation.result import write_atomically
 from attnswap.processes import whole
+from attnswap.training.loss import chunked_loss
 from attnswap.training.movement import Movement, by_kind
 from attnswap.training.rest import AtRest
 from attnswap.training.stages import Stage, StagedWindows, Stages, staged_schedule
@@ -54,6 +56,7 @@ class SwapTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # the loss in chunks does, whatever the model's own says
         self.rest = rest
         if rest is not None:
             self.add_callback(rest)
@@ -108,6 +111,7 @@ class SwapTrainer(Trainer):
             chosen = self.optimizer if optimizer is None else optimizer
             assert chosen is not None
             self.lr_scheduler = staged_schedule(chosen, self.stages, self.args)
+            self._created_lr_scheduler = True  # so that a second run gets one of its own
         return self.lr_scheduler
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -155,7 +159,9 @@ class SwapTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Evaluates, and replaces the mean over batches by the mean over tokens."""
-        output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
+        over = any(isinstance(c, Stages) and not c.installed for c in self.callback_handler.callbacks)
+        with chunked_loss(self.model) if over else nullcontext():  # which the stages took away when training ended
+            output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
         nll, tokens = (part.astype("float64").sum() for part in output.predictions)
         mean = {f"{metric_key_prefix}_loss": float(nll / tokens), f"{metric_key_prefix}_tokens": int(tokens)}
         return output._replace(metrics={**(output.metrics or {}), **mean})
