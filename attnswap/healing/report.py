@@ -117,8 +117,9 @@ def plot(result: dict[str, Any], path: Path) -> Path:
     """Draws the loss over training, perplexity and the ratio to the control by context, into a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
-    seen = _held_out(result)
+    seen = [(point["tokens"], point["ratio"]) for point in result.get("held_out", [])]
     panels = 4 if seen else 3
     figure = Figure(figsize=(5 * panels, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
@@ -155,19 +156,14 @@ def plot(result: dict[str, Any], path: Path) -> Path:
         axes.plot(*zip(*seen, strict=True), marker="o", color=COLOURS[0])
         axes.axhline(1.0, color="black", ls="--", lw=1)
         axes.set(xlabel="tokens", ylabel="perplexity, healed / control", yscale="log", title="held-out training text")
+    for axes in (middle, *last):
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter())
     figure.suptitle(title(result))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     write_atomically(path, buffer.getvalue())
     return path
-
-
-def _held_out(result: dict[str, Any]) -> list[tuple[int, float]]:
-    """Returns perplexity over the control's on held-out windows, by the tokens read."""
-    found = result.get("held_out", {})
-    if found.get("control") is None:
-        return []
-    return [(point["tokens"], math.exp(point["nll"] - found["control"])) for point in found["curve"]]
 
 
 def write(result: dict[str, Any], folder: Path, healed: Path) -> None:

@@ -89,7 +89,7 @@ def summarise_healing(experiment: Experiment, measured: Measured) -> dict[str, A
         "structure_tokens": measured.structure["healed"]["tokens"],
         "fidelity": measured.fidelity["healed"],
         "curve": curve(measured, config),
-        "held_out": {"control": control.get("held_out_loss"), "curve": held_out(measured, config)},
+        "held_out": held_out(measured, config),
         "environment": environment(),
     }
 
@@ -149,12 +149,18 @@ def curve(measured: Measured, config: TrainConfig) -> list[dict[str, Any]]:
 
 
 def held_out(measured: Measured, config: TrainConfig) -> list[dict[str, Any]]:
-    """Returns the mean negative log-likelihood of held-out windows over training in nats, if there is any."""
+    """Returns what held-out windows cost over training, in nats and over the control's perplexity, if known."""
+    control = measured.training.get("control", {}).get("held_out_loss")
     read = tokens_by_step(measured, config)
     return [
-        {"step": entry["step"], "tokens": read[entry["step"]], "nll": entry["eval_loss"]}
+        {
+            "step": entry["step"],
+            "tokens": read[entry["step"]],
+            "nll": entry["eval_loss"],
+            "ratio": math.exp(entry["eval_loss"] - control),
+        }
         for entry in measured.log
-        if "eval_loss" in entry
+        if "eval_loss" in entry and control is not None
     ]
 
 
