@@ -95,9 +95,9 @@ def markdown(result: dict[str, Any]) -> str:
     lines += [markdown_table(head, rows), "", markdown_table(["attention", *structure], attention, words=1)]
     fidelity, use, control = result["fidelity"], result["proof_of_use"], result.get("control_steps", {})
     scored = result["protocol"]["scored_tokens"]
-    said = [f"Trained in {minutes_of(result)} minutes, measured on {scored:,} tokens at each context."]
-    if "structure_tokens" in result:  # later than the first results
-        said[0] = said[0].removesuffix(".") + f", attention on {result['structure_tokens']:,}."
+    looked = result.get("structure_tokens")  # the first results do not say
+    seen = f", attention on {looked:,}" if looked else ""
+    said = [f"Trained in {minutes_of(result)} minutes, measured on {scored:,} tokens at each context{seen}."]
     said += [f"KL to the original {fidelity['kl']:.4f} nats a token, the same favourite token {fidelity['top1']:.1%}."]
     if use["movement"]:
         moves = ", ".join(f"{name} {largest:.2g}" for name, largest in use["movement"].items())
