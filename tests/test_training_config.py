@@ -92,6 +92,14 @@ def test_ssmax_and_control_differ_in_nothing_but_the_swap() -> None:
     assert different == {"swap", "output_dir"}
 
 
+def test_an_unquoted_no_is_the_strategy_of_that_name() -> None:
+    text = "eval_strategy: no\nsave_strategy: no\nbf16: no"
+    config = parse_config({**BASE, "training": parse_yaml(text, "a recipe")})
+    assert config.training == {"eval_strategy": "no", "save_strategy": "no", "bf16": False}
+    with pytest.raises(ConfigError, match=r"training\.eval_strategy: must be .* not True"):
+        parse_config({**BASE, "training": parse_yaml("eval_strategy: yes", "a recipe")})
+
+
 def test_a_resolved_recipe_reads_back() -> None:
     config = parse_config({**BASE, "lora": {"r": 4}, "training": {"learning_rate": "1e-4"}})
     assert parse_config(yaml.safe_load(yaml.safe_dump(to_mapping(config)))) == config

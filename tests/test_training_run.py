@@ -6,6 +6,8 @@ import math
 import os
 import signal
 import sys
+import timeit
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import attnswap
 from attnswap.cli import main
 from attnswap.errors import ConfigError, NumericsError
+from attnswap.loading import load_model
+from attnswap.processes import multiplies_bf16
 from attnswap.training import (
     SwapTrainer,
     TrainResult,
@@ -234,6 +238,28 @@ def test_training_arguments_are_passed_on(tmp_path: Path, training: dict[str, An
     assert logged(result.output_dir, "loss") == pytest.approx(logged(plain.output_dir, "loss"), abs=tolerance)
     assert (result.summary["held_out_loss"] is None) == ("eval_strategy" in training)
     assert {weight.dtype for weight in load_file(result.output_dir / "model.safetensors").values()} == {torch.float32}
+
+
+def test_bf16_on_a_processor_without_it_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attnswap.processes.multiplies_bf16", lambda device: False)
+    with pytest.warns(UserWarning, match=r"no instructions for bf16 .* training\.bf16=false"):
+        result = run(tmp_path, swap="ssmax", training={"bf16": True, "max_steps": 1})
+    with pytest.warns(UserWarning, match=r"no instructions for bf16 .*--dtype fp32"):
+        load_model(result.output_dir, dtype=torch.bfloat16, device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        load_model(result.output_dir, dtype=torch.float32, device="cpu")
+        load_model(result.output_dir, dtype=torch.bfloat16)  # to be saved, say
+
+
+def test_a_processor_that_is_not_warned_of_multiplies_bf16_in_good_time() -> None:
+    if not multiplies_bf16("cpu"):
+        pytest.skip("this processor has no instructions for bf16")
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.randn(512, 512).to(dtype)
+        seconds[dtype] = min(timeit.repeat(lambda a=a: a @ a, number=1, repeat=9))
+    assert seconds[torch.bfloat16] < 20 * seconds[torch.float32]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)

@@ -22,6 +22,7 @@ from attnswap.evaluation import Evaluation, compare, evaluate_perplexity, plot
 from attnswap.evaluation.result import write_atomically
 from attnswap.loading import EMBEDDED, load_model, load_tokenizer
 from attnswap.markdown import markdown_table
+from attnswap.processes import default_device, multiplies_bf16
 from attnswap.text import evaluation_text
 
 RECIPES = Path(attnswap.__file__).parent.parent / "recipes"
@@ -45,11 +46,12 @@ def main(out: Path = Path("out"), steps: int = STEPS, contexts: tuple[int, ...] 
     show_identity()
     for name, recipe in RUNS.items():
         fine_tune(recipe, out / name, steps)
+    dtype = torch.bfloat16 if multiplies_bf16("cpu") else torch.float32
     references = {"original": EMBEDDED, **{name: str(out / name) for name in RUNS}}
     found: dict[str, Evaluation] = {}
     for name, reference in references.items():
         print(f"\nmeasuring {name}", flush=True)
-        model = load_model(reference, dtype=torch.bfloat16)
+        model = load_model(reference, dtype=dtype)
         found[name] = evaluate_perplexity(
             model,
             load_tokenizer(reference),
@@ -82,6 +84,7 @@ def fine_tune(recipe: str, out: Path, steps: int) -> None:
     launch += ["--num_cpu_threads_per_process", str(torch.get_num_threads())]
     launch += [] if torch.cuda.is_available() else ["--cpu"]
     values = [f"output_dir={out}", "overwrite=true", f"training.max_steps={steps}", f"training.eval_steps={steps}"]
+    values += [] if multiplies_bf16(default_device()) else ["training.bf16=false"]
     command = [*launch, str(RECIPES / "train.py"), str(RECIPES / f"{recipe}.yaml"), *values]
     print(f"\naccelerate launch recipes/train.py recipes/{recipe}.yaml {' '.join(values)}", flush=True)
     done = subprocess.run(command, check=False, env={**os.environ, "PYTHONWARNINGS": "ignore"})

@@ -18,7 +18,10 @@ def heal_command(
     contexts: Annotated[str, typer.Option(help="Context lengths in tokens; k is 1024.")] = "512,1k,2k,4k,8k",
     max_tokens: Annotated[str, typer.Option(help="Scored tokens at each context.")] = "16k",
     text: Annotated[Path | None, typer.Option(help="Text to measure on. Default: the built-in offline text.")] = None,
-    dtype: Annotated[str, typer.Option(help="Dtype to measure in: fp32, bf16 or fp16.")] = "bf16",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Dtype to measure in: fp32, bf16 or fp16. Default: bf16, fp32 on a processor without it."),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Where to measure. Default: the accelerator, else cpu.")] = None,
     check: Annotated[
         Path | None, typer.Option(help="A committed result.json: fail unless the ratios land in its intervals.")
@@ -31,17 +34,19 @@ def heal_command(
     stopped goes on with the same command.
     """
     # Here, so that --help need not wait for torch.
+    import torch
+
     from attnswap.cli.options import parse_device, parse_dtype, parse_size
     from attnswap.evaluation.corpus import read_text
     from attnswap.healing import Experiment, heal, summarise_healing
     from attnswap.healing.report import table, write
     from attnswap.healing.rerun import check_rerun, read_committed, within
-    from attnswap.processes import leave, place
+    from attnswap.processes import leave, multiplies_bf16, place
     from attnswap.training import load_config
 
     config = load_config(recipe, overrides or [])
-    chosen = parse_dtype(dtype)
-    assert chosen is not None
+    placed = parse_device(device)
+    default = torch.bfloat16 if multiplies_bf16(placed) else torch.float32
     experiment = Experiment(
         config=config,
         out=Path(config.output_dir),
@@ -50,8 +55,8 @@ def heal_command(
         text_id=None if text is None else text.name,
         contexts=tuple(parse_size(part) for part in contexts.split(",")),
         max_tokens=parse_size(max_tokens),
-        dtype=chosen,
-        device=None if device is None else parse_device(device),
+        dtype=parse_dtype(dtype) or default,
+        device=None if device is None else placed,
     )
     committed = None if check is None else read_committed(check)
     if committed is not None:

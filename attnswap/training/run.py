@@ -28,7 +28,7 @@ from transformers.utils.generic import strtobool
 import attnswap
 from attnswap.errors import ConfigError, StoppedError
 from attnswap.loading import load_model, load_tokenizer
-from attnswap.processes import spread
+from attnswap.processes import spread, warn_of_bf16
 from attnswap.surgery.attach import spec_of
 from attnswap.training.config import TrainConfig
 from attnswap.training.data import Data, load_data
@@ -106,6 +106,8 @@ def train(config: TrainConfig) -> TrainResult:
             raise ConfigError("stages: without a swap nothing is left to train, so these stages have no control")
     steps_of_plan = {"max_steps": sum(stage.steps for stage in plan)} if plan else {}
     args = training_arguments(replace(config, training={**config.training, **steps_of_plan}), output.partial)
+    if args.bf16:
+        warn_of_bf16(args.device, "give training.bf16=false")
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.reference)
     _check_length(model, config)
     with args.main_process_first(local=False, desc="preparing the data"):

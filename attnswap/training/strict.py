@@ -144,8 +144,8 @@ def show(value: Any) -> str:
 def coerce(value: Any, hint: Any, path: str) -> Any:
     """Returns ``value`` as the type ``hint`` asks for.
 
-    Whole numbers serve as floats, and so do numbers such as ``1e-4`` that YAML 1.1 reads as text. Nothing else is
-    converted.
+    Whole numbers serve as floats, and so do numbers such as ``1e-4`` that YAML 1.1 reads as text. An unquoted ``no``,
+    which YAML 1.1 reads as false, serves where "no" is one of an enum's values. Nothing else is converted.
 
     Raises:
         ConfigError: The value does not fit.
@@ -179,8 +179,10 @@ def coerce(value: Any, hint: Any, path: str) -> Any:
 
 def _coerce_union(value: Any, options: tuple[Any, ...], hint: Any, path: str) -> Any:
     enums = [option for option in options if isinstance(option, type) and issubclass(option, Enum)]
+    known = [str(member.value) for option in enums for member in option]
+    if value is False and bool not in options and "no" in known:
+        return "no"
     if enums and isinstance(value, str):  # "Enum | str" of transformers: only the enum's own values are meant
-        known = [str(member.value) for option in enums for member in option]
         if value not in known:
             raise ConfigError(f'{path}: unknown value "{value}".{nearest(value, known)} Known: {", ".join(known)}')
         return value
