@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,47 +23,63 @@ from attnswap.evaluation import Evaluation, compare, evaluate_perplexity, plot
 from attnswap.evaluation.result import write_atomically
 from attnswap.loading import EMBEDDED, load_model, load_tokenizer
 from attnswap.markdown import markdown_table
-from attnswap.processes import default_device, multiplies_bf16
+from attnswap.processes import multiplies_bf16
 from attnswap.text import evaluation_text
 
 RECIPES = Path(attnswap.__file__).parent.parent / "recipes"
 CONTEXTS = (512, 1024, 2048, 4096, 8192)
-SCORED_TOKENS = 16384
-STEPS = 40
 RUNS = {"control": "control", "ssmax": "ssmax"}
 """Name of each fine-tuned model and its recipe; the control differs in nothing but the swap."""
 
 
-def main(out: Path = Path("out"), steps: int = STEPS, contexts: tuple[int, ...] = CONTEXTS) -> None:
+@dataclass(frozen=True)
+class Size:
+    """How much the demo does: training steps of 1024 tokens, scored tokens at each context, and the dtype of it all."""
+
+    steps: int
+    scored: int
+    dtype: torch.dtype
+
+
+WHOLE = Size(40, 16384, torch.bfloat16)
+SHORT = Size(20, 4096, torch.float32)
+"""For a processor that has no instructions for bf16, which also takes several times as long in fp32."""
+
+
+def main(out: Path = Path("out"), size: Size | None = None, contexts: tuple[int, ...] = CONTEXTS) -> None:
     """Runs the demo and leaves ``demo.md``, ``demo.json`` and ``demo.png`` in ``out``.
 
     Args:
         out: Where results go; models of an earlier demo there are replaced.
-        steps: Training steps of 1024 tokens.
+        size: How much is done; default: what this machine can do in good time.
         contexts: Context lengths to measure.
     """
     started = time.monotonic()
     quieten()
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # as fine_tune
+    if size is None:
+        size = WHOLE if multiplies_bf16(device) else SHORT
+    if size is SHORT:
+        print("this processor has no instructions for bf16: a shorter demo, in fp32", flush=True)
     show_identity()
     for name, recipe in RUNS.items():
-        fine_tune(recipe, out / name, steps)
-    dtype = torch.bfloat16 if multiplies_bf16("cpu") else torch.float32
+        fine_tune(recipe, out / name, size)
     references = {"original": EMBEDDED, **{name: str(out / name) for name in RUNS}}
     found: dict[str, Evaluation] = {}
     for name, reference in references.items():
         print(f"\nmeasuring {name}", flush=True)
-        model = load_model(reference, dtype=dtype)
+        model = load_model(reference, dtype=size.dtype, device=device)
         found[name] = evaluate_perplexity(
             model,
             load_tokenizer(reference),
             contexts=contexts,
-            max_tokens=SCORED_TOKENS,
+            max_tokens=size.scored,
             baseline=found.get("original"),
             model_id=name,
         )
         found[name].save(out / f"{name}.json")
     rows = compare_all(found)
-    write(out, found, rows, steps, time.monotonic() - started)
+    write(out, found, rows, size.steps, time.monotonic() - started)
 
 
 def show_identity() -> None:
@@ -77,14 +94,15 @@ def show_identity() -> None:
     print(f"largest change of any logit over {ids.shape[1]} tokens at the identity start: {change:g}", flush=True)
 
 
-def fine_tune(recipe: str, out: Path, steps: int) -> None:
+def fine_tune(recipe: str, out: Path, size: Size) -> None:
     """Trains a recipe as a user would, with ``accelerate launch``."""
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
     launch += ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     launch += ["--num_cpu_threads_per_process", str(torch.get_num_threads())]
     launch += [] if torch.cuda.is_available() else ["--cpu"]
-    values = [f"output_dir={out}", "overwrite=true", f"training.max_steps={steps}", f"training.eval_steps={steps}"]
-    values += [] if multiplies_bf16(default_device()) else ["training.bf16=false"]
+    values = [f"output_dir={out}", "overwrite=true"]
+    values += [f"training.{key}={size.steps}" for key in ("max_steps", "eval_steps")]
+    values += [] if size.dtype == torch.bfloat16 else ["training.bf16=false"]
     command = [*launch, str(RECIPES / "train.py"), str(RECIPES / f"{recipe}.yaml"), *values]
     print(f"\naccelerate launch recipes/train.py recipes/{recipe}.yaml {' '.join(values)}", flush=True)
     done = subprocess.run(command, check=False, env={**os.environ, "PYTHONWARNINGS": "ignore"})
