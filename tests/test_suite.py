@@ -14,6 +14,7 @@ import attnswap
 from attnswap.cli import main
 from attnswap.errors import ConfigError, UnsupportedModelError
 from attnswap.evaluation import evaluate_perplexity
+from attnswap.evaluation.bootstrap import standard_error
 from attnswap.evaluation.quantize import rounded
 from attnswap.evaluation.retrieval import measure_retrieval
 from attnswap.evaluation.sections import suite_report
@@ -81,10 +82,14 @@ def test_the_report_compares_with_the_original(pair: tuple[Profile, Profile]) ->
     assert row[:2] == [256, found.evaluation.at(256).ppl]
     assert row[5] == pytest.approx(found.evaluation.at(256).ppl / before.evaluation.at(256).ppl)
     losses = {row[0]: row for row in sections["quantization"]["table"]["rows"]}
-    assert losses["full"][2:] == [0.0, 0.0]
+    assert losses["full"][2:] == [0.0, 0.0, None, None]
     assert losses["int4"][2] == pytest.approx(
         float((found.quantized["int4"].astype("f8") - found.quantized["full"]).mean())
     )
+    more, less = (p.quantized["int4"].astype("f8") - p.quantized["full"] for p in (found, before))
+    assert losses["int4"][4:] == [pytest.approx(float((more - less).mean())), standard_error(more - less)]
+    broken = replace(before, quantized={name: nll for name, nll in before.quantized.items() if name != "int4"})
+    assert suite_report(found, broken)["sections"][5]["table"]["rows"][-1][3:] == [None, None, None]
     lone = suite_report(before)
     assert [section["name"] for section in lone["sections"]][-1] == "quantization"
     assert lone["sections"][0]["table"]["columns"] == [

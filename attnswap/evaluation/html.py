@@ -55,9 +55,8 @@ figure { margin: 0; overflow-x: auto }
 img { display: block; max-width: max(100%, 36rem); height: auto; background: #fff; border: 1px solid var(--line);
   border-radius: .5rem }
 @media (min-width: 64rem) {
-  .columns { display: grid; grid-template-columns: 13rem minmax(0, 1fr); gap: 2.5rem }
+  .columns { display: grid; grid-template-columns: 12rem minmax(0, 1fr); gap: 2rem }
   dl { grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr)) }
-  th, td { padding: .45rem .8rem }
   nav { position: sticky; top: 1.5rem; align-self: start; max-height: calc(100vh - 3rem); overflow-y: auto }
   main section:first-child { border-top: 0; padding-top: 0 }
 }

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from attnswap.errors import ConfigError
-from attnswap.evaluation.bootstrap import compare
+from attnswap.evaluation.bootstrap import compare, standard_error
 from attnswap.evaluation.retrieval import Cell
 from attnswap.evaluation.suite import BITS, Profile, gain_from_context
 
@@ -172,19 +172,26 @@ def _quantized(found: Profile, reference: Profile | None) -> dict[str, Any]:
         "quantization",
         "Rounded weights",
         "Nats a token lost when linear layers' weights are rounded to the nearest of few levels, per group of 64: "
-        f"{found.rounded_share:.0%} of the model's parameters. No number: the losses were not finite.",
-        ["weights", "NLL", "lost", *(["lost, original"] if reference else [])],
+        f"{found.rounded_share:.0%} of the model's parameters. No number: the losses were not finite."
+        + (" The difference is paired by token, with its standard error." if reference else ""),
+        ["weights", "NLL", "lost", *(["lost, original", "difference", "standard error"] if reference else [])],
     )
-    means = [
-        {name: float(nll.astype(np.float64).mean()) for name, nll in p.quantized.items()}
-        for p in (found, reference)
-        if p is not None
-    ]
-    section.data = means[0]
+    section.data = {name: float(nll.astype(np.float64).mean()) for name, nll in found.quantized.items()}
     for name in ("full", *(f"int{bits}" for bits in BITS)):
-        lost = [own[name] - own["full"] if name in own else None for own in means]
-        section.rows.append([name, means[0].get(name), *lost])
+        lost = [_lost(profile, name) for profile in (found, reference) if profile is not None]
+        row = [name, section.data.get(name), *(None if one is None else float(one.mean()) for one in lost)]
+        if reference is not None:
+            ours, theirs = lost
+            more = None if ours is None or theirs is None or name == "full" else ours - theirs
+            row += [None, None] if more is None else [float(more.mean()), standard_error(more)]
+        section.rows.append(row)
     return section.to_dict()
+
+
+def _lost(profile: Profile, name: str) -> np.ndarray | None:
+    """Returns how many nats each token lost by rounding; None where what was left has no losses."""
+    full = profile.quantized["full"].astype(np.float64)
+    return profile.quantized[name] - full if name in profile.quantized else None
 
 
 def _fidelity(found: Profile, reference: Profile | None) -> dict[str, Any] | None:
