@@ -1,5 +1,6 @@
 """Tiny models of every tested architecture, and a way to move a swap's parameters away from identity."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
@@ -136,3 +137,9 @@ def interpreted() -> Iterator[Callable[..., Any]]:
         pool.submit(torch.set_num_threads, 1).result()
     with pool:
         yield lambda function, *args: pool.submit(function, *args).result()
+
+
+def pytest_collection_finish() -> None:
+    """Keeps what was imported out of searches through living objects, of which every patch makes several."""
+    gc.collect()
+    gc.freeze()
