@@ -143,3 +143,8 @@ def pytest_collection_finish() -> None:
     """Keeps what was imported out of searches through living objects, of which every patch makes several."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Lets what was kept out be freed in the end: libraries report as leaked what is not."""
+    gc.unfreeze()
