@@ -54,7 +54,7 @@ def adapted(stock, swap="ssmax", **options) -> PeftModel:
 
 
 @pytest.mark.parametrize("options", [LORA, {}], ids=["lora", "swap only"])
-@pytest.mark.parametrize("swap", [*SWAPS, "entmax"])
+@pytest.mark.parametrize("swap", SWAPS)
 def test_the_life_of_an_adapter(swap, options, stock, tokens, tmp_path):
     """Every way to load gives the same logits; disabled, unloaded and merged it is what it should be."""
     before = logits(load(stock), tokens)

@@ -201,6 +201,7 @@ def test_long_calls_of_peers_are_left_out():
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_memory_in_fresh_processes():
     """The dense reference holds matrices of queries by keys, the flash path none."""
     case = bench.swap_cases(["softpick"])[0]

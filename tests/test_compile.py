@@ -119,8 +119,10 @@ def test_masks_are_part_of_the_graph(mask: str):
 
 @pytest.mark.parametrize(
     ("swap", "backend"),
-    [(attnswap.Entmax(), "dense"), (attnswap.Entmax(alpha="learned"), "native")],
-    ids=str,
+    [
+        pytest.param(attnswap.Entmax(), "dense", marks=pytest.mark.slow, id="dense"),
+        pytest.param(attnswap.Entmax(alpha="learned"), "native", id="native"),
+    ],
 )
 def test_inductor_computes_the_same(swap: Swap, backend: str):
     if backend not in backends_of(swap):

@@ -125,7 +125,8 @@ def test_stages_train_what_they_train_in_one_process(tmp_path):
     assert moved and all(".self_attn." in name for name in moved)
 
 
-@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_all_processes_begin_where_the_first_one_fitted(engine, tmp_path):
     path = write(tmp_path, {"name": "sigmoid", "bias": "predicted"}, max_steps=4, per_device_train_batch_size=2)
     values = yaml.safe_load(path.read_text()) | {"fit": {"tokens": 200}, "ramp": 1.0}
@@ -192,14 +193,8 @@ def test_layers_that_are_sharded_cannot_learn_one_by_one(tmp_path):
     assert not (tmp_path / "many").exists()
 
 
-@pytest.mark.parametrize(
-    ("engine", "first", "second"),
-    [
-        pytest.param("fsdp2", 4, 2, marks=pytest.mark.slow),
-        pytest.param("ddp", 4, 2, marks=pytest.mark.slow),
-        pytest.param("fsdp2", 2, 2),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "first", "second"), [("fsdp2", 4, 2), ("ddp", 4, 2), ("fsdp2", 2, 2)])
 def test_a_checkpoint_resumes_on_other_numbers_of_processes(engine, first, second, tmp_path):
     """Ten steps, then ten more on fewer processes, end where twenty on one process do."""
     options = {"save_strategy": "steps", "save_steps": 5, "save_total_limit": 2, "per_device_train_batch_size": 4}
@@ -218,6 +213,7 @@ def test_a_checkpoint_resumes_on_other_numbers_of_processes(engine, first, secon
     torch.testing.assert_close(logits(tmp_path / "many"), logits(single.output_dir), atol=1e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_evaluation_over_two_processes(tmp_path):
     """The report is that of one process, to the last bit of every loss."""
     path = write(tmp_path, "softpick", max_steps=2)

@@ -86,6 +86,7 @@ def test_a_fitted_sigmoid_gives_rows_the_sum_they_had(units: int, bound: float, 
     assert missed < bound
 
 
+@pytest.mark.slow
 def test_a_resumed_run_begins_where_it_was_fitted_without_fitting_again(tmp_path: Path) -> None:
     steps = {"max_steps": 10, "save_steps": 5, "save_strategy": "steps", "eval_strategy": "no"}
     values = recipe(

@@ -1,5 +1,6 @@
 """The native CPU kernels against the dense oracle in fp64, in fp32 and at the edges, and what happens without them."""
 
+import itertools
 import math
 import os
 import subprocess
@@ -122,9 +123,14 @@ def layouts() -> dict[str, Visibility]:
     }
 
 
+LAYOUTS = [  # a third of them in every run, each swap and each layout among it
+    pytest.param(swap, name, marks=() if (i + j) % 3 == 0 else pytest.mark.slow, id=f"{swap}-{name}")
+    for (i, swap), (j, name) in itertools.product(enumerate(SWAPS), enumerate(layouts()))
+]
+
+
 @pytest.mark.parametrize("backend", [pytest.param(native, marks=needs_compiler), tiled], ids=["native", "tiled"])
-@pytest.mark.parametrize("name", layouts())
-@pytest.mark.parametrize("swap", SWAPS, ids=repr)
+@pytest.mark.parametrize(("swap", "name"), LAYOUTS)
 def test_every_layout_in_fp64(swap: Swap, name: str, backend: Any, monkeypatch):
     """Outputs and all gradients, to rounding, for grouped keys, caps, sinks and ramps."""
     visibility = layouts()[name]
@@ -146,8 +152,7 @@ def test_every_layout_in_fp64(swap: Swap, name: str, backend: Any, monkeypatch):
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", layouts())
-@pytest.mark.parametrize("swap", SWAPS, ids=repr)
+@pytest.mark.parametrize(("swap", "name"), LAYOUTS)
 def test_every_layout_in_bf16(swap: Swap, name: str):
     """Within 2e-2 of fp64 on the same rounded inputs, by products of bf16 where the processor has them.
 
@@ -354,7 +359,9 @@ def test_a_wrong_slope_would_be_noticed(monkeypatch):
 
 
 @needs_compiler
-@pytest.mark.parametrize("without", ["ONEDNN_MAX_CPU_ISA", "torch.backends.mkldnn"])
+@pytest.mark.parametrize(
+    "without", ["ONEDNN_MAX_CPU_ISA", pytest.param("torch.backends.mkldnn", marks=pytest.mark.slow)]
+)
 def test_bf16_without_products_of_bf16(without: str):
     """What serves processors that have none: the same result, and what tracing is told about its shapes."""
     program = f"""
@@ -398,8 +405,8 @@ except attnswap.errors.ConfigError as error:
     ("change", "reason"),
     [
         ({"CXX": "no-such-compiler"}, "no C++ compiler"),
-        ({"CXX": "false"}, "does not build"),
-        ({"ATTNSWAP_NATIVE": "0"}, "ATTNSWAP_NATIVE"),
+        pytest.param({"CXX": "false"}, "does not build", marks=pytest.mark.slow),
+        pytest.param({"ATTNSWAP_NATIVE": "0"}, "ATTNSWAP_NATIVE", marks=pytest.mark.slow),
     ],
 )
 def test_without_a_compiler(change: dict[str, str], reason: str, tmp_path):

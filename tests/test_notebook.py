@@ -89,6 +89,7 @@ def test_committed_clean():
     assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
 
 
+@pytest.mark.slow
 def test_quickstart(tmp_path):
     """One test, so that parallel workers execute the notebook once."""
     executed = execute(tmp_path)

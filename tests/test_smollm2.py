@@ -82,6 +82,7 @@ def test_generation_with_and_without_a_cache(model, batch, swap):
     assert torch.equal(cached, recomputed)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_small_and_exact(batch, tmp_path):
     """ssmax with r=8 on the query and value projections: under 3 MB, the same logits again, also merged."""
     from peft import PeftModel, get_peft_model

@@ -108,6 +108,7 @@ def test_the_best_weights_are_kept(tmp_path: Path) -> None:
     assert result.summary["best_step"] == 2 * (1 + evaluations.index(min(evaluations))) < 6
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     changes = {"swap": "ssmax", "training": {"gradient_accumulation_steps": 2, "max_steps": 6, "eval_steps": 2}}
     changes["data"] = {"eval_windows": 3}  # of which one process gets two, and the other one and a repeated one

@@ -194,7 +194,11 @@ class Logits(torch.nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("swap", [*SWAPS, "sigmoid", "selective-temperature"])
+@pytest.mark.parametrize(
+    "swap",
+    ["softpick", "forgetting-gate"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("ssmax", "sigmoid", "selective-temperature")],
+)
 def test_onnx(swap, patched, tokens, tmp_path):
     """What is exported computes the swap, by plain operations."""
     onnxruntime = pytest.importorskip("onnxruntime")
