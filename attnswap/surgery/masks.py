@@ -6,6 +6,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     bidirectional_mask_function,
@@ -60,9 +61,9 @@ class ForwardMask:
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Calls a function of torch with the mask as a tensor."""
-        plain = [x.tensor() if isinstance(x, cls) else x for x in args]
-        return func(*plain, **{k: x.tensor() if isinstance(x, cls) else x for k, x in (kwargs or {}).items()})
+        """Calls a function of torch with the mask as a tensor, wherever it stands among the arguments."""
+        args, kwargs = tree_map_only(cls, cls.tensor, (args, kwargs or {}))
+        return func(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         """Returns an attribute of the mask as a tensor."""
@@ -127,6 +128,8 @@ def compact_mask(
     """
     if isinstance(attention_mask, ForwardMask):
         return attention_mask
+    # A static cache hands out its own counter and moves it in place before the mask of another implementation is made.
+    q_offset, kv_offset = (x.clone() if isinstance(x, Tensor) else x for x in (q_offset, kv_offset))
     arguments = {
         "batch_size": batch_size,
         "q_length": q_length,

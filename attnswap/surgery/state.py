@@ -63,10 +63,9 @@ def append(cache: Cache, layer: int, new: dict[str, Tensor], keys: int) -> list[
     main: Any = cache.layers[layer]
     kinds = {name: gates.shape[1] for name, gates in new.items()}
     side = getattr(main, "attnswap_side", None)
-    past = 0 if side is None else side.get_seq_length()
     column = torch.cat(list(new.values()), 1)[..., None]
     ensure(
-        getattr(main, "attnswap_kinds", kinds) == kinds and past + column.shape[2] == main.get_seq_length(),
+        getattr(main, "attnswap_kinds", kinds) == kinds and _follows(side, main, column.shape[2]),
         f"the KV cache of layer {layer} holds tokens that went through other swaps or none, so their gates are "
         "unknown; start from an empty cache",
         error=UnsupportedModelError,
@@ -84,6 +83,17 @@ def append(cache: Cache, layer: int, new: dict[str, Tensor], keys: int) -> list[
     if full.shape[2] != keys:
         raise UnsupportedModelError(f"layer {layer} attends to {keys} keys, but its KV cache has {full.shape[2]}")
     return list(full.split(list(kinds.values()), 1))
+
+
+def _follows(side: Any, main: Any, new: int) -> bool | Tensor:
+    """Whether a side layer holds every token of its cache layer but the new ones, which the cache layer has already."""
+    if torch.compiler.is_compiling() and isinstance(side, StaticSlidingWindowLayer):
+        # Two Python integers that always differ by a constant would be two symbols of the graph, of which the compiler
+        # declares one: the side's count is derived from the cache's, and the counts that are tensors are compared.
+        side.cumulative_length_int = main.cumulative_length_int - new
+        full = main.cumulative_length_int > main.max_cache_len
+        return True if full else side.cumulative_length + new == main.cumulative_length
+    return (0 if side is None else side.get_seq_length()) + new == main.get_seq_length()
 
 
 def _make_side(main: Any) -> Any:
