@@ -1,10 +1,10 @@
 """Put the seam around a model's attention modules, and take it away again."""
 
 import copy
-import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from attnswap.errors import CheckpointError, ConfigError, UnsupportedModelError
 from attnswap.surgery.module import LayerSwap
+from attnswap.surgery.owners import outermost
 from attnswap.surgery.scores import intercept, release
-from attnswap.surgery.seam import Enter, Leave
+from attnswap.surgery.seam import Enter, Leave, Route
 from attnswap.surgery.select import layer_info, owning_config
 from attnswap.surgery.spec import KEY, PatchSpec, Slot
 from attnswap.surgery.stacks import Modules, attention_modules, is_cross, retie, seam_of, siblings, untie
@@ -54,16 +55,20 @@ def config_of(model: PreTrainedModel) -> PreTrainedConfig:
 
 def patched_modules(model: PreTrainedModel) -> Modules:
     """Returns the attention modules that a patch of the model is about, or would be about by default."""
-    spec = spec_of(model)
-    return attention_modules(model, None if spec is None else spec.part)
+    entry = _entry(model)
+    return attention_modules(model, None if entry is None else PatchSpec.from_dict(entry).part)
 
 
 def enters(model: PreTrainedModel) -> list[Enter]:
     """Returns the pre-forward hooks of a patched model's attention modules; none if it is not patched."""
-    if spec_of(model) is None:
+    if not is_patched(model):
         return []
-    modules = patched_modules(model).values()
-    return [h for _, module in modules for h in module._forward_pre_hooks.values() if isinstance(h, Enter)]
+    return [enter for _, module in patched_modules(model).values() if (enter := enter_of(module))]
+
+
+def enter_of(module: nn.Module) -> Enter | None:
+    """Returns the pre-forward hook of an attention module, if it has ours."""
+    return next((hook for hook in module._forward_pre_hooks.values() if isinstance(hook, Enter)), None)
 
 
 @contextmanager
@@ -79,13 +84,25 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def spec_of(model: PreTrainedModel) -> PatchSpec | None:
-    """Returns what was done to a model, or None if nothing was."""
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        values = getattr(config, KEY, None)
-        if isinstance(values, dict):
-            return PatchSpec.from_dict(values)
-    return None
+    """Returns what was done to a model, as its modules hold it now, or None if nothing was."""
+    entry = _entry(model)
+    if entry is None:
+        return None
+    spec = PatchSpec.from_dict(entry)
+    swaps = {layer: child_of(module) for layer, (_, module) in attention_modules(model, spec.part).items()}
+    found = {layer: child.present_slots() for layer, child in swaps.items() if child is not None}
+    return replace(spec, layers={layer: slots for layer, slots in found.items() if slots})
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether some config of a model's modules has an entry."""
+    return _entry(model) is not None
+
+
+def _entry(model: nn.Module) -> dict[str, Any] | None:
+    """Returns the entry that was written when the model was patched, or None."""
+    entries = (getattr(getattr(module, "config", None), KEY, None) for module in model.modules())
+    return next((values for values in entries if isinstance(values, dict)), None)
 
 
 def child_of(module: nn.Module) -> LayerSwap | None:
@@ -123,7 +140,7 @@ def refuse_adapters(model: PreTrainedModel) -> None:
 def own_config(model: PreTrainedModel) -> Callable[[], None]:
     """Gives a model a config object of its own, since models built from one config share it.
 
-    A model inside another one gets it together with that one, which has to save the swaps too.
+    A model that is known to be inside another one gets it together with that one, which has to save the swaps too.
 
     Returns:
         A function that gives the model its old config object back.
@@ -143,19 +160,6 @@ def own_config(model: PreTrainedModel) -> Callable[[], None]:
             module.__dict__["config"] = config
 
     return give_back
-
-
-def outermost(model: PreTrainedModel) -> PreTrainedModel:
-    """Returns the largest living ``transformers`` model that has this one as a part, else the model itself."""
-    seen = [model]
-    for part in seen:  # modules do not know their parents, so look for who refers to their tables of children
-        tables = [x for x in gc.get_referrers(part) if isinstance(x, dict) and any(v is part for v in x.values())]
-        owners = [x for table in tables for x in gc.get_referrers(table)]
-        owners += [x for owner in owners if isinstance(owner, dict) for x in gc.get_referrers(owner)]
-        for owner in owners:
-            if isinstance(owner, nn.Module) and any(child is part for child in owner._modules.values()):
-                seen += [owner] if all(owner is not x for x in seen) else []  # type: ignore[list-item]
-    return next(x for x in reversed(seen) if isinstance(x, PreTrainedModel))
 
 
 def parts_of(config: PreTrainedConfig) -> list[PreTrainedConfig]:
@@ -211,7 +215,8 @@ class Present:
         for name in self.names:
             module: nn.Module | None = model
             for word in name.split("."):
-                module = None if module is None else _part(module, word)
+                if word not in WRAPPING:  # which may be put around a layer, and taken off, at any time
+                    module = None if module is None else _part(module, word)
             module = None if module is None else _inside(module)
             if module is None or KEY not in module._modules:
                 raise UnsupportedModelError(
@@ -271,12 +276,14 @@ def connect(
     elif config._attn_implementation == KEY:
         config._attn_implementation_internal = before
     layers = {id(module): layer for layer, (_, module) in modules.items()}
-    for module in siblings(model, modules):
-        enter = next((h for h in module._forward_pre_hooks.values() if isinstance(h, Enter)), None)
+    every = siblings(model, modules)
+    route = next((enter.route for module in every if (enter := enter_of(module))), Route(before, through_interface))
+    for module in every:
+        enter = enter_of(module)
         if enter is None:
-            enter = Enter(before, loading)
+            enter = Enter(route, loading)
             module.register_forward_pre_hook(enter, with_kwargs=True)
-            module.register_forward_hook(Leave(), with_kwargs=True)
+            module.register_forward_hook(Leave(enter), with_kwargs=True)
             if not through_interface:
                 intercept(module)
         if id(module) in layers:

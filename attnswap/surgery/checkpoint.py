@@ -7,12 +7,13 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from attnswap.errors import CheckpointError
-from attnswap.loading import refuse_orphans
 from attnswap.surgery.attach import patched_modules, spec_of
 from attnswap.surgery.probe import verify
-from attnswap.surgery.seam import Enter, check_loaded
 from attnswap.surgery.select import owning_config
 from attnswap.surgery.spec import KEY
+
+HUB = ("revision", "code_revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
+"""Arguments of ``from_pretrained`` that say where a config is and how it may be read."""
 
 
 def from_pretrained(path: str | Path, *, auto_class: Any = AutoModelForCausalLM, **kwargs: Any) -> PreTrainedModel:
@@ -34,28 +35,18 @@ def from_pretrained(path: str | Path, *, auto_class: Any = AutoModelForCausalLM,
     """
     _require_spec(path, kwargs)
     try:
-        model, loaded = auto_class.from_pretrained(path, output_loading_info=True, **kwargs)
+        model = auto_class.from_pretrained(path, **kwargs)  # which checks that it is whole
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f'the checkpoint "{path}" cannot be read: {error}. Is it complete?') from error
-    missing = [k for k in loaded["missing_keys"] if f".{KEY}." in k]
-    if missing:
-        raise CheckpointError(f'the checkpoint "{path}" lacks {len(missing)} swap parameters, such as {missing[0]}')
-    refuse_orphans(loaded["unexpected_keys"], path)
     spec = spec_of(model)
     modules = patched_modules(model)
-    for _, module in modules.values():
-        if KEY in module._modules:
-            check_loaded(module._modules[KEY])  # type: ignore[arg-type]
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, Enter):
-                hook.unchecked = False
     if spec is not None and not any(p.is_meta for p in model.parameters()):
         verify(model, owning_config(model, modules), modules, spec.before)
     return model
 
 
 def _require_spec(path: str | Path, kwargs: dict[str, Any]) -> None:
-    hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in kwargs}
+    hub = {k: kwargs[k] for k in HUB if k in kwargs}
     try:
         config = AutoConfig.from_pretrained(path, **hub)
     except (OSError, ValueError) as error:

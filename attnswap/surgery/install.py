@@ -1,11 +1,14 @@
-"""What attnswap changes of transformers for the whole process: three methods, each as before for unpatched models."""
+"""What attnswap changes of transformers for the whole process: five methods, each as before for unpatched models."""
 
 import functools
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from attnswap.surgery.loaded import check_whole
+from attnswap.surgery.owners import record
 from attnswap.surgery.rebuild import rebuild
+from attnswap.surgery.saving import faithful
 from attnswap.surgery.spec import KEY, PatchSpec, with_towers
 
 PREFIX = "AttnSwap"
@@ -15,14 +18,19 @@ Programs that build models of their own by these names (inference servers, conve
 ignore tensors they do not know. They refuse a name they do not know. transformers goes by the model type.
 """
 
+WEIGHTS = "output_attentions"
+"""In an entry: the config asks for attention weights."""
+
 
 def install() -> None:
-    """Wraps the start and end of a model's construction, and the writing of configs, once.
+    """Wraps the start and end of a model's construction, its saving and loading, and the writing of configs, once.
 
     A config with a spec rebuilds its swaps while its model is built, and is written under architecture names that only
-    attnswap's readers take for known ones.
+    attnswap's readers take for known ones. A model is saved only under a config that names what it computes, and loaded
+    only whole.
     """
     create, original, to_dict = PreTrainedModel.__init__, PreTrainedModel.post_init, PreTrainedConfig.to_dict
+    save, load = PreTrainedModel.save_pretrained, PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
     if getattr(original, "_attnswap", False):
         return
 
@@ -35,6 +43,18 @@ def install() -> None:
     def post_init(self: PreTrainedModel) -> None:
         rebuild(self)
         original(self)
+        record(self)
+
+    @functools.wraps(save)
+    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        with faithful(self):
+            return save(self, *args, **kwargs)
+
+    @functools.wraps(load)
+    def from_pretrained(cls: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        model, found = load(cls, *args, output_loading_info=True, **kwargs)
+        check_whole(model, found, args[0] if args else kwargs.get("pretrained_model_name_or_path"))
+        return (model, found) if output_loading_info else model
 
     @functools.wraps(to_dict)
     def named(self: PreTrainedConfig) -> dict[str, Any]:
@@ -43,6 +63,8 @@ def install() -> None:
     post_init._attnswap = True  # type: ignore[attr-defined]
     PreTrainedModel.__init__ = __init__  # type: ignore[method-assign]
     PreTrainedModel.post_init = post_init  # type: ignore[method-assign]
+    PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
+    PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[method-assign,assignment]
     PreTrainedConfig.to_dict = named  # type: ignore[method-assign]
 
 
@@ -54,13 +76,21 @@ def settle(config: Any) -> None:
     values = getattr(config, KEY, None)
     if isinstance(values, dict) and values.get("seam") == "scores" and config._attn_implementation == KEY:
         config._attn_implementation_internal = PatchSpec.from_dict(values).before
+    if isinstance(values, dict) and values.get(WEIGHTS):
+        config._output_attentions = True
     names = getattr(config, "architectures", None)
     if isinstance(names, list) and any(name.startswith(PREFIX) for name in names):
         config.architectures = [name.removeprefix(PREFIX) for name in names]
 
 
 def rename(values: dict[str, Any]) -> dict[str, Any]:
-    """Marks the architecture names of a config's values, if it or a part of it has a spec."""
+    """Marks the architecture names of a config's values, if it or a part of it has a spec.
+
+    The wish for attention weights moves into the entry, since transformers reads it with "eager" attention alone.
+    """
+    for part in with_towers(values):
+        if isinstance(part.get(KEY), dict) and part.get("output_attentions"):
+            part |= {KEY: {**part[KEY], WEIGHTS: True}, "output_attentions": False}
     names = values.get("architectures")
     if isinstance(names, list) and any(isinstance(part.get(KEY), dict) for part in with_towers(values)):
         values["architectures"] = [name if name.startswith(PREFIX) else PREFIX + name for name in names]

@@ -129,7 +129,7 @@ def compact_mask(
     if isinstance(attention_mask, ForwardMask):
         return attention_mask
     # A static cache hands out its own counter and moves it in place before the mask of another implementation is made.
-    q_offset, kv_offset = (x.clone() if isinstance(x, Tensor) else x for x in (q_offset, kv_offset))
+    q_offset = q_offset.clone() if isinstance(q_offset, Tensor) else q_offset
     arguments = {
         "batch_size": batch_size,
         "q_length": q_length,

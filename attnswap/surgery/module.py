@@ -1,12 +1,13 @@
 """The child module that holds a layer's learned tensors and turns hidden states into features."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attnswap.errors import UnsupportedModelError
+from attnswap.surgery.ramps import mark, slot_at
 from attnswap.surgery.spec import Slot
 from attnswap.swaps.base import ModelInfo
 
@@ -26,6 +27,8 @@ class SwapModule(nn.Module):
     def __init__(self, slot: Slot, info: ModelInfo, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.swap = slot.swap
+        self.initial_ramp = slot.ramp
+        self.read: tuple[int, int] | None = None  # mark of the buffer when lambda was read last
         heads = slot.count(info.heads)
         groups = info.heads // info.kv_heads
         sizes = {"heads": heads, "kv_heads": max(1, heads // groups), "hidden": info.hidden}
@@ -37,6 +40,7 @@ class SwapModule(nn.Module):
         for name, parameter in slot.swap.gate_parameters().items():
             self._add(name, tuple(size if isinstance(size, int) else sizes[size] for size in parameter.shape), device)
             self.starts[name] = (parameter.initial, parameter.std)
+        self._per_head = (heads,)
         self.ramp: Tensor
         self.register_buffer("ramp", torch.tensor(slot.ramp, dtype=torch.float32, device=device))
         self.set_start()
@@ -46,13 +50,15 @@ class SwapModule(nn.Module):
 
     @torch.no_grad()
     def set_start(self, fill: Callable[[Tensor, float, float], Any] | None = None) -> None:
-        """Gives every parameter its initial value.
+        """Gives every parameter its initial value, and lambda the one it was patched with.
 
         Args:
             fill: Called with each parameter, its mean and its deviation; default: fills it in place.
         """
         for name, (initial, std) in self.starts.items():
             (fill or _fill)(self.get_parameter(name), initial, std)
+        if not self.ramp.is_meta:
+            self.ramp.copy_(torch.tensor(self.initial_ramp, dtype=torch.float32))
 
     def forward(self, hidden_states: Tensor) -> dict[str, Tensor]:
         """Computes the slot's features.
@@ -66,9 +72,10 @@ class SwapModule(nn.Module):
         with torch.autocast(hidden_states.device.type, enabled=False):
             gate_names = self.swap.gate_parameters()
             # FSDP2 hands out 16-bit copies of its fp32 parameters where its policy says so.
-            features = {k: self.get_parameter(k).float() for k in self.starts if k not in gate_names}
+            # By attribute: torch.func.functional_call puts tensors in the place of parameters.
+            features = {k: getattr(self, k).float() for k in self.starts if k not in gate_names}
             if gate_names:
-                gates = {k: self.get_parameter(k).float() for k in gate_names}
+                gates = {k: getattr(self, k).float() for k in gate_names}
                 features |= self.swap.gates(hidden_states.float(), gates)
         return {**features, "ramp": self.ramp}
 
@@ -83,13 +90,9 @@ class SwapModule(nn.Module):
         for name in (*self._parameters, "ramp"):  # a state dict that is assigned rather than copied stays fp32 too
             if f"{prefix}{name}" in state_dict:
                 state_dict[f"{prefix}{name}"] = state_dict[f"{prefix}{name}"].float()
-        saved, errors = state_dict.get(f"{prefix}ramp"), args[-1]
-        if saved is not None and not self.ramp.is_meta and not torch.equal(saved.to(self.ramp.device), self.ramp):
-            # The phase that goes with lambda is kept outside the tensors.
-            errors.append(
-                f"the state has lambda {saved.tolist()} for {prefix}ramp, but the model is at {self.ramp.tolist()}: "
-                "call attnswap.set_ramp first"
-            )
+        saved = state_dict.get(f"{prefix}ramp")
+        if saved is not None and saved.shape != self.ramp.shape and saved.shape in ((), self._per_head):
+            self.ramp = saved.new_empty(saved.shape, device=self.ramp.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
@@ -119,19 +122,48 @@ class LayerSwap(nn.Module):
 
     def add(self, name: str, slot: Slot, device: torch.device | str | None) -> None:
         """Adds a slot with fresh parameters."""
-        self.slots[name] = slot
         self.add_module(name, SwapModule(slot, self.info, device))
+        self.slots = {**self.slots, name: slot}
 
+    @torch.no_grad()
     def set_ramp(self, name: str, moved: Slot) -> None:
         """Gives a slot another lambda."""
-        self.slots[name] = moved
-        module = self.get_submodule(name)
-        device = module.get_buffer("ramp").device
-        module.register_buffer("ramp", torch.tensor(moved.ramp, dtype=torch.float32, device=device))
+        module, value = self.get_submodule(name), torch.tensor(moved.ramp, dtype=torch.float32)
+        ramp = module.get_buffer("ramp")
+        if ramp.shape == value.shape and not ramp.is_inference():
+            ramp.copy_(value)  # in place: trainers and wrappers hold on to a model's buffers
+        else:
+            module.register_buffer("ramp", value.to(ramp.device))
+        self.slots = {**self.slots, name: moved}
+
+    def slots_at(self, features: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Slot]:
+        """Returns the slots at the lambda that their buffers hold now.
+
+        Args:
+            features: What :meth:`forward` gave, here or on a copy of this module.
+        """
+        found = {name: self._slot_at(name, features[name]["ramp"]) for name in self.slots}
+        if not torch.compiler.is_compiling() and any(found[name] is not slot for name, slot in self.slots.items()):
+            self.slots = found
+        return found
+
+    def _slot_at(self, name: str, ramp: Tensor) -> Slot:
+        if torch.compiler.is_compiling():
+            return slot_at(self.slots[name], ramp)
+        module: Any = self._modules[name]
+        now = mark(ramp)
+        found = slot_at(self.slots[name], ramp, known=now is not None and now == module.read)
+        module.read = now
+        return found
+
+    def present_slots(self) -> dict[str, Slot]:
+        """Returns the slots at the lambda that the buffers of this module hold now."""
+        return self.slots_at({name: {"ramp": self.get_submodule(name).get_buffer("ramp")} for name in self.slots})
 
     def drop(self, name: str) -> None:
         """Removes a slot and its parameters."""
-        del self.slots[name], self._modules[name]
+        self.slots = {other: slot for other, slot in self.slots.items() if other != name}
+        del self._modules[name]
 
     def forward(self, hidden_states: Tensor) -> dict[str, dict[str, Tensor]]:
         """Computes the features of every slot, by slot name.

@@ -12,6 +12,7 @@ from attnswap.errors import CheckpointError, ConfigError, UnsupportedModelError
 from attnswap.loading import clear_dequantized_flags
 from attnswap.surgery import attach
 from attnswap.surgery.module import SwapModule
+from attnswap.surgery.owners import outermost
 from attnswap.surgery.probe import verify
 from attnswap.surgery.report import PatchReport, build_report
 from attnswap.surgery.select import (
@@ -23,6 +24,7 @@ from attnswap.surgery.select import (
 )
 from attnswap.surgery.spec import KEY, PatchSpec, Slot
 from attnswap.surgery.stacks import Modules, attention_modules, is_cross
+from attnswap.surgery.undo import all_or_nothing
 from attnswap.swaps import Swap, SwapLike, resolve
 from attnswap.swaps.base import ModelInfo
 
@@ -90,23 +92,19 @@ def patch(
             name = _slot_name(slot.swap, present)
             spec = spec.with_slot(layer, name, slot)
             added.append((layer, name, slot))
-    give_back = attach.own_config(model)
-    config = owning_config(model, modules)
-    attach.connect(model, config, modules, before)
-    attach.write_spec(model, config, spec)
-    try:
+    with all_or_nothing(outermost(model)):
+        attach.own_config(model)
+        config = owning_config(model, modules)
+        attach.connect(model, config, modules, before)
+        attach.write_spec(model, config, spec)
         for layer, name, slot in added:
             attach.add_slot(modules[layer][1], config, name, slot)
         verify(model, config, modules, before)
-    except BaseException:
-        _take_back(model, config, modules, before, added, old)
-        give_back()
-        raise
-    _keep_fp32(model)
-    attach.guard(attach.outermost(model))
-    cleared = clear_dequantized_flags(model)
-    notes = [f"cleared stale quantization flags of a dequantized model: {', '.join(cleared)}"] if cleared else []
-    return build_report(model, modules, spec, notes)
+        _keep_fp32(model)
+        attach.guard(outermost(model))
+        cleared = clear_dequantized_flags(model)
+        notes = [f"cleared stale quantization flags of a dequantized model: {', '.join(cleared)}"] if cleared else []
+        return build_report(model, modules, spec, notes)
 
 
 def _check_keys(model: PreTrainedModel, modules: Modules, chosen: list[int], swap: Swap) -> None:
@@ -134,13 +132,14 @@ def unpatch(model: PreTrainedModel) -> None:
     attach.refuse_adapters(model)
     spec = _spec(model)
     modules = attach.patched_modules(model)
-    attach.disconnect(model, owning_config(model, modules), modules, spec.before)
-    attach.unguard(model)
-    for module in model.modules():
-        kept = module.__dict__.get("_keep_in_fp32_modules_strict")
-        if isinstance(kept, set):
-            kept.discard(KEY)
-        module.__dict__.pop("_init_weights", None)
+    with all_or_nothing(outermost(model)):
+        attach.disconnect(model, owning_config(model, modules), modules, spec.before)
+        attach.unguard(model)
+        for module in model.modules():
+            kept = module.__dict__.get("_keep_in_fp32_modules_strict")
+            if isinstance(kept, set):
+                kept.discard(KEY)
+            module.__dict__.pop("_init_weights", None)
 
 
 def describe(model: PreTrainedModel) -> PatchReport:
@@ -316,27 +315,6 @@ def _slot_name(swap: Swap, present: Mapping[str, Slot]) -> str:
     base = swap.name.replace("-", "_")
     names = [base, *(f"{base}_{i}" for i in range(1, len(present) + 1))]
     return next(name for name in names if name not in present)
-
-
-def _take_back(
-    model: PreTrainedModel,
-    config: Any,
-    modules: Modules,
-    before: str,
-    added: list[tuple[int, str, Slot]],
-    old: PatchSpec | None,
-) -> None:
-    if old is None:
-        attach.disconnect(model, config, modules, before)
-        return
-    attach.write_spec(model, config, old)
-    for layer, name, _ in added:
-        module = modules[layer][1]
-        child = attach.child_of(module)
-        if child is not None and name in child.slots:
-            child.drop(name)
-            if not child.slots:
-                del module._modules[KEY]
 
 
 def _keep_fp32(model: PreTrainedModel) -> None:

@@ -2,16 +2,19 @@
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from attnswap.errors import AttnSwapError, UnsupportedModelError
-from attnswap.surgery.attach import Modules, child_of, dispatches_all
+from attnswap.surgery.attach import Modules, child_of, dispatches_all, enter_of
 from attnswap.surgery.inputs import tiny_inputs
-from attnswap.surgery.seam import Enter, Leave
+from attnswap.surgery.scores import Answering
+from attnswap.surgery.seam import Enter
 from attnswap.surgery.spec import Slot
 from attnswap.surgery.stacks import siblings
 from attnswap.swaps.base import Call, Swap, Terms
@@ -52,22 +55,23 @@ def verify(model: PreTrainedModel, config: PreTrainedConfig, modules: Modules, b
     swapped = {i: m for i, (_, m) in modules.items() if child_of(m) is not None}
     connected, every = config._attn_implementation_internal, siblings(model, modules)
     # What is still to be read from a file cannot be compared with the config yet.
-    with _quiet(model), _hooked(every, "unchecked", False):
+    with torch.inference_mode(False), _quiet(model), _hooked(every, "unchecked", False):
+        run = partial(_forward, model, _learnable(model))
         try:
             config._attn_implementation_internal = before
-            with _hooks_silenced(every):
-                reference = _forward(model)
+            with _muted(every):
+                reference = run()
             config._attn_implementation_internal = connected
             with _replaced(swapped, Plain()), _hooked(every, "alone", True):
-                same = _forward(model)
+                same = run()
             # On a CPU flex_attention gives no gradient.
             learns = "eager" if before == "flex_attention" and reference.device.type == "cpu" else before
-            hooked = _hooked(every, "before", learns)
+            hooked = _before(every, learns)
             with _replaced(swapped, Flat()), hooked, _gains(swapped) as gains, torch.enable_grad():
-                output = _forward(model)
+                output = run()
                 weights = torch.linspace(1, 2, output.numel(), device=output.device).view_as(output)
                 slopes = torch.autograd.grad((output * weights).sum(), list(gains.values()), allow_unused=True)
-            _forward(model)  # with the swaps themselves, which may refuse
+            run()  # with the swaps themselves, which may refuse
             if not dispatches_all(modules):
                 _check_rows(model, every, swapped)
         except AttnSwapError:
@@ -95,7 +99,7 @@ def _check_rows(model: PreTrainedModel, every: list[nn.Module], swapped: dict[in
     sees = next((s.swap for s in slots if not s.swap.softmax_weighted and not s.swap.threshold), None)
     if sees is None or model.main_input_name != "input_ids":
         return
-    with _hooks_silenced(every):
+    with _muted(every):
         looks_ahead = _prefix_gap(model)
     with _replaced(swapped, Sigmoid(bias=0.0)):  # which weighs each key by its own score
         moves = _prefix_gap(model)
@@ -129,10 +133,16 @@ def _check_heads(model: PreTrainedModel, layer: int, module: nn.Module, slope: T
                 )
 
 
-def _forward(model: PreTrainedModel) -> Tensor:
+def _learnable(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Returns stand-ins for tensors that were made in inference mode, through which autograd does not go."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return {name: tensor.detach().clone() for name, tensor in tensors if tensor.is_inference()}
+
+
+def _forward(model: PreTrainedModel, stand_ins: dict[str, Tensor]) -> Tensor:
     """Runs two short inputs and returns the outputs in fp32, of tokens those that are no padding."""
     inputs = tiny_inputs(model)
-    output = model(**inputs)[0]
+    output = (functional_call(model, stand_ins, kwargs=inputs) if stand_ins else model(**inputs))[0]
     mask = inputs.get("decoder_attention_mask", inputs.get("attention_mask"))
     if mask is not None and output.shape[:2] == mask.shape:
         output = output[mask.bool()]
@@ -141,10 +151,12 @@ def _forward(model: PreTrainedModel) -> Tensor:
 
 @contextlib.contextmanager
 def _quiet(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode without gradients; random state and each module's mode are put back."""
+    """Evaluation mode without gradients; each module's mode is put back.
+
+    The generators of random numbers are left alone: they are the process's, and other threads draw from them.
+    """
     modes = [(m, m.training) for m in model.modules()]
-    cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=cuda), torch.no_grad():
+    with torch.no_grad():
         model.eval()
         try:
             yield
@@ -154,22 +166,16 @@ def _quiet(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _hooks_silenced(modules: list[nn.Module]) -> Iterator[None]:
+def _muted(modules: list[nn.Module]) -> Iterator[None]:
     """Runs the attention modules as if they had never been touched."""
-    saved = []
-    for module in modules:
-        tables = (module._forward_pre_hooks, module._forward_hooks)
-        saved.append([(t, dict(t)) for t in tables])
-        for table in tables:
-            for key in [k for k, h in table.items() if isinstance(h, Enter | Leave)]:
-                del table[key]
+    found = [x for m in modules for x in (enter_of(m), m.__dict__.get("forward")) if isinstance(x, Enter | Answering)]
     try:
+        for one in found:
+            one.muted = True
         yield
     finally:
-        for tables_of in saved:
-            for table, content in tables_of:
-                table.clear()
-                table.update(content)
+        for one in found:
+            one.muted = False
 
 
 @contextlib.contextmanager
@@ -194,7 +200,7 @@ def _replaced(swapped: dict[int, nn.Module], swap: Swap) -> Iterator[None]:
 @contextlib.contextmanager
 def _hooked(modules: list[nn.Module], name: str, value: Any) -> Iterator[None]:
     """Gives the pre-hooks of all attention modules another value of an attribute."""
-    hooks = [h for m in modules for h in m._forward_pre_hooks.values() if isinstance(h, Enter)]
+    hooks = [enter for m in modules if (enter := enter_of(m))]
     saved = [getattr(hook, name) for hook in hooks]
     try:
         for hook in hooks:
@@ -206,6 +212,20 @@ def _hooked(modules: list[nn.Module], name: str, value: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _before(modules: list[nn.Module], name: str) -> Iterator[None]:
+    """Sends what is not swapped to another implementation."""
+    routes = {id(enter.route): enter.route for m in modules if (enter := enter_of(m))}
+    saved = [(route, route.before) for route in routes.values()]
+    try:
+        for route, _ in saved:
+            route.before = name
+        yield
+    finally:
+        for route, before in saved:
+            route.before = before
+
+
+@contextlib.contextmanager
 def _gains(swapped: dict[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
     """Multiplies each head's output by a gain of 1 that asks for its gradient."""
     gains, hooks = {}, []
@@ -214,7 +234,8 @@ def _gains(swapped: dict[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
         assert child is not None
         device = next(module.parameters()).device
         gains[layer] = torch.ones(child.info.heads, device=device, requires_grad=True)
-        hook = next(h for h in module._forward_pre_hooks.values() if isinstance(h, Enter))
+        hook = enter_of(module)
+        assert hook is not None
         hook.probe = gains[layer]
         hooks.append(hook)
     try:

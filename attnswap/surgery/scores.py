@@ -6,6 +6,7 @@ counts as part of them: a swap that scales scores scales all of it.
 """
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,10 +23,13 @@ from attnswap.surgery import combine
 from attnswap.surgery.call import LayerCall
 from attnswap.surgery.masks import refuse_nearly
 from attnswap.surgery.spec import KEY
+from attnswap.surgery.stacks import code_of
 
 SOFTMAXES = {torch.softmax, Tensor.softmax, torch.nn.functional.softmax, torch.special.softmax}
-HIDDEN = -5e3
-"""Scores from here down are hidden keys: models write -1e4 or their dtype's smallest number."""
+HIDDEN = -1e6
+"""Scores from here down are hidden keys. Position biases get far: ALiBi reaches -5e4 in a context of 65k tokens."""
+WRITTEN = -1e4
+"""The score that the first GPT writes for a hidden key."""
 
 
 class Within(TorchFunctionMode):
@@ -79,8 +83,8 @@ class Within(TorchFunctionMode):
 
     def _weights(self, scores: Tensor, stock: Tensor) -> Tensor:
         """Returns the weights of every head, those that have no swap as the model's own softmax gave them."""
+        hidden = _hidden(self.module, scores)
         scores = scores if scores.dtype == torch.float64 else scores.float()
-        hidden = scores <= HIDDEN
         one = hidden[:, :1]
         visible = ~(one if bool((hidden == one).all()) else hidden)
         queries, keys = scores.shape[2:]
@@ -163,6 +167,26 @@ class Within(TorchFunctionMode):
         return out if self.call.probe is None else out * self.call.probe[:, None, None].to(out.dtype)
 
 
+def _hidden(module: nn.Module, scores: Tensor) -> Tensor:
+    """Returns which scores stand for hidden keys, as a module writes them in the dtype it computes in."""
+    hidden = scores <= _hidden_from(module, scores.dtype)
+    kind: Any = type(module)
+    return hidden | (scores == WRITTEN) if _writes(kind) else hidden
+
+
+def _hidden_from(module: nn.Module, dtype: torch.dtype) -> float:
+    """Returns the largest number that stands for a hidden key: fp16 has none as small as :data:`HIDDEN`."""
+    dtypes = {dtype, *(p.dtype for p in module.parameters(recurse=True) if p.is_floating_point())}
+    dtypes |= {torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)}
+    return max(HIDDEN, *(torch.finfo(d).min / 2 for d in dtypes))
+
+
+@functools.cache
+def _writes(kind: Any) -> bool:
+    """Whether the code of a class of modules writes :data:`WRITTEN`."""
+    return re.search(r"-\s*(1e4|10000)\b", code_of(kind)) is not None
+
+
 @dataclass(frozen=True)
 class _Stock:
     """The call of torch's attention function that a model made."""
@@ -191,14 +215,21 @@ class Answering:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.before = module.__dict__.get("forward")  # another library's, such as one that offloads
+        self.muted = False  # the module runs as if it had never been patched, while a patch is being verified
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module."""
         call = kwargs.pop(KEY, None)
         forward = self.before or functools.partial(type(self.module).forward, self.module)
-        if call is None or not call.slots:
-            if call is not None:
-                call.served = True
+        if self.muted:
+            return forward(*args, **kwargs)
+        if call is None:
+            raise UnsupportedModelError(
+                f"{type(self.module).__name__} was called without its hooks, which bring its swaps: call the module "
+                "itself, and not its forward method"
+            )
+        if not call.slots:
+            call.served = True
             return forward(*args, **kwargs)
         if torch.compiler.is_compiling():
             raise UnsupportedModelError(
@@ -207,7 +238,7 @@ class Answering:
             )
         for mask in (*args[1:], *kwargs.values()):
             if isinstance(mask, Tensor) and mask.ndim > 1 and mask.is_floating_point():
-                refuse_nearly(self.module, mask.masked_fill(mask <= HIDDEN, 0))
+                refuse_nearly(self.module, mask.masked_fill(mask <= _hidden_from(self.module, mask.dtype), 0))
         with Within(self.module, call):
             return forward(*args, **kwargs)
 

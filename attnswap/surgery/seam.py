@@ -5,7 +5,7 @@ module hands it to :func:`attention_forward`; after the forward, :class:`Leave` 
 patched module either computes its swaps or raises, whatever happened to the model's configuration in between.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,59 +17,48 @@ from attnswap.attention.checks import ensure
 from attnswap.attention.visibility import Visibility, split_mask
 from attnswap.errors import CheckpointError, UnsupportedModelError
 from attnswap.surgery import combine
+from attnswap.surgery.arguments import refuse_unknown
 from attnswap.surgery.call import LayerCall, Observing, Watching
 from attnswap.surgery.masks import ForwardMask, compact_mask, refuse_nearly, with_lengths
 from attnswap.surgery.module import LayerSwap
 from attnswap.surgery.previous import Previous
 from attnswap.surgery.spec import KEY
+from attnswap.surgery.split import refuse_split
 from attnswap.surgery.state import find_cache
 
-BENIGN = {
-    "position_ids",
-    "cache_position",
-    "use_cache",
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-    "logits_to_keep",
-    "return_dict",
-    "num_items_in_batch",
-    "past_key_values",
-    "encoder_hidden_states",
-    "labels",
-    "sliding_window",  # already part of the mask
-    "softcap",
-    "s_aux",
-    "sinks",
-    "is_causal",
-    "position_bias",
-    "key_value_states",
-    "cu_seq_lens_q",
-    "cu_seq_lens_k",
-    "max_length_q",
-    "max_length_k",
-    "deterministic",  # of the flash function's backward pass
-}
-"""Keyword arguments that attention functions receive and that are either honoured here or change nothing."""
+
+@dataclass
+class Route:
+    """Where the attention of a model's layers went before, one for all of them.
+
+    Attributes:
+        before: The attention implementation the model had.
+        dispatched: The layers call transformers' attention interface.
+    """
+
+    before: str
+    dispatched: bool
 
 
 class Enter:
     """The pre-forward hook of an attention module.
 
     Args:
-        before: The attention implementation the model had.
+        route: The attention implementation the model had.
         unchecked: lambda is yet to be compared with what config.json says.
 
     Attributes:
         layer: Index of the layer.
         cross: It attends to another sequence: what is cached there are no tokens of this one.
         bypass: The layer's swaps are passed by; see :func:`attnswap.bypassed`.
+        muted: The module runs as if it had never been patched, while a patch is being verified.
     """
 
-    def __init__(self, before: str, unchecked: bool = False) -> None:
-        self.before = before
+    def __init__(self, route: Route, unchecked: bool = False) -> None:
+        self.route = route
         self.layer, self.cross = 0, False
         self.bypass = False
+        self.muted = False
         self.unchecked = unchecked
         self.probe: Tensor | None = None
         self.watch: Watching | None = None
@@ -78,12 +67,16 @@ class Enter:
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Computes the layer's features and adds the call to the kwargs."""
-        call = LayerCall(self.before, self.layer, probe=self.probe, alone=self.alone, cross=self.cross)
+        if self.muted:
+            return None
+        self._follow(module)
+        call = LayerCall(self.route.before, self.layer, probe=self.probe, alone=self.alone, cross=self.cross)
         call.watch, call.observe = self.watch, self.observe
         child = module._modules.get(KEY)
         if child is not None and not self.bypass:
+            refuse_split(module, self.route.before)
             if self.unchecked:
                 check_loaded(child)
                 self.unchecked = torch.compiler.is_compiling()  # a graph checks whenever it runs
@@ -94,18 +87,37 @@ class Enter:
                     "not be saved: was it edited or replaced? Call attnswap.patch on a fresh model"
                 )
             hidden = _hidden(module, args, kwargs)
-            call.slots, call.info = _own(child).slots, _own(child).info
             call.features = child(hidden)
+            call.slots, call.info = _own(child).slots_at(call.features), _own(child).info
             call.cache = None if self.cross else find_cache(args, kwargs)
         return args, {**kwargs, KEY: call}
 
+    def _follow(self, module: nn.Module) -> None:
+        """Takes up another implementation of transformers' own, which somebody chose for the model since.
+
+        Whisper chooses "eager" by itself when it is asked for the times of tokens. What is not swapped then runs on it.
+        """
+        config = getattr(module, "config", None)
+        name = getattr(config, "_attn_implementation", None)
+        if not self.route.dispatched or name == KEY or config is None or torch.compiler.is_compiling():
+            return
+        if name in ("eager", "sdpa", "flex_attention") or str(name).startswith("flash_attention_"):
+            self.route.before, config._attn_implementation_internal = name, KEY  # type: ignore[assignment]
+
 
 class Leave:
-    """The post-forward hook of an attention module."""
+    """The post-forward hook of an attention module.
+
+    Args:
+        enter: The pre-forward hook.
+    """
+
+    def __init__(self, enter: Enter) -> None:
+        self.enter = enter
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Raises unless the attention function saw this call."""
-        if not kwargs[KEY].served:
+        if not self.enter.muted and not kwargs[KEY].served:
             raise UnsupportedModelError(
                 f"{type(module).__name__} (layer {getattr(module, 'layer_idx', '?')}) computed attention without "
                 "attnswap, so its swap had no effect. Was the attention implementation changed after patching? "
@@ -197,12 +209,8 @@ def attention_forward(
         kept = previous.everything()
         if kept[1] is not None or not weights_wanted:
             return kept
-    for name in kwargs:
-        if name not in BENIGN and kwargs[name] is not None:
-            raise UnsupportedModelError(
-                f'{type(module).__name__} passes "{name}" to its attention function; attnswap does not know what it '
-                "changes and will not guess. Unpatch the layer, or report the architecture"
-            )
+    refuse_unknown(module, kwargs)
+    refuse_split(module, call.before, query, key, value)
     check_heads(module, call, query.shape[1])
     call.find_layer(key)
     visibility = as_visibility(module, attention_mask, query, key, call, kwargs.get("is_causal"))

@@ -177,13 +177,18 @@ def seam_of(kind: type) -> str | None:
 def _seam(kind: Any) -> str | None:
     if kind.__module__.startswith("torch.") or issubclass(kind, PreTrainedModel):
         return None
-    code = "".join(_code(cls) for cls in kind.__mro__ if issubclass(cls, nn.Module) and cls is not nn.Module)
+    code = code_of(kind)
     named = kind.__name__.endswith("Attention")
     if "ALL_ATTENTION_FUNCTIONS" in code or (named and not code):
         return "interface"
     if not named:
         return None
     return "scores" if re.search("softmax|scaled_dot_product_attention", code, re.IGNORECASE) else None
+
+
+def code_of(kind: type) -> str:
+    """Returns the source of a class of modules and of the classes it derives from, as far as there is any."""
+    return "".join(_code(cls) for cls in kind.__mro__ if issubclass(cls, nn.Module) and cls is not nn.Module)
 
 
 def _code(kind: type) -> str:

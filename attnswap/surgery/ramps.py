@@ -1,0 +1,93 @@
+"""lambda as the buffer of a swap holds it: what is computed is read from there, whoever wrote it.
+
+Averaged models, checkpoints that are read in place, merged weights and copies of adapters all write buffers without
+asking. So no number on the host is trusted: the phase of a slot follows from its buffer at each forward.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
+
+from attnswap.attention.checks import ensure
+from attnswap.errors import NumericsError
+from attnswap.surgery.spec import Slot
+
+WAY_OUT = "Move lambda with attnswap.set_ramp(model, value)"
+
+
+def slot_at(slot: Slot, ramp: Tensor, known: bool = False) -> Slot:
+    """Returns a slot at the lambda that its buffer holds.
+
+    Args:
+        slot: The slot, at the lambda that was read last.
+        ramp: The buffer, shape () or (heads,).
+        known: The buffer is on an accelerator and seems not to have been written since. Then it is checked there,
+            without waiting for it.
+
+    Returns:
+        The slot itself, or a copy with another lambda.
+
+    Raises:
+        NumericsError: The buffer holds a number outside [0, 1].
+        RuntimeError: Under ``torch.compile`` or on an accelerator, the buffer holds a lambda of another phase.
+    """
+    if torch.compiler.is_compiling() or known:
+        _check_phase(slot, ramp)
+        return slot
+    values = numbers(ramp)
+    if values is None or values == _held(slot):
+        return slot
+    if not all(0 <= value <= 1 for value in values):
+        raise NumericsError(
+            f'the buffer of lambda of the swap "{slot.swap.name}" holds {values if len(values) > 1 else values[0]}, '
+            f"which is not in [0, 1]. {WAY_OUT}"
+        )
+    return replace(slot, ramp=values[0] if ramp.ndim == 0 and len(values) == 1 else tuple(values))
+
+
+def mark(ramp: Tensor) -> tuple[int, int] | None:
+    """Returns what changes when a buffer on an accelerator is written or replaced; None: always read the buffer."""
+    plain = type(ramp) in (Tensor, torch.nn.Buffer, torch.nn.Parameter) and not _wrapped(ramp)
+    if not plain or ramp.device.type in ("cpu", "meta"):
+        return None
+    return ramp.data_ptr(), 0 if ramp.is_inference() else ramp._version
+
+
+def numbers(ramp: Tensor) -> list[float] | None:
+    """Returns the numbers that a buffer holds; None where there are none (meta and fake tensors)."""
+    while _wrapped(ramp):  # by vmap, grad or jvp: every entry of a batch counts
+        ramp = _functorch.get_unwrapped(ramp)
+    if isinstance(ramp, DTensor):
+        ramp = ramp.full_tensor()
+    if ramp.is_meta or isinstance(ramp, FakeTensor):
+        return None
+    return ramp.detach().flatten().tolist()
+
+
+def _wrapped(ramp: Tensor) -> bool:
+    return _functorch.is_functorch_wrapped_tensor(ramp)
+
+
+def _held(slot: Slot) -> list[float]:
+    """Returns a slot's lambda as a buffer of fp32 holds it."""
+    return torch.tensor(slot.ramp, dtype=torch.float32).flatten().tolist()
+
+
+def _check_phase(slot: Slot, ramp: Tensor) -> None:
+    """Checks on the device, or in the graph, that a buffer is of the phase this forward computes."""
+    if slot.phase == "ramp":  # the blend is computed from the buffer
+        holds = ((ramp >= 0) & (ramp <= 1)).all()
+    else:
+        holds = (ramp == (1.0 if slot.phase == "swap" else 0.0)).all()
+    message = (
+        f'the buffer of lambda of the swap "{slot.swap.name}" was written without attnswap.set_ramp, and holds another '
+        f"value than this forward was made for. {WAY_OUT}, or run a forward without torch.compile first"
+    )
+    if torch.compiler.is_compiling():
+        ensure(holds, message, error=NumericsError)
+    else:
+        torch._assert_async(holds, message)
