@@ -1,0 +1,129 @@
+"""What is not swapped at this moment sees the same keys whatever the cache: a static one moves its counter in place."""
+
+import contextlib
+
+import pytest
+import torch
+from conftest import WINDOW, move_away, tiny
+from peft import get_peft_model
+from transformers import CompileConfig, DynamicCache, MistralConfig, MistralForCausalLM, StaticCache
+from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+import attnswap
+
+LENGTH = 20
+CUTS = {"by token": [14, *range(15, LENGTH + 1)], "in chunks": [6, 13, LENGTH]}
+
+
+def _bypassed(model):
+    attnswap.patch(model, "softpick")
+    return attnswap.bypassed(model)
+
+
+def _disabled(model):
+    config = attnswap.AttnSwapConfig(swap="softpick")
+    return get_peft_model(model, config).disable_adapter()
+
+
+def _patched(swap, **options):
+    def patch(model):
+        attnswap.patch(model, swap, **options)
+        move_away(model, LENGTH)
+        return contextlib.nullcontext()
+
+    return patch
+
+
+STATES = {
+    "one layer": _patched("softpick", layers=[1]),
+    "one head": _patched("ssmax", heads=[0]),
+    "a gate on two heads": _patched("forgetting-gate", heads=[2, 3]),
+    "lambda 0": _patched("ssmax", ramp=0.0),
+    "lambda 0.5, blended": _patched("entmax", ramp=0.5),
+    "lambda 0.5, inside": _patched("softpick", ramp=0.5),
+    "bypassed": _bypassed,
+    "disabled adapter": _disabled,
+}
+
+
+def caches(model):
+    return {
+        "dynamic": lambda: DynamicCache(config=model.config),
+        "static": lambda: StaticCache(config=model.config, max_cache_len=LENGTH + 4),
+    }
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("state", STATES)
+@torch.no_grad()
+def test_a_cache_changes_nothing(state, kind, cache, cut, tokens):
+    model = tiny(kind)
+    with STATES[state](model):
+        right = model(tokens, use_cache=False).logits
+        past, start, parts = caches(model)[cache](), 0, []
+        for stop in CUTS[cut]:
+            parts.append(model(tokens[:, start:stop], past_key_values=past).logits)
+            start = stop
+    assert (torch.cat(parts, 1) - right).abs().max() < 1e-4 * right.std()
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder.layers.*.self_attn", "cross"])
+@torch.no_grad()
+def test_the_other_attention_of_an_encoder_decoder(part):
+    torch.manual_seed(0)
+    sizes = dict.fromkeys(("encoder_layers", "decoder_layers"), 2) | dict.fromkeys(
+        ("encoder_attention_heads", "decoder_attention_heads"), 4
+    )
+    model = WhisperForConditionalGeneration(
+        WhisperConfig(
+            vocab_size=97, d_model=32, num_mel_bins=8, max_source_positions=20, max_target_positions=40, **sizes
+        )
+    ).eval()
+    attnswap.patch(model, "softpick", part=part)
+    sound, words = torch.randn(1, 8, 40), torch.randint(3, 97, (1, 12))
+    right = model(sound, decoder_input_ids=words, use_cache=False).logits
+    made = model.generate(
+        sound,
+        decoder_input_ids=words,
+        max_new_tokens=4,
+        cache_implementation="static",
+        return_dict_in_generate=True,
+        output_logits=True,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    again = model(sound, decoder_input_ids=made.sequences[:, :-1], use_cache=False).logits
+    steps = torch.stack(made.logits, 1)
+    assert (steps - again[:, -steps.shape[1] :]).abs().max() < 1e-4
+    assert (again[:, : right.shape[1]] - right).abs().max() < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("state", ["one layer", "one head", "a gate on two heads", "lambda 0", "lambda 0.5, inside"])
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@torch.no_grad()
+def test_compiled_decoding(state, backend, tokens):
+    """The code that Inductor makes, and not only the graph: on an accelerator ``generate`` compiles by itself."""
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=WINDOW + 20,
+        eos_token_id=None,
+    )
+    model = MistralForCausalLM(config).eval()
+    STATES[state](model)
+    how = CompileConfig(backend=backend, fullgraph=True)
+    how._compile_all_devices = True
+    torch.compiler.reset()
+    plain = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+    made = model.generate(tokens, cache_implementation="static", compile_config=how, output_logits=True, **plain)
+    right = model(made.sequences[:, :-1], use_cache=False).logits[:, LENGTH - 1 :]
+    assert (torch.stack(made.logits, 1) - right).abs().max() < 1e-4
+    torch.compiler.reset()
