@@ -49,7 +49,7 @@ def heal_command(
     default = torch.bfloat16 if multiplies_bf16(placed) else torch.float32
     experiment = Experiment(
         config=config,
-        out=Path(config.output_dir),
+        out=Path(config.output_dir).expanduser(),
         control=control,
         text=None if text is None else read_text(text),
         text_id=None if text is None else text.name,

@@ -100,11 +100,11 @@ def write(
     from attnswap.evaluation.result import write_atomically
     from attnswap.evaluation.structure_figure import plot_structure
 
+    if len(reports) == 1 and (folder / "structure.json").is_file():
+        (folder / "against.json").unlink(missing_ok=True)  # of an earlier comparison
     for report, stem in zip(reports, ("structure", "against"), strict=False):
         content = json.dumps(report, indent=1, allow_nan=False) + "\n"
         write_atomically(folder / f"{stem}.json", content.encode())
-    if len(reports) == 1:
-        (folder / "against.json").unlink(missing_ok=True)  # of an earlier comparison
     write_atomically(folder / "structure.md", markdown(structures, names).encode())
     plot_structure(structures, folder / "structure.png", labels=names)
 

@@ -29,13 +29,13 @@ def patch_command(
 ) -> None:
     """Patch a checkpoint and save the result, tokenizer included."""
     import attnswap
+    from attnswap.folders import check_writable
     from attnswap.loading import load_model, load_tokenizer
     from attnswap.surgery.patch import check_ramp
 
-    if out.exists():
+    if os.path.lexists(out):
         raise ConfigError(f'"{out}" exists already; choose another directory')
-    if os.path.isfile(out.parent):
-        raise ConfigError(f'"{out.parent}" is a file; choose another directory')
+    check_writable(out.parent, "OUT")
     options = _options(option or [])
     if "name" in options:
         raise ConfigError("the swap is named by --swap, not by --option name=")
