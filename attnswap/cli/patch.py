@@ -55,12 +55,12 @@ def patch_command(
 
 
 def _options(pairs: list[str]) -> dict[str, object]:
-    from attnswap.training.strict import parse_yaml
+    from attnswap.training.strict import parse_value
 
     options = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
             raise ConfigError(f'"{pair}": an option is written KEY=VALUE, such as form=scale')
-        options[key.strip()] = parse_yaml(value, f'"{key}"')
+        options[key.strip()] = parse_value(value, f'"{key}"')
     return options

@@ -7,12 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.table import Table
 
 from attnswap.evaluation.figure import COLOURS
 from attnswap.evaluation.result import write_atomically
 from attnswap.markdown import markdown_table
+from attnswap.training.strict import dump_yaml
 
 MODELS = ("original", "control", "unhealed", "fitted", "healed")
 COMPARED = ("healed / control [95%]", "recovered", "without swap")
@@ -177,5 +177,5 @@ def write(result: dict[str, Any], folder: Path, healed: Path) -> None:
     write_atomically(folder / "result.json", (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
     write_atomically(folder / "result.md", markdown(result).encode())
     plot(result, folder / "result.png")
-    write_atomically(folder / "recipe.yaml", yaml.safe_dump(result["recipe"], sort_keys=False).encode())
+    write_atomically(folder / "recipe.yaml", dump_yaml(result["recipe"]).encode())
     shutil.copyfile(healed / "steps.jsonl", folder / "steps.jsonl")

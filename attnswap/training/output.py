@@ -6,12 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from attnswap.errors import ConfigError
 from attnswap.folders import check_replaceable, check_writable
 from attnswap.training.config import TrainConfig, as_run
 from attnswap.training.durable import latest_checkpoint, sync
+from attnswap.training.strict import dump_yaml
 
 RESULT, UNFINISHED = ("recipe.yaml", "summary.json"), ("recipe.yaml",)
 """The files that a result, and a run that is not complete, are told by."""
@@ -120,7 +119,7 @@ def _holds(folder: Path) -> bool:
 
 
 def _write_recipe(config: TrainConfig, folder: Path) -> None:
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(as_run(config), sort_keys=False), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(dump_yaml(as_run(config)), encoding="utf-8")
 
 
 def _resumable(checkpoint: Path) -> bool:
