@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from attnswap.errors import CheckpointError
+from attnswap.errors import AttnSwapError, CheckpointError
 from attnswap.loading import refuse_orphans
 from attnswap.surgery.attach import patched_modules, spec_of
 from attnswap.surgery.probe import verify
@@ -35,7 +34,9 @@ def from_pretrained(path: str | Path, *, auto_class: Any = AutoModelForCausalLM,
     _require_spec(path, kwargs)
     try:
         model, loaded = auto_class.from_pretrained(path, output_loading_info=True, **kwargs)
-    except (SafetensorError, OSError) as error:
+    except AttnSwapError:
+        raise
+    except Exception as error:  # transformers and torch raise many types for a damaged config or other shapes
         raise CheckpointError(f'the checkpoint "{path}" cannot be read: {error}. Is it complete?') from error
     missing = [k for k in loaded["missing_keys"] if f".{KEY}." in k]
     if missing:
@@ -58,9 +59,11 @@ def _require_spec(path: str | Path, kwargs: dict[str, Any]) -> None:
     hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in kwargs}
     try:
         config = AutoConfig.from_pretrained(path, **hub)
-    except (OSError, ValueError) as error:
+        owner = config if hasattr(config, KEY) else config.get_text_config()
+    except AttnSwapError:
+        raise
+    except Exception as error:
         raise CheckpointError(f'no readable config in "{path}": {error}') from error
-    owner = config if hasattr(config, KEY) else config.get_text_config()
     if not isinstance(getattr(owner, KEY, None), dict):
         raise CheckpointError(
             f'"{path}" is not a patched checkpoint; load it with transformers and call attnswap.patch'

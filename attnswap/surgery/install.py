@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from attnswap.surgery.previous import check_implementation
 from attnswap.surgery.rebuild import rebuild
 from attnswap.surgery.spec import KEY, PatchSpec, with_towers
 
@@ -50,18 +51,28 @@ def settle(config: Any) -> None:
     """Prepares a config with a spec for building its model.
 
     A model that computes its attention itself chooses its modules by the implementation it had.
+
+    Raises:
+        CheckpointError: The spec is damaged.
     """
     values = getattr(config, KEY, None)
-    if isinstance(values, dict) and values.get("seam") == "scores" and config._attn_implementation == KEY:
-        config._attn_implementation_internal = PatchSpec.from_dict(values).before
-    names = getattr(config, "architectures", None)
-    if isinstance(names, list) and any(name.startswith(PREFIX) for name in names):
+    spec = PatchSpec.from_dict(values) if isinstance(values, dict) else None
+    if spec is not None and spec.seam == "scores" and config._attn_implementation == KEY:
+        check_implementation(spec.before)
+        config._attn_implementation_internal = spec.before
+    names = _strings(getattr(config, "architectures", None))
+    if any(name.startswith(PREFIX) for name in names):
         config.architectures = [name.removeprefix(PREFIX) for name in names]
 
 
 def rename(values: dict[str, Any]) -> dict[str, Any]:
     """Marks the architecture names of a config's values, if it or a part of it has a spec."""
-    names = values.get("architectures")
-    if isinstance(names, list) and any(isinstance(part.get(KEY), dict) for part in with_towers(values)):
+    names = _strings(values.get("architectures"))
+    if names and any(isinstance(part.get(KEY), dict) for part in with_towers(values)):
         values["architectures"] = [name if name.startswith(PREFIX) else PREFIX + name for name in names]
     return values
+
+
+def _strings(names: Any) -> list[str]:
+    """Returns a list of strings as it is, and an empty one for anything else."""
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
