@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from attnswap.attention.native import build
+from attnswap.cli.terminal import Terminal
 from attnswap.errors import UnsupportedModelError
 from attnswap.processes import default_device
 
@@ -35,7 +35,7 @@ def doctor_command() -> None:
         table.add_row(name, problem or "ok")
         if problem:
             failures.append(f"{name}: {problem}")
-    Console().print(table)
+    Terminal().print(table)
     if failures:
         raise UnsupportedModelError("; ".join(failures))
     print("attnswap works here")

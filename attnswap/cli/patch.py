@@ -9,6 +9,7 @@ import typer
 
 from attnswap.cli.options import parse_dtype, parse_numbers
 from attnswap.errors import ConfigError
+from attnswap.visible import visible
 
 
 def patch_command(
@@ -51,7 +52,7 @@ def patch_command(
         tokenizer.save_pretrained(Path(partial) / "model")
         os.rename(Path(partial) / "model", out)
     print(report)
-    print(f"saved to {out}")
+    print(visible(f"saved to {out}"))
 
 
 def _options(pairs: list[str]) -> dict[str, object]:
