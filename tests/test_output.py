@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import attnswap
 from attnswap.cli import app
-from attnswap.errors import ConfigError
+from attnswap.errors import CheckpointError, ConfigError
 from attnswap.healing import Experiment, heal
 from attnswap.training.config import TrainConfig, parse_config
+from attnswap.training.durable import check, latest_checkpoint, seal
 from attnswap.training.output import Output
+from attnswap.training.ramp import SPEC, follow_checkpoint
+from tests.conftest import tiny
 
 
 @pytest.fixture
@@ -200,3 +204,39 @@ def test_inspect_removes_no_comparison_but_its_own(tmp_path: Path, monkeypatch):
     assert (tmp_path / "against.json").read_text() == "the user's own"
     inspect.write([{}], [], tmp_path, ["model"])  # now beside a comparison's other half
     assert not (tmp_path / "against.json").exists()
+
+
+DAMAGED = {
+    **{text: text.encode() for text in ("", "{", "[]", "{}", "1", "null", '"files"', '{"files": 1}', '{"files": [1]}')},
+    **{"of bytes": b"\xff\xfe", "deep": b"[" * 100000, "zeros": b"\0" * 100},
+    **{"no names": b'{"files": {"\\u0000": 1}}', "no sizes": b'{"files": {"model.safetensors": "large"}}'},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_checkpoint_with_a_damaged_marker_is_not_whole(tmp_path: Path, damage: str):
+    """The one before it is gone on from, and to load it is refused."""
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "model.safetensors").write_text("weights")
+        seal(tmp_path / f"checkpoint-{step}")
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    (tmp_path / "checkpoint-2" / "complete.json").write_bytes(DAMAGED[damage])
+    with pytest.raises(CheckpointError, match="incomplete"):
+        check(tmp_path / "checkpoint-2")
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+
+
+@pytest.mark.parametrize("name", [SPEC, "config.json", "adapter_config.json"])
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_checkpoint_with_a_damaged_spec_is_refused(tmp_path: Path, damage: str, name: str):
+    model = tiny()
+    attnswap.patch(model, "softpick")
+    (tmp_path / name).write_bytes(DAMAGED[damage])
+    no_json = damage in ("", "{", "[]", "1", "null", '"files"', "of bytes", "deep", "zeros")
+    if name == SPEC or no_json:
+        with pytest.raises(CheckpointError):
+            follow_checkpoint(model, tmp_path)
+    else:
+        follow_checkpoint(model, tmp_path)  # it says nothing of swaps
+    assert attnswap.describe(model).patched_layers == [0, 1]

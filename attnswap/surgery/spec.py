@@ -87,13 +87,13 @@ class PatchSpec:
         return {"format": FORMAT, "before": self.before, "seam": self.seam, "part": self.part, "swaps": entries}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls, values: Any) -> Self:
         """Reads what :meth:`to_dict` wrote.
 
         Raises:
             CheckpointError: The format is newer than this reader, or the values are damaged.
         """
-        version = values.get("format")
+        version = values.get("format") if isinstance(values, dict) else None
         if type(version) is not int or not 1 <= version <= FORMAT:
             raise CheckpointError(
                 f"the checkpoint's attnswap format is {version!r}; this attnswap reads up to {FORMAT}: upgrade attnswap"
