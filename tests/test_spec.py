@@ -236,7 +236,7 @@ def test_a_swap_whose_name_is_taken_is_refused_before_anything_changes(name: str
 
 
 @pytest.mark.parametrize("edit", ["units 10^18", "heads twice", "layer beyond", "head beyond", "empty"])
-@pytest.mark.parametrize("loader", ["PeftModel", "load_adapter"])
+@pytest.mark.parametrize("loader", ["PeftModel", pytest.param("load_adapter", marks=pytest.mark.slow)])
 def test_a_damaged_adapter_is_refused(tmp_path: Path, edit: str, loader: str):
     """Its base is then as it was."""
     from peft import PeftModel, get_peft_model

@@ -42,6 +42,12 @@ HOSTILE = {
 }
 
 
+FEW = [
+    pytest.param(name, marks=() if name in ("closing tag", "link", "title", "direction") else pytest.mark.slow)
+    for name in HOSTILE
+]
+
+
 def as_shown(name: str) -> str:
     return visible(HOSTILE[name])
 
@@ -140,7 +146,7 @@ def checkpoint(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("name", FEW)
 @pytest.mark.parametrize("target", ["checkpoint", "recipe", "resolved recipe", "folder"])
 def test_describe_shows_what_it_finds(checkpoint: Path, tmp_path: Path, name: str, target: str):
     words = ["describe"]
@@ -165,7 +171,7 @@ def test_describe_shows_what_it_finds(checkpoint: Path, tmp_path: Path, name: st
     assert HOSTILE[name].isprintable() or HOSTILE[name] not in found.output
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("name", FEW)
 @pytest.mark.parametrize("command", ["describe", "train", "patch", "eval"])
 def test_errors_show_names_as_they_are(name: str, command: str, monkeypatch, capsys):
     target = f"./no-such-{HOSTILE[name].replace('/', '')}"
@@ -178,7 +184,7 @@ def test_errors_show_names_as_they_are(name: str, command: str, monkeypatch, cap
     assert said.count("\n") == 1 and said[:-1].isprintable()
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("name", FEW)
 def test_reports_of_patches_and_pages_show_names_as_they_are(name: str, tmp_path: Path):
     model = tiny()
     report = attnswap.patch(model, "softpick")
@@ -199,7 +205,7 @@ def test_a_cell_stays_in_its_row():
     assert lines[2:] == ["| one two | x \\| y |", "| \\x1b[2J | z |"]
 
 
-@pytest.mark.parametrize("name", [*HOSTILE, "formula"])
+@pytest.mark.parametrize("name", [*FEW, "formula"])
 def test_labels_of_pictures_are_drawn(name: str):
     """Half a formula ended in an error of matplotlib, and what begins with an underscore was left out of legends."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
