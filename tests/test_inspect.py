@@ -105,7 +105,8 @@ def test_two_models_stand_side_by_side(run, models, tmp_path):
     code, out, _ = run(*both, "--json")
     assert json.loads(out) == {**reports[0], "against": reports[1]}
     (tmp_path / "one").mkdir()
-    (tmp_path / "one" / "against.json").write_text("of an earlier comparison")
+    for stem in ("structure", "against"):
+        (tmp_path / "one" / f"{stem}.json").write_text("of an earlier comparison")
     assert run(models / "plain", "--text", models / "text.txt", *SMALL, "--out", tmp_path / "one")[0] == 0
     assert sorted(p.name for p in (tmp_path / "one").iterdir()) == ["structure.json", "structure.md", "structure.png"]
     assert assert_drawn(tmp_path / "one" / "structure.png") < two, "a row of maps less"

@@ -6,8 +6,15 @@ import pytest
 import torch
 from conftest import WINDOW, move_away, tiny
 from peft import get_peft_model
-from transformers import CompileConfig, DynamicCache, MistralConfig, MistralForCausalLM, StaticCache
-from transformers import WhisperConfig, WhisperForConditionalGeneration
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    MistralConfig,
+    MistralForCausalLM,
+    StaticCache,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
 import attnswap
 

@@ -4,6 +4,7 @@ import inspect
 import re
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from attnswap.healing.alike import as_control
 from attnswap.healing.experiment import Experiment
 from attnswap.training import load_config, parse_config
 from attnswap.training.config import to_mapping
-from attnswap.training.strict import MAX_BYTES, parse_yaml, read_yaml
+from attnswap.training.strict import MAX_BYTES, dump_yaml, parse_value, parse_yaml, read_yaml
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -196,11 +197,101 @@ def test_yaml_that_is_refused(text: str, message: str) -> None:
         parse_yaml(text, "recipe")
 
 
+NUMBERS: dict[str, Any] = {
+    **{"10": 10, "-3": -3, "+3": 3, "010": 10, "0": 0, "0x1F": 31, "0o17": 15, "08": 8},
+    **{"1e-4": 1e-4, "1E5": 1e5, "1.5": 1.5, ".5": 0.5, "-1.": -1.0, "1.0e+3": 1e3, "-.inf": -float("inf")},
+    **{text: text for text in ("1:10", "4:8", "-1:30", "1:2:3", "190:20:30.15", "1_000", "0b101", "1e", "0x", "12a")},
+    **{"true": True, "null": None, "no": False, "2:3:": "2:3:"},
+}
+"""What YAML says and what is meant: numbers are those of YAML 1.2 and JSON, not sexagesimal and not octal."""
+
+
+@pytest.mark.parametrize("text", [text for text in NUMBERS if not text.endswith(":")])
+@pytest.mark.parametrize("form", ["{}", "[{}]", "{{a: {}}}", "- {}", "a: {}"])
+def test_numbers_are_those_of_json(text: str, form: str) -> None:
+    found = parse_yaml(form.format(text), "recipe")
+    while isinstance(found, list | dict):
+        found = found[0] if isinstance(found, list) else found["a"]
+    assert found == NUMBERS[text] and type(found) is type(NUMBERS[text])
+    assert parse_value(text, "recipe") == NUMBERS[text]
+
+
+@pytest.mark.parametrize("layers", ["1:10", "4:8", "2:", "8:", ":4", "::2", "-4:", "1:10:2", ":", "1:59:59", "'1:10'"])
+def test_slices_of_layers_are_text(layers: str, tmp_path: Path) -> None:
+    """On the command line as they are; in a file YAML wants those in quotes that end in a colon."""
+    assert parse_config(BASE, [f"layers={layers}"]).layers == layers.strip("'")
+    if not layers.endswith(":"):
+        (tmp_path / "recipe.yaml").write_text(f"output_dir: out\nswap: ssmax\nlayers: {layers}\n")
+        assert load_config(tmp_path / "recipe.yaml").layers == layers.strip("'")
+
+
+@pytest.mark.parametrize(
+    "value", [*NUMBERS, *NUMBERS.values(), 1e-5, 1e300, 10**18, "", " ", "a: b", "*a", "1970-01-01"]
+)
+def test_what_is_written_is_read_back(value: Any) -> None:
+    """By this reader and by those of YAML 1.1, which a user may have."""
+    for values in ({"a": value}, {"a": [value]}, {str(value): 1}):
+        assert parse_yaml(dump_yaml(values), "recipe") == values
+        assert yaml.safe_load(dump_yaml(values)) == values
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ramp: 0x" + "f" * 5000,
+        "training: {max_steps: 0x" + "f" * 5000 + "}",
+        "ramp: " + "9" * 5000,
+        "ramp: !!int '" + "1:" * 5000 + "1'",
+        "ramp: !!float '" + "1:" * 5000 + "1'",
+        "ramp: 1" + ":59" * 10000,
+        "heads:\n" + "- 1\n" * 8000,
+        "heads: [" + "1," * 16000 + "]",
+        "swap: {" + ",".join(f"a{i}: 1" for i in range(3000)) + "}",
+        "training: {" + ",".join(f"a{i}: 1" for i in range(3000)) + "}",
+        "ramp: " + "[" * 20000,
+        "swap: '" + "a" * 30000 + "'",
+        "? " + "a" * 30000 + "\n: 1",
+        "".join(f"k{i}: {i}\n" for i in range(3000)),
+        "- " * 10000,
+        "ramp: " + "1.5e3" * 6000,
+        "a" * (MAX_BYTES + 1),
+        "é" * (MAX_BYTES // 2 + 10),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_long_recipes_take_no_time(text: str, tmp_path: Path) -> None:
+    """Whatever they hold."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"output_dir: out\n{text}", encoding="utf-8")
+    start = time.process_time()
+    with pytest.raises(ConfigError):
+        load_config(path)
+    assert time.process_time() - start < 2
+
+
+HUGE: dict[str, Any] = {
+    "plus": 16**5000,
+    "minus": -(16**5000),
+    "list": [16**5000],
+    "mapping": {"a": 16**5000},
+    "64 bits": 1 << 63,
+}
+
+
+@pytest.mark.parametrize("kind", HUGE)
+@pytest.mark.parametrize("place", [("ramp",), ("heads",), ("training", "max_steps"), ("data", "seed"), ("output_dir",)])
+def test_numbers_too_long_to_print_are_refused(place: tuple[str, ...], kind: str) -> None:
+    value = HUGE[kind]
+    changes: Any = {place[-1]: value} if len(place) == 1 else {place[0]: {place[1]: value}}
+    with pytest.raises(ConfigError):
+        parse_config({**BASE, **changes})
+
+
 def test_files_that_are_refused(tmp_path: Path) -> None:
     big, binary = tmp_path / "big.yaml", tmp_path / "binary.yaml"
     big.write_bytes(b"#" * (MAX_BYTES + 1))
     binary.write_bytes(b"\xff\xfe\x00")
-    for path, message in ((big, "larger than 1 MB"), (binary, "not a UTF-8"), (tmp_path / "no.yaml", "cannot read")):
+    for path, message in ((big, "larger than 32 kB"), (binary, "not a UTF-8"), (tmp_path / "no.yaml", "cannot read")):
         with pytest.raises(ConfigError, match=message):
             read_yaml(path)
     with pytest.raises(ConfigError, match="must be a mapping"):

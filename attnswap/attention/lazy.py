@@ -1,6 +1,7 @@
 """What is computed once, in eager mode and under torch.compile."""
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar, overload
 
@@ -33,6 +34,19 @@ class lazy(Generic[T]):
         if not torch.compiler.is_compiling():
             instance.__dict__[self.name] = value
         return value
+
+
+def once(function: Callable[..., T]) -> Callable[..., T]:
+    """``functools.cache`` that calls the function once even where several threads ask first."""
+    lock, result = threading.RLock(), functools.cache(function)
+
+    @functools.cache  # what is known takes no lock
+    @functools.wraps(function)
+    def known(*args: Any) -> T:
+        with lock:
+            return result(*args)
+
+    return known
 
 
 def constant(function: Callable[..., T]) -> Callable[..., T]:

@@ -15,6 +15,7 @@ from attnswap.cli.patch import patch_command
 from attnswap.cli.show import describe_command, list_command
 from attnswap.cli.train import train_command
 from attnswap.errors import AttnSwapError
+from attnswap.visible import visible
 
 app = typer.Typer(
     help="Swap the attention normalizer of a pretrained model: patch, fine-tune, evaluate, undo.",
@@ -68,5 +69,5 @@ def quieten() -> None:
 def _fail(message: str, code: int) -> None:
     rank = os.environ.get("RANK", "0")
     who = "" if rank == "0" else f" (process {rank})"
-    print(f"error{who}: {' '.join(message.split())}", file=sys.stderr)
+    print(visible(f"error{who}: {' '.join(message.split())}"), file=sys.stderr)
     raise SystemExit(code)

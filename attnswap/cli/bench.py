@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 
 from attnswap.bench import (
     SHAPES,
@@ -21,8 +21,10 @@ from attnswap.bench import (
     write_report,
 )
 from attnswap.cli.options import check_folder, parse_dtype, parse_size
+from attnswap.cli.terminal import Terminal
 from attnswap.errors import ConfigError, nearest
 from attnswap.swaps import names as known_swaps
+from attnswap.visible import visible
 
 
 def bench_command(
@@ -63,7 +65,7 @@ def bench_command(
             rounds=rounds,
             seed=seed,
         )
-        report = measure_model(whole, lambda line: print(line, file=sys.stderr, flush=True))
+        report = measure_model(whole, lambda line: print(visible(line), file=sys.stderr, flush=True))
         if out:
             write_model_report(report, out)
         _show(report, model_table(report), as_json)
@@ -82,7 +84,7 @@ def bench_command(
         peer_seconds=peer_seconds,
         seed=seed,
     )
-    bench = run_bench(plan, lambda line: print(line, file=sys.stderr, flush=True), sys.stderr.isatty())
+    bench = run_bench(plan, lambda line: print(visible(line), file=sys.stderr, flush=True), sys.stderr.isatty())
     if out:
         write_report(bench, out)
     _show(bench.to_dict(), tables(bench), as_json)
@@ -92,7 +94,7 @@ def _show(report: dict[str, Any], table: RenderableType, as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps(report, indent=2, allow_nan=False) + "\n")
     else:
-        Console().print(table, markup=False)
+        Terminal().print(table)
 
 
 def _shape(name: str) -> Shape:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from tqdm import tqdm
 
 from attnswap.cli.options import check_folder
+from attnswap.cli.terminal import Terminal
 from attnswap.coverage import SWAPS, Row, coverage_table, model_types, run_coverage, write_coverage
 from attnswap.errors import ConfigError, nearest
 
@@ -41,4 +41,4 @@ def coverage_command(
     if as_json:
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
     else:
-        Console().print(coverage_table(report), markup=False)
+        Terminal().print(coverage_table(report))

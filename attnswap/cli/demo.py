@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 import attnswap
 from attnswap.cli import quieten
+from attnswap.cli.terminal import Terminal
 from attnswap.errors import AttnSwapError
 from attnswap.evaluation import Evaluation, compare, evaluate_perplexity, plot
 from attnswap.evaluation.result import write_atomically
@@ -150,7 +150,7 @@ def write(out: Path, found: dict[str, Evaluation], rows: list[dict[str, float]],
     write_atomically(out / "demo.md", text.encode())
     write_atomically(out / "demo.json", (json.dumps(result, indent=2) + "\n").encode())
     plot([found["control"], found["ssmax"]], out / "demo.png", baseline=found["original"], labels=["control", "ssmax"])
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    Terminal(width=None if sys.stdout.isatty() else 100).print(table)
     print(f"perplexity over the same {scored} tokens at every context; {seconds / 60:.1f} minutes in all")
     print(f"results: {out}/demo.md, {out}/demo.json, {out}/demo.png")
 

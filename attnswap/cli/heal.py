@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from attnswap.cli.terminal import Terminal
 
 
 def heal_command(
@@ -49,7 +50,7 @@ def heal_command(
     default = torch.bfloat16 if multiplies_bf16(placed) else torch.float32
     experiment = Experiment(
         config=config,
-        out=Path(config.output_dir),
+        out=Path(config.output_dir).expanduser(),
         control=control,
         text=None if text is None else read_text(text),
         text_id=None if text is None else text.name,
@@ -69,7 +70,7 @@ def heal_command(
     if first:
         folder = experiment.out / "result"
         write(result, folder, experiment.out / "healed")
-        console = Console()
+        console = Terminal()
         console.print(table(result))
         console.print(f"written to {folder}", soft_wrap=True)
         if committed is not None:

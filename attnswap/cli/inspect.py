@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from attnswap.cli.terminal import Terminal
 from attnswap.markdown import markdown_table
+from attnswap.visible import visible
 
 if TYPE_CHECKING:
     from attnswap.evaluation.structure import Structure
@@ -58,7 +59,7 @@ def inspect_command(
         whole = reports[0] if against is None else {**reports[0], "against": reports[1]}
         sys.stdout.write(json.dumps(whole, indent=2, allow_nan=False) + "\n")
     else:
-        Console().print(table(found, names))
+        Terminal().print(table(found, names))
 
 
 def _measure(reference: str, placed: dict[str, Any], read: dict[str, Any]) -> "Structure":
@@ -75,7 +76,7 @@ def table(structures: "Sequence[Structure]", names: Sequence[str]) -> Table:
     shown = Table(title="attention structure", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     shown.add_column("")
     for name in names:
-        shown.add_column(escape(name), justify="right", overflow="fold")
+        shown.add_column(Text(visible(name)), justify="right", overflow="fold")
     for row in _rows(structures):
         shown.add_row(*row)
     return shown
@@ -100,11 +101,11 @@ def write(
     from attnswap.evaluation.result import write_atomically
     from attnswap.evaluation.structure_figure import plot_structure
 
+    if len(reports) == 1 and (folder / "structure.json").is_file():
+        (folder / "against.json").unlink(missing_ok=True)  # of an earlier comparison
     for report, stem in zip(reports, ("structure", "against"), strict=False):
         content = json.dumps(report, indent=1, allow_nan=False) + "\n"
         write_atomically(folder / f"{stem}.json", content.encode())
-    if len(reports) == 1:
-        (folder / "against.json").unlink(missing_ok=True)  # of an earlier comparison
     write_atomically(folder / "structure.md", markdown(structures, names).encode())
     plot_structure(structures, folder / "structure.png", labels=names)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from attnswap.errors import ConfigError, nearest
+from attnswap.folders import check_writable
 from attnswap.processes import default_device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -42,9 +43,9 @@ def parse_device(text: str | None) -> str:
 
 
 def check_folder(out: Path | None) -> None:
-    """Raises ConfigError if ``--out`` names something that is no directory."""
-    if out and out.exists() and not out.is_dir():
-        raise ConfigError(f'--out: "{out}" is a file; name a directory')
+    """Raises ConfigError if ``--out`` names something that is no directory, or cannot be written."""
+    if out is not None:
+        check_writable(out, "--out")
 
 
 def parse_numbers(text: str | None, name: str) -> list[int] | None:

@@ -9,6 +9,7 @@ import typer
 
 from attnswap.cli.options import parse_dtype, parse_numbers
 from attnswap.errors import ConfigError
+from attnswap.visible import visible
 
 
 def patch_command(
@@ -29,13 +30,13 @@ def patch_command(
 ) -> None:
     """Patch a checkpoint and save the result, tokenizer included."""
     import attnswap
+    from attnswap.folders import check_writable
     from attnswap.loading import load_model, load_tokenizer
     from attnswap.surgery.patch import check_ramp
 
-    if out.exists():
+    if os.path.lexists(out):
         raise ConfigError(f'"{out}" exists already; choose another directory')
-    if os.path.isfile(out.parent):
-        raise ConfigError(f'"{out.parent}" is a file; choose another directory')
+    check_writable(out.parent, "OUT")
     options = _options(option or [])
     if "name" in options:
         raise ConfigError("the swap is named by --swap, not by --option name=")
@@ -51,16 +52,16 @@ def patch_command(
         tokenizer.save_pretrained(Path(partial) / "model")
         os.rename(Path(partial) / "model", out)
     print(report)
-    print(f"saved to {out}")
+    print(visible(f"saved to {out}"))
 
 
 def _options(pairs: list[str]) -> dict[str, object]:
-    from attnswap.training.strict import parse_yaml
+    from attnswap.training.strict import parse_value
 
     options = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
             raise ConfigError(f'"{pair}": an option is written KEY=VALUE, such as form=scale')
-        options[key.strip()] = parse_yaml(value, f'"{key}"')
+        options[key.strip()] = parse_value(value, f'"{key}"')
     return options

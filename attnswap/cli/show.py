@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Column, Table
 from transformers import AutoConfig
 
 from attnswap import swaps
+from attnswap.cli.terminal import Terminal
 from attnswap.errors import ConfigError, nearest
 from attnswap.loading import resolve
 from attnswap.markdown import markdown_table
@@ -55,7 +55,7 @@ def list_command(
         for swap in swaps.list_swaps():
             name, weights, row_sum, start, *_, paper = swap_row(swap)
             table.add_row(name, weights, row_sum, start, paper.rpartition("arXiv ")[2].rstrip(")"))
-        Console().print(table)
+        Terminal().print(table)
 
 
 def describe_command(
@@ -81,7 +81,7 @@ def describe_command(
     table = Table(show_header=False)
     for key, value in values.items():
         table.add_row(key, value if isinstance(value, str) else json.dumps(value, indent=1))
-    Console().print(table)
+    Terminal().print(table)
 
 
 def _describe_swap(name: str) -> dict[str, Any]:

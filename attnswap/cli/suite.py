@@ -5,10 +5,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from attnswap.cli.terminal import Terminal
 from attnswap.errors import ConfigError
 from attnswap.evaluation.fidelity import comparable
 from attnswap.evaluation.figure import plot, short_names
@@ -20,6 +19,7 @@ from attnswap.evaluation.structure_figure import plot_structure
 from attnswap.evaluation.suite import Profile, SuiteOptions, profile
 from attnswap.loading import load_model, load_tokenizer
 from attnswap.markdown import markdown_table
+from attnswap.visible import visible
 
 
 def run_suite(
@@ -68,9 +68,9 @@ def run_suite(
     if as_json:
         sys.stdout.write(json.dumps(report, indent=2, allow_nan=False) + "\n")
         return
-    console = Console()
+    console = Terminal()
     for note in report["notes"]:
-        console.print(escape(note))
+        console.print(note)
     for section in report["sections"]:
         console.print(_table(section))
     if out is not None:
@@ -103,7 +103,7 @@ def markdown(report: dict[str, Any]) -> str:
         columns, rows = section["table"]["columns"], section["table"]["rows"]
         lines += [f"## {section['title']}", "", section["text"], ""]
         lines += [markdown_table(columns, [[show(cell) for cell in row] for row in rows]), ""]
-    return "\n".join(lines)
+    return visible("\n".join(lines))
 
 
 def _table(section: dict[str, Any]) -> Table:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from attnswap.cli.terminal import Terminal
 
 
 def train_command(
@@ -25,7 +26,7 @@ def train_command(
     finally:
         leave()
     if _first_process():
-        console = Console()
+        console = Terminal()
         console.print(table(result.summary))
         console.print(f"saved to {result.output_dir}", soft_wrap=True)
 

@@ -10,6 +10,7 @@ import numpy as np
 from attnswap.errors import ConfigError
 from attnswap.evaluation.bootstrap import compare
 from attnswap.evaluation.result import Evaluation, write_atomically
+from attnswap.visible import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,8 +79,9 @@ def short_names(references: Sequence[str]) -> list[str]:
 
 
 def plain(label: str) -> str:
-    """Returns a name in which matplotlib reads no formulas."""
-    return label.replace("$", r"\$")
+    """Returns a name in which matplotlib reads no formulas, and which it does not leave out of a legend."""
+    name = visible(label).replace("$", r"\$")
+    return f" {name}" if name.startswith("_") else name
 
 
 def _bits_per_byte(axes: "Axes", lines: "list[Line]") -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from attnswap.errors import ConfigError
 from attnswap.evaluation.result import write_atomically
+from attnswap.visible import visible
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 """What the page may load: its own styles and embedded pictures. Not even a mistake in it could reach the network."""
@@ -100,13 +101,13 @@ def write_html(report: dict[str, Any], pictures: Sequence[tuple[str, Path]], pat
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
+<title>{escape(visible(title))}</title>
 <style>{STYLE}</style>
 </head>
 <body>
 <div class="page">
 <header>
-<h1>{escape(title)}</h1>
+<h1>{escape(visible(title))}</h1>
 {_facts(report.get("model") or {})}{notes}</header>
 <div class="columns">
 {contents}<main>
@@ -139,11 +140,11 @@ def shown(value: Any) -> str:
         return ", ".join(f"{key}: {shown(entry)}" for key, entry in value.items())
     if isinstance(value, Sequence) and not isinstance(value, str):
         return "[" + ", ".join(shown(entry) for entry in value) + "]"
-    return str(value)
+    return visible(value)
 
 
 def _name(section: Mapping[str, Any]) -> str:
-    return str(section.get("title") or section["name"])
+    return visible(section.get("title") or section["name"])
 
 
 def _facts(values: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from attnswap.evaluation.result import ContextMetrics, Evaluation, PositionNLL, 
 from attnswap.evaluation.scoring import Scorer
 from attnswap.evaluation.windows import Protocol, Window, plan
 from attnswap.processes import gather, one_fate, place
+from attnswap.visible import visible
 
 CONTEXTS = (512, 1024, 2048, 4096, 8192)
 
@@ -101,7 +102,7 @@ def evaluate_perplexity(
             forecast = estimate(scorer, corpus.ids, everything, protocol.prefix_id, batch_size)
         quiet = quiet or rank > 0
         if not quiet:
-            print("\n".join([str(forecast), *notes]), file=sys.stderr)
+            print(visible("\n".join([str(forecast), *notes])), file=sys.stderr)
         progress = Progress(everything, forecast.window_seconds, show=not quiet and sys.stderr.isatty())
         losses: dict[str, list[np.ndarray]] = {}
         seconds: dict[str, float] = {}

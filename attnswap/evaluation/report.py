@@ -5,21 +5,26 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from attnswap.evaluation.bootstrap import compare
 from attnswap.evaluation.figure import plot
 from attnswap.evaluation.result import Evaluation, write_atomically
 from attnswap.markdown import markdown_table
+from attnswap.visible import visible
 
 
 def table(evaluation: Evaluation, baseline: Evaluation | None = None) -> Table:
     """Returns a table for the terminal, one row a context length; with a baseline also its columns and the ratio."""
-    notes = escape("\n".join(evaluation.notes)) or None
+    notes = "\n".join(evaluation.notes)
     # No box: all columns fit a terminal of 80 characters.
     shown = Table(
-        title=escape(_title(evaluation, baseline)), caption=notes, box=None, padding=(0, 2, 0, 0), pad_edge=False
+        title=Text(visible(_title(evaluation, baseline)), "table.title"),
+        caption=Text(visible(notes), "table.caption") if notes else None,
+        box=None,
+        padding=(0, 2, 0, 0),
+        pad_edge=False,
     )
     header, rows = _cells(evaluation, baseline)
     for column in header:
@@ -33,7 +38,7 @@ def markdown(evaluation: Evaluation, baseline: Evaluation | None = None) -> str:
     """Returns the same table as Markdown."""
     header, rows = _cells(evaluation, baseline)
     notes = "".join(f"\n{note}\n" for note in evaluation.notes)
-    return f"{_title(evaluation, baseline)}\n\n{markdown_table(header, rows)}\n{notes}"
+    return visible(f"{_title(evaluation, baseline)}\n\n{markdown_table(header, rows)}\n{notes}")
 
 
 def full_report(evaluation: Evaluation, baseline: Evaluation | None = None) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from attnswap.evaluation.quantize import layers_to_round, rounded
 from attnswap.evaluation.result import Evaluation
 from attnswap.evaluation.retrieval import DEPTHS, TASKS, Cell, check_questions, measure_retrieval
 from attnswap.evaluation.structure import FIRST_QUERY, Structure, measure_structure
+from attnswap.visible import visible
 
 BITS = (8, 4)
 ROUNDED_TOKENS = 16384
@@ -156,7 +157,7 @@ def profile(
 
     def say(what: str) -> None:
         if not quiet:
-            print(f"{model_id or type(model).__name__}: {what}", file=sys.stderr, flush=True)
+            print(visible(f"{model_id or type(model).__name__}: {what}"), file=sys.stderr, flush=True)
 
     say("perplexity by context")
     evaluation = evaluate_perplexity(

@@ -20,6 +20,7 @@ from attnswap.healing.experiment import Experiment
 from attnswap.loading import load_model
 from attnswap.processes import default_device, join, place
 from attnswap.training.movement import start_from
+from attnswap.visible import visible
 
 
 class Bench:
@@ -134,11 +135,11 @@ def read(file: Path) -> Any:
     """Returns what a JSON file of ours holds."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f'cannot read "{file}": {error}') from None
 
 
 def say(message: str) -> None:
     """Prints a line of progress, in the first process."""
     if place()[0] == 0:
-        print(message, flush=True)
+        print(visible(message), flush=True)

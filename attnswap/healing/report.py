@@ -7,12 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.table import Table
+from rich.text import Text
 
-from attnswap.evaluation.figure import COLOURS
+from attnswap.evaluation.figure import COLOURS, plain
 from attnswap.evaluation.result import write_atomically
 from attnswap.markdown import markdown_table
+from attnswap.training.strict import dump_yaml
+from attnswap.visible import visible
 
 MODELS = ("original", "control", "unhealed", "fitted", "healed")
 COMPARED = ("healed / control [95%]", "recovered", "without swap")
@@ -38,7 +40,7 @@ def rows_of(result: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def table(result: dict[str, Any]) -> Table:
     """Returns the perplexities of all models for the terminal."""
-    view = Table(title=title(result), box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    view = Table(title=Text(visible(title(result)), "table.title"), box=None, padding=(0, 2, 0, 0), pad_edge=False)
     head, *rows = rows_of(result)
     for column in head:
         view.add_column(column, justify="right", no_wrap=True)
@@ -110,7 +112,7 @@ def markdown(result: dict[str, Any]) -> str:
             "out after others whose gradients were 0."
         )
     lines += ["", " ".join(said), ""]
-    return "\n".join(lines)
+    return visible("\n".join(lines))
 
 
 def plot(result: dict[str, Any], path: Path) -> Path:
@@ -141,7 +143,7 @@ def plot(result: dict[str, Any], path: Path) -> Path:
         middle.plot(lengths, [e["perplexity"][name] for e in result["contexts"]], marker="o", color=colour, label=name)
     originals = [e["perplexity"]["original"] for e in result["contexts"]]
     middle.plot(lengths, originals, color="black", ls="--", label="original")
-    middle.set(ylabel="perplexity", title=f"on {result['corpus']['id']}", yscale="log")
+    middle.set(ylabel="perplexity", title=plain(f"on {result['corpus']['id']}"), yscale="log")
     middle.legend()
     ratios = [entry["ratio_to_control"] for entry in result["contexts"]]
     right.plot(lengths, [r["ratio"] for r in ratios], marker="o", color=COLOURS[0])
@@ -159,7 +161,7 @@ def plot(result: dict[str, Any], path: Path) -> Path:
     for axes in (middle, *last):
         axes.yaxis.set_major_formatter(LogFormatter())
         axes.yaxis.set_minor_formatter(LogFormatter())
-    figure.suptitle(title(result))
+    figure.suptitle(plain(title(result)))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     write_atomically(path, buffer.getvalue())
@@ -177,5 +179,5 @@ def write(result: dict[str, Any], folder: Path, healed: Path) -> None:
     write_atomically(folder / "result.json", (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
     write_atomically(folder / "result.md", markdown(result).encode())
     plot(result, folder / "result.png")
-    write_atomically(folder / "recipe.yaml", yaml.safe_dump(result["recipe"], sort_keys=False).encode())
+    write_atomically(folder / "recipe.yaml", dump_yaml(result["recipe"]).encode())
     shutil.copyfile(healed / "steps.jsonl", folder / "steps.jsonl")

@@ -17,6 +17,7 @@ from attnswap.evaluation.corpus import load_corpus
 from attnswap.evaluation.scoring import Scorer
 from attnswap.evaluation.structure import FIRST_QUERY, measure_structure
 from attnswap.evaluation.windows import plan
+from attnswap.folders import check_writable
 from attnswap.healing.alike import check_alike, differences
 from attnswap.healing.experiment import Experiment
 from attnswap.healing.measuring import Bench, read, say
@@ -25,6 +26,7 @@ from attnswap.processes import join, place
 from attnswap.surgery.attach import spec_of
 from attnswap.training.config import TrainConfig, load_config, to_mapping
 from attnswap.training.durable import latest_checkpoint
+from attnswap.training.output import Output
 from attnswap.training.run import FITTED, train
 
 
@@ -64,6 +66,9 @@ def heal(experiment: Experiment) -> Measured:
     """
     join(None)
     config = experiment.config
+    for name in ("healed", *(["control"] if experiment.control is None and experiment.control_learns else [])):
+        Output(experiment.out / name, overwrite=config.overwrite).check_place()
+    check_writable(experiment.out / "result", "output_dir")
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.reference)
     if not (experiment.out / "healed" / "summary.json").is_file():
         _check_measurable(experiment, tokenizer)
@@ -116,7 +121,7 @@ def _trained(config: TrainConfig) -> Path:
     folder = Path(config.output_dir)
     if (folder / "summary.json").is_file() and not _changed(config, folder, "the result"):
         return folder
-    unfinished = folder.with_name(folder.name + ".partial")
+    unfinished = Output(folder, overwrite=False).partial
     left = latest_checkpoint(unfinished)
     if left is not None:
         changed = _changed(config, unfinished, "an unfinished run")

@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from attnswap.errors import CheckpointError
+from attnswap.errors import AttnSwapError, CheckpointError
 from attnswap.surgery.attach import patched_modules, spec_of
 from attnswap.surgery.probe import verify
 from attnswap.surgery.select import owning_config
@@ -36,7 +35,9 @@ def from_pretrained(path: str | Path, *, auto_class: Any = AutoModelForCausalLM,
     _require_spec(path, kwargs)
     try:
         model = auto_class.from_pretrained(path, **kwargs)  # which checks that it is whole
-    except (SafetensorError, OSError) as error:
+    except AttnSwapError:
+        raise
+    except Exception as error:  # transformers and torch raise many types for a damaged config or other shapes
         raise CheckpointError(f'the checkpoint "{path}" cannot be read: {error}. Is it complete?') from error
     spec = spec_of(model)
     modules = patched_modules(model)
@@ -49,9 +50,11 @@ def _require_spec(path: str | Path, kwargs: dict[str, Any]) -> None:
     hub = {k: kwargs[k] for k in HUB if k in kwargs}
     try:
         config = AutoConfig.from_pretrained(path, **hub)
-    except (OSError, ValueError) as error:
+        owner = config if hasattr(config, KEY) else config.get_text_config()
+    except AttnSwapError:
+        raise
+    except Exception as error:
         raise CheckpointError(f'no readable config in "{path}": {error}') from error
-    owner = config if hasattr(config, KEY) else config.get_text_config()
     if not isinstance(getattr(owner, KEY, None), dict):
         raise CheckpointError(
             f'"{path}" is not a patched checkpoint; load it with transformers and call attnswap.patch'

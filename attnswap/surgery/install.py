@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from attnswap.surgery.loaded import check_whole
 from attnswap.surgery.owners import record
+from attnswap.surgery.previous import check_implementation
 from attnswap.surgery.rebuild import rebuild
 from attnswap.surgery.saving import faithful
 from attnswap.surgery.spec import KEY, PatchSpec, with_towers
@@ -72,14 +73,20 @@ def settle(config: Any) -> None:
     """Prepares a config with a spec for building its model.
 
     A model that computes its attention itself chooses its modules by the implementation it had.
+
+    Raises:
+        CheckpointError: The spec is damaged.
     """
     values = getattr(config, KEY, None)
-    if isinstance(values, dict) and values.get("seam") == "scores" and config._attn_implementation == KEY:
-        config._attn_implementation_internal = PatchSpec.from_dict(values).before
-    if isinstance(values, dict) and values.get(WEIGHTS):
+    values = values if isinstance(values, dict) else {}
+    spec = PatchSpec.from_dict(values) if values else None
+    if spec is not None and spec.seam == "scores" and config._attn_implementation == KEY:
+        check_implementation(spec.before)
+        config._attn_implementation_internal = spec.before
+    if values.get(WEIGHTS):
         config._output_attentions = True
-    names = getattr(config, "architectures", None)
-    if isinstance(names, list) and any(name.startswith(PREFIX) for name in names):
+    names = _strings(getattr(config, "architectures", None))
+    if any(name.startswith(PREFIX) for name in names):
         config.architectures = [name.removeprefix(PREFIX) for name in names]
 
 
@@ -91,7 +98,12 @@ def rename(values: dict[str, Any]) -> dict[str, Any]:
     for part in with_towers(values):
         if isinstance(part.get(KEY), dict) and part.get("output_attentions"):
             part |= {KEY: {**part[KEY], WEIGHTS: True}, "output_attentions": False}
-    names = values.get("architectures")
-    if isinstance(names, list) and any(isinstance(part.get(KEY), dict) for part in with_towers(values)):
+    names = _strings(values.get("architectures"))
+    if names and any(isinstance(part.get(KEY), dict) for part in with_towers(values)):
         values["architectures"] = [name if name.startswith(PREFIX) else PREFIX + name for name in names]
     return values
+
+
+def _strings(names: Any) -> list[str]:
+    """Returns a list of strings as it is, and an empty one for anything else."""
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []

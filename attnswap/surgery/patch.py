@@ -17,9 +17,9 @@ from attnswap.surgery.probe import verify
 from attnswap.surgery.report import PatchReport, build_report
 from attnswap.surgery.select import (
     LayersLike,
+    fitting_heads,
     layer_info,
     owning_config,
-    select_heads,
     select_layers,
 )
 from attnswap.surgery.spec import KEY, PatchSpec, Slot
@@ -83,7 +83,7 @@ def patch(
     spec = PatchSpec(before, seam=seam, part=part) if old is None else old
     added: list[tuple[int, str, Slot]] = []
     for config_of_swap, heads_of_swap in wanted:
-        slot = Slot(config_of_swap.bind(info), _fitting_heads(config_of_swap, heads_of_swap, info), start)
+        slot = Slot(config_of_swap.bind(info), fitting_heads(config_of_swap, heads_of_swap, info), start)
         if any(f.per == "key" for f in slot.swap.features().values()):
             _check_keys(model, modules, chosen, slot.swap)
         for layer in chosen:
@@ -285,19 +285,6 @@ def _pairs(swap: Any, heads: HeadsLike) -> list[tuple[Swap, HeadsLike]]:
             raise ConfigError("the mapping of swaps is empty")
         return [(resolve(one), its_heads) for one, its_heads in swap.items()]
     return [(resolve(swap), heads)]
-
-
-def _fitting_heads(swap: Swap, heads: HeadsLike, info: ModelInfo) -> tuple[int, ...] | None:
-    chosen = select_heads(heads, info)
-    groups = info.heads // info.kv_heads
-    if chosen is not None and swap.traits.per_kv_head and groups > 1:
-        starts = [h for h in chosen[::groups] if h % groups == 0]
-        if list(chosen) != [h + i for h in starts for i in range(groups)]:
-            raise ConfigError(
-                f'"{swap.name}" keeps one value per key/value head, which {groups} query heads share: choose whole '
-                f"groups such as {list(range(groups))}, not {list(chosen)}"
-            )
-    return chosen
 
 
 def _check_free(layer: int, slot: Slot, present: Mapping[str, Slot], info: ModelInfo) -> None:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from attnswap.attention.heads import kv_heads_of, pick, regular_heads
-from attnswap.errors import UnsupportedModelError
+from attnswap.errors import CheckpointError, UnsupportedModelError
 from attnswap.surgery.masks import ForwardMask
+from attnswap.surgery.spec import KEY
 
 SAME_FOR_ALL = {"training", "head_dim", "scaling", "attention_dropout", "is_causal", "layer_idx"}
 """What an eager function may read of its module when it is called with some of the heads: none of it is per head."""
@@ -185,6 +186,22 @@ class Previous:
             return False
         keys = seen.k_length if padding is None else padding.shape[1]
         return seen.q_offset + seen.q_length == keys  # it aligns the last query with the last key
+
+
+def check_implementation(name: str) -> None:
+    """Refuses an attention implementation that transformers does not know, or that is attnswap itself.
+
+    Names with a slash are kernels of the hub, which transformers fetches when it needs them.
+
+    Raises:
+        CheckpointError: It is one.
+    """
+    known = {"eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()} - {KEY}
+    if name not in known and "/" not in name:
+        raise CheckpointError(
+            f"the attnswap entry of config.json says that the model computed its attention by {name!r} before, which "
+            "transformers does not know here: register it first, or load with attn_implementation="
+        )
 
 
 def previous_function(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:

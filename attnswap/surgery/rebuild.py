@@ -13,12 +13,13 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
-from attnswap.errors import AttnSwapError, CheckpointError
+from attnswap.errors import AttnSwapError, CheckpointError, ConfigError
 from attnswap.surgery.attach import (
     add_slot,
     carrier_of,
     child_of,
     connect,
+    dispatches_all,
     forget,
     guard,
     remove_hooks,
@@ -26,16 +27,19 @@ from attnswap.surgery.attach import (
     write_spec,
 )
 from attnswap.surgery.module import SwapModule
-from attnswap.surgery.select import layer_info, owning_config
-from attnswap.surgery.spec import KEY, PatchSpec
+from attnswap.surgery.previous import check_implementation
+from attnswap.surgery.select import fitting_heads, layer_info, owning_config
+from attnswap.surgery.spec import KEY, PatchSpec, Slot
 from attnswap.surgery.stacks import Modules, attention_modules, siblings, stacks
+from attnswap.swaps.base import ModelInfo
 
 
 def rebuild(model: PreTrainedModel) -> None:
     """Attaches the swaps a model's config names; called for every model under construction.
 
     Raises:
-        CheckpointError: The config names layers or heads that the model does not have.
+        CheckpointError: The config names layers or heads that the model does not have, or an implementation that
+            transformers does not know.
     """
     carrier = carrier_of(model.config)
     if carrier is None:
@@ -53,6 +57,7 @@ def rebuild(model: PreTrainedModel) -> None:
     _leave_others(model, config, modules, spec)
     if config._attn_implementation not in (KEY, None) and not any(child_of(m) for _, m in modules.values()):
         spec = replace(spec, before=config._attn_implementation)  # asked for when loading
+    check_implementation(spec.before)
     connect(model, config, modules, spec.before, loading=True)
     write_spec(model, config, spec)
     for layer, slots in spec.layers.items():
@@ -73,18 +78,34 @@ def _find(model: PreTrainedModel, carrier: PreTrainedConfig, spec: PatchSpec) ->
         raise CheckpointError(
             f"the attnswap entry of config.json names layer {missing[0]}, which the model does not have"
         )
+    if (spec.seam == "interface") != dispatches_all(modules):
+        raise CheckpointError(
+            f'the attnswap entry of config.json says that the model was patched at its "{spec.seam}", which is not how '
+            f"{type(model).__name__} computes attention"
+        )
     config = owning_config(model, modules)
     for layer, slots in spec.layers.items():
         info = layer_info(config, modules[layer][1])
-        for slot in slots.values():
-            heads = slot.heads or ()
-            ramps = len(slot.ramp) if isinstance(slot.ramp, tuple) else slot.count(info.heads)
-            if any(not 0 <= head < info.heads for head in heads) or ramps != slot.count(info.heads):
+        for name, slot in slots.items():
+            try:
+                _check_fits(slot, info)
+            except ConfigError as error:
                 raise CheckpointError(
-                    f"the attnswap entry of config.json gives layer {layer} heads {list(heads) or 'all'} and lambda "
-                    f"{slot.ramp}, but its heads are 0 to {info.heads - 1}"
-                )
+                    f'the attnswap entry of config.json gives layer {layer} a swap "{name}" that does not fit: {error}'
+                ) from error
     return modules
+
+
+def _check_fits(slot: Slot, info: ModelInfo) -> None:
+    """Raises ConfigError for a slot that no patch would have given a layer."""
+    fitting_heads(slot.swap, slot.heads, info)
+    count = slot.count(info.heads)
+    if isinstance(slot.ramp, tuple):
+        if len(slot.ramp) != count:
+            raise ConfigError(f"lambda is {slot.ramp} for {count} heads")
+        slot.swap.check_shared(slot.ramp, info.heads // info.kv_heads)
+    if slot.swap.bind(info) != slot.swap:
+        raise ConfigError(f"{slot.swap!r} lacks what depends on the model")
 
 
 class Unresolved:

@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 
 from attnswap.surgery.attach import Modules
 from attnswap.surgery.spec import PatchSpec, Slot
+from attnswap.visible import visible
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class PatchReport:
             f"{self.model}: {len(self.patched_layers)} of {len(self.layers)} layers swapped, "
             f"{self.parameters:,} new parameters"
         )
-        return "\n".join([summary, *lines, *self.notes])
+        return visible("\n".join([summary, *lines, *self.notes]))
 
 
 def build_report(model: PreTrainedModel, modules: Modules, spec: PatchSpec, notes: list[str]) -> PatchReport:

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from attnswap.errors import ConfigError, UnsupportedModelError
 from attnswap.surgery.stacks import Modules, seam_of
-from attnswap.swaps.base import ModelInfo
+from attnswap.swaps.base import ModelInfo, Swap
 
 LayersLike = int | str | Iterable[int] | Callable[[int], bool] | None
 """Layers by index, slice string such as ``"8:"`` or ``"::2"``, list, predicate; None: all."""
@@ -88,6 +88,24 @@ def select_heads(heads: Iterable[int] | int | None, info: ModelInfo) -> tuple[in
     if len(set(wanted)) != len(wanted) or not wanted:
         raise ConfigError(f"heads={wanted} must name at least one head, each once")
     return tuple(wanted)
+
+
+def fitting_heads(swap: Swap, heads: Iterable[int] | int | None, info: ModelInfo) -> tuple[int, ...] | None:
+    """Returns the query heads that a swap is to serve, as :func:`select_heads` does.
+
+    Raises:
+        ConfigError: They part heads that share a value of the swap, too.
+    """
+    chosen = select_heads(heads, info)
+    groups = info.heads // info.kv_heads
+    if chosen is not None and swap.traits.per_kv_head and groups > 1:
+        starts = [h for h in chosen[::groups] if h % groups == 0]
+        if list(chosen) != [h + i for h in starts for i in range(groups)]:
+            raise ConfigError(
+                f'"{swap.name}" keeps one value per key/value head, which {groups} query heads share: choose whole '
+                f"groups such as {list(range(groups))}, not {list(chosen)}"
+            )
+    return chosen
 
 
 def layer_info(config: PreTrainedConfig, module: nn.Module) -> ModelInfo:

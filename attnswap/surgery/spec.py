@@ -1,10 +1,12 @@
 """What was done to a model, as plain data: the part of ``config.json`` that makes a checkpoint reload."""
 
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
-from attnswap.errors import AttnSwapError, CheckpointError
-from attnswap.swaps import Swap, resolve
+from attnswap.errors import AttnSwapError, CheckpointError, ConfigError
+from attnswap.swaps import ModelInfo, Swap, resolve
 
 FORMAT = 2
 """Version of the layout below. A reader accepts every version up to its own.
@@ -85,41 +87,97 @@ class PatchSpec:
         return {"format": FORMAT, "before": self.before, "seam": self.seam, "part": self.part, "swaps": entries}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls, values: Any) -> Self:
         """Reads what :meth:`to_dict` wrote.
 
         Raises:
             CheckpointError: The format is newer than this reader, or the values are damaged.
         """
-        version = values.get("format")
-        if not isinstance(version, int) or not 1 <= version <= FORMAT:
+        version = values.get("format") if isinstance(values, dict) else None
+        if type(version) is not int or not 1 <= version <= FORMAT:
             raise CheckpointError(
                 f"the checkpoint's attnswap format is {version!r}; this attnswap reads up to {FORMAT}: upgrade attnswap"
             )
         try:
-            part = values.get("part")
-            spec = cls(str(values["before"]), seam=str(values.get("seam", "interface")), part=part)
-            if spec.seam not in ("interface", "scores") or not isinstance(part, str | None):
-                raise ValueError(f"seam {spec.seam}, part {part}")
+            seam, part = (values["seam"], values["part"]) if version > 1 else ("interface", None)
+            _require(seam in ("interface", "scores"), f"seam is {seam!r}")
+            _require(isinstance(part, str | None), f"part is {part!r}")
+            _require(isinstance(values["before"], str) and values["before"] != "", f"before is {values['before']!r}")
+            layers: dict[int, dict[str, Slot]] = {}
             for entry in values["swaps"]:
-                ramp, heads = entry["ramp"], entry["heads"]
-                slot = Slot(
-                    resolve(entry["swap"]),
-                    None if heads is None else tuple(int(h) for h in heads),
-                    tuple(float(r) for r in ramp) if isinstance(ramp, list) else float(ramp),
-                )
-                if not all(0 <= r <= 1 for r in (slot.ramp if isinstance(slot.ramp, tuple) else (slot.ramp,))):
-                    raise ValueError(f"lambda {ramp}")
-                for layer in entry["layers"]:
-                    spec.layers.setdefault(int(layer), {})[str(entry["slot"])] = slot
+                slot, name = _read_slot(entry), entry["slot"]
+                check_slot_name(name)
+                for layer in _indices(entry["layers"], "layers"):
+                    present = layers.setdefault(layer, {})
+                    _check_free(layer, name, slot, present)
+                    present[name] = slot
         except AttnSwapError as error:
             raise CheckpointError(f"the checkpoint names a swap that cannot be built: {error}") from error
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise CheckpointError(f"the attnswap entry of config.json is damaged: {error!r}") from error
-        return spec
+        return cls(values["before"], layers, seam, part)
 
     def with_slot(self, layer: int, name: str, slot: Slot) -> Self:
-        """Returns a copy in which a layer has one more slot, or another slot of that name."""
+        """Returns a copy in which a layer has one more slot, or another slot of that name.
+
+        Raises:
+            ConfigError: No slot can have that name.
+        """
+        check_slot_name(name)
         layers = {k: dict(v) for k, v in self.layers.items()}
         layers.setdefault(layer, {})[name] = slot
         return replace(self, layers=dict(sorted(layers.items())))
+
+
+def check_slot_name(name: Any) -> None:
+    """Refuses what cannot name a slot: its parameters are found by it, in a module and in files.
+
+    Raises:
+        ConfigError: It is no identifier, or the name of something else in the module that holds slots.
+    """
+    if not isinstance(name, str) or not name.isidentifier() or name in _taken():
+        raise ConfigError(
+            f"{name!r} cannot name a slot, which is called as its swap is: it must be an identifier, and none that the "
+            "module around it has already"
+        )
+
+
+@functools.cache
+def _taken() -> frozenset[str]:
+    """Returns the attributes of the module that holds slots, and of peft's wrapper around it."""
+    from attnswap.surgery.module import LayerSwap  # which imports this module
+
+    return frozenset(dir(LayerSwap(ModelInfo(1, 1, 1, None)))) | {"original_module", "modules_to_save"}
+
+
+def _read_slot(entry: Any) -> Slot:
+    """Reads one swap of a spec; raises ValueError, TypeError or KeyError where it is damaged."""
+    ramp, heads = entry["ramp"], entry["heads"]
+    several = isinstance(ramp, list)
+    for value in ramp if several else [ramp]:
+        _require(type(value) in (int, float) and 0 <= value <= 1, f"lambda is {value!r}")
+    return Slot(
+        resolve(entry["swap"]),
+        None if heads is None else _indices(heads, "heads"),
+        tuple(float(value) for value in ramp) if several else float(ramp),
+    )
+
+
+def _indices(values: Any, what: str) -> tuple[int, ...]:
+    """Returns whole numbers of which none is negative or given twice, at least one."""
+    fine = isinstance(values, list) and values and all(type(x) is int and x >= 0 for x in values)
+    _require(fine and len(set(values)) == len(values), f"{what} are {values!r}")
+    return tuple(values)
+
+
+def _check_free(layer: int, name: str, slot: Slot, present: Mapping[str, Slot]) -> None:
+    _require(name not in present, f"layer {layer} has two slots {name!r}")
+    for other in present.values():
+        apart = slot.heads is not None and other.heads is not None and not set(slot.heads) & set(other.heads)
+        _require(apart, f"two swaps of layer {layer} serve one head")
+
+
+def _require(condition: Any, message: str) -> None:
+    """Raises ValueError unless a condition holds."""
+    if not condition:
+        raise ValueError(message if len(message) <= 200 else f"{message[:200]}...")

@@ -65,7 +65,7 @@ class Entmax(Swap):
         super().__post_init__()
         require(self.alpha == "learned" or 1 < self.alpha <= 2, f"entmax: alpha must be in (1, 2], not {self.alpha}")
         require(1 < self.start < 2, f"entmax: start must be in (1, 2), not {self.start}")
-        require(self.units >= 0, "entmax: units must not be negative")
+        require(0 <= self.units <= predicted.WIDEST, f"entmax: units must be 0 to {predicted.WIDEST}")
 
     @property
     def needs_n(self) -> bool:  # type: ignore[override]

@@ -17,6 +17,8 @@ from attnswap.swaps.base import Call, Feature, Observed, Parameter
 
 RIDGE = 1e-3
 """Penalty of the linear regression, over the mean square of what it reads."""
+WIDEST = 1 << 16
+"""The most units of the network: more is a mistake, which memory alone would refuse."""
 STEPS, BATCH, RATE = 600, 4096, 3e-3
 """Of the descent from the linear regression."""
 Rows = Tensor | slice

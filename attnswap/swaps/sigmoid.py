@@ -84,7 +84,7 @@ class Sigmoid(Swap):
             self.row_limit is None or (self.row_limit > 1 and not self.divide_by_n),
             "sigmoid: row_limit must be above 1, and goes without divide_by_n",
         )
-        require(self.units >= 0, "sigmoid: units must not be negative")
+        require(0 <= self.units <= predicted.WIDEST, f"sigmoid: units must be 0 to {predicted.WIDEST}")
         require(self.max_positions is None or self.max_positions > 0, "sigmoid: max_positions must be positive")
 
     def bind(self, info: ModelInfo) -> Self:

@@ -12,7 +12,7 @@ from attnswap import swaps
 from attnswap.errors import ConfigError
 from attnswap.loading import EMBEDDED
 from attnswap.training.sections import FitSection, StageSection
-from attnswap.training.strict import coerce, from_mapping, join, parse_yaml, read_yaml, require, show, unknown_key
+from attnswap.training.strict import coerce, from_mapping, join, parse_value, read_yaml, require, show, unknown_key
 
 RESERVED = {
     "output_dir": "set output_dir at the top of the recipe",
@@ -261,7 +261,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     """Reads a recipe and applies overrides from the command line.
 
     Args:
-        path: A YAML file of at most 1 MB.
+        path: A YAML file of at most 32 kB.
         overrides: ``key=value`` with a dotted key; the value is YAML, e.g. ``training.max_steps=50``. Entries of lists
             go by their number: ``stages.0.share=0.5``.
 
@@ -309,7 +309,7 @@ def _apply(mapping: dict[str, Any], override: str) -> None:
             raise ConfigError(f'"{override}": {".".join(parts[: i + 1])} is {show(inner)}, which has no keys')
         held[place] = inner
         held = inner
-    held[_place(held, parts[-1], override)] = parse_yaml(text, f'"{key}"')
+    held[_place(held, parts[-1], override)] = parse_value(text, f'"{key}"')
 
 
 def _place(held: dict[str, Any] | list[Any], part: str, override: str) -> Any:

@@ -159,12 +159,12 @@ def seal(folder: Path) -> None:
 def _missing(checkpoint: Path) -> list[str] | None:
     """Returns the files that are not as the marker says; None without a marker."""
     try:
-        sizes = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["files"]
-    except FileNotFoundError:
+        sizes = dict(json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["files"])
+        return [n for n, s in sizes.items() if not (checkpoint / n).is_file() or (checkpoint / n).stat().st_size != s]
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (json.JSONDecodeError, KeyError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return [MARKER]
-    return [n for n, size in sizes.items() if not (checkpoint / n).is_file() or (checkpoint / n).stat().st_size != size]
 
 
 def _put(new: Path, place: Path) -> None:

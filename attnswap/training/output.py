@@ -6,11 +6,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from attnswap.errors import ConfigError
+from attnswap.folders import check_replaceable, check_writable
 from attnswap.training.config import TrainConfig, as_run
 from attnswap.training.durable import latest_checkpoint, sync
+from attnswap.training.strict import dump_yaml
+
+RESULT, UNFINISHED = ("recipe.yaml", "summary.json"), ("recipe.yaml",)
+"""The files that a result, and a run that is not complete, are told by."""
+REPLACED = ".replaced"
+"""In a result, until it is removed: the result that was there before."""
 
 
 class Output:
@@ -22,8 +27,9 @@ class Output:
     """
 
     def __init__(self, final: Path, *, overwrite: bool) -> None:
-        self.final = final.expanduser().absolute()
-        self.partial = self.final.with_name(self.final.name + ".partial")
+        # Links are followed, so that the folder is replaced and not the link.
+        self.final = Path(os.path.realpath(final.expanduser()))
+        self.partial = self.final.parent / f"{self.final.name}.partial"
         self.overwrite = overwrite
 
     def check(self, resume_from: str | None) -> None:
@@ -33,14 +39,10 @@ class Output:
             resume_from: The checkpoint to go on from, if any.
 
         Raises:
-            ConfigError: There is a result, an unfinished run or a file in the way, or no such checkpoint.
+            ConfigError: There is a result, an unfinished run or something else in the way, or no such checkpoint.
         """
-        if self.final.exists() and not self.final.is_dir():
-            raise ConfigError(f'output_dir: "{self.final}" is a file')
-        above = next(folder for folder in self.final.parents if folder.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK) or above.is_relative_to("/proc"):
-            raise ConfigError(f'output_dir: nothing can be written to "{above}"')
-        if not self.overwrite and self.final.is_dir() and any(self.final.iterdir()):
+        self.check_place()
+        if not self.overwrite and _holds(self.final):
             raise ConfigError(f'output_dir: "{self.final}" is not empty: name another one, or set overwrite=true')
         if resume_from is not None:
             if not _resumable(Path(resume_from)):
@@ -56,6 +58,23 @@ class Output:
                 + ("go on with training.resume_from_checkpoint=latest, or " if _resumable(left) else "")
                 + "start anew with overwrite=true"
             )
+
+    def check_place(self) -> None:
+        """Refuses a directory that no run may write to or remove, also where overwriting is allowed.
+
+        Raises:
+            ConfigError: It cannot be written, cannot be replaced, or holds what no run of ours has left.
+        """
+        for folder in (self.final, self.final.parent):  # both are written to when the one is renamed
+            check_writable(folder, "output_dir")
+        check_replaceable(self.final, "output_dir")
+        for folder, files in ((self.final, RESULT), (self.partial, UNFINISHED)):
+            foreign = os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir())
+            if foreign or (_holds(folder) and not all((folder / name).is_file() for name in files)):
+                raise ConfigError(
+                    f'output_dir: "{folder}" holds no {"result" if files == RESULT else "run"} of attnswap (there is '
+                    f"no {' and '.join(files)}), so it is not replaced: name another one, or move it away yourself"
+                )
 
     def prepare(self, config: TrainConfig, resume_from: str | None) -> None:
         """Makes the partial directory, empty unless a run is resumed, and writes the recipe into it."""
@@ -84,20 +103,23 @@ class Output:
             if path.is_file():
                 sync(path)
         sync(self.partial)
-        aside = self.final.with_name(self.final.name + ".replaced")
+        aside = self.partial / REPLACED
         if self.final.is_dir():
-            shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed while it removed it
+            shutil.rmtree(aside, ignore_errors=True)
             os.replace(self.final, aside)
         os.replace(self.partial, self.final)
         sync(self.final.parent)
         # Only now: until the result has its name, a run that is killed goes on from them.
-        for checkpoint in [*self.final.glob("checkpoint-*"), *self.final.glob(".*-checkpoint-*")]:
-            shutil.rmtree(checkpoint)
-        shutil.rmtree(aside, ignore_errors=True)
+        for gone in [*self.final.glob("checkpoint-*"), *self.final.glob(".*-checkpoint-*"), self.final / REPLACED]:
+            shutil.rmtree(gone, ignore_errors=gone.name == REPLACED)
+
+
+def _holds(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def _write_recipe(config: TrainConfig, folder: Path) -> None:
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(as_run(config), sort_keys=False), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(dump_yaml(as_run(config)), encoding="utf-8")
 
 
 def _resumable(checkpoint: Path) -> bool:

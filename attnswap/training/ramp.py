@@ -173,6 +173,9 @@ def _spec_in(checkpoint: Path, adapter: str | None) -> dict[str, Any] | None:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f'"{file}" is not JSON: {error}') from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f'"{file}" is damaged: it holds no names and values')
+    return values

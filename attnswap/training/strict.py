@@ -13,11 +13,53 @@ import yaml
 
 from attnswap.errors import ConfigError, nearest
 
-MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 15
+"""A recipe has two kilobytes; what is longer costs time before anything can be said of it."""
 MAX_DEPTH = 16
+MAX_DIGITS = 64
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _T = TypeVar("_T")
+
+_Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_INTEGER = re.compile(r"([-+]?[0-9]+|0x[0-9a-fA-F]+|0o[0-7]+)\Z")
+_REAL = re.compile(r"([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))\Z")
+
+
+class _Loader(_Base):
+    """Reads numbers as YAML 1.2 and JSON write them: ``1:10`` is text and not 70, ``010`` is ten."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in forms if tag not in (_INT, _FLOAT)]
+    for first, forms in _Base.yaml_implicit_resolvers.items()
+}
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that YAML 1.1 or 1.2 would take for a number."""
+
+
+for _kind in (_Loader, _Dumper):
+    for _tag, _form, _first in ((_INT, _INTEGER, "-+0123456789"), (_FLOAT, _REAL, "-+.0123456789")):
+        _kind.add_implicit_resolver(_tag, _form, list(_first))
+
+
+def _construct_number(loader: Any, node: yaml.ScalarNode) -> int | float:
+    """Makes a number, also one with an explicit tag, of text of a bounded length."""
+    text = str(loader.construct_scalar(node))
+    form = _INTEGER if node.tag == _INT else _REAL
+    if not form.match(text) or len(text) > MAX_DIGITS:
+        shown = text if len(text) <= MAX_DIGITS else f"{text[:20]}... ({len(text)} characters)"
+        raise yaml.constructor.ConstructorError(None, None, f'"{shown}" is no number', node.start_mark)
+    if node.tag == _FLOAT:
+        return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+    return int(text, {"0x": 16, "0o": 8}.get(text[:2], 10))
+
+
+_Loader.add_constructor(_INT, _construct_number)
+_Loader.add_constructor(_FLOAT, _construct_number)
 
 
 def require(condition: bool, message: str) -> None:
@@ -27,7 +69,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def read_yaml(path: str | Path) -> Any:
-    """Reads one YAML document from a file of at most 1 MB.
+    """Reads one YAML document from a file of at most 32 kB.
 
     Raises:
         ConfigError: The file is missing, too big, not UTF-8 or not plain YAML (see :func:`parse_yaml`).
@@ -38,8 +80,7 @@ def read_yaml(path: str | Path) -> Any:
             raw = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         raise ConfigError(f'cannot read "{path}": {getattr(error, "strerror", None) or error}') from None
-    if len(raw) > MAX_BYTES:
-        raise ConfigError(f'"{path}" is larger than 1 MB, which no recipe is')
+    _check_size(len(raw), f'"{path}"')
     try:
         return parse_yaml(raw.decode("utf-8"), str(path))
     except UnicodeDecodeError:
@@ -47,7 +88,7 @@ def read_yaml(path: str | Path) -> Any:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Parses plain YAML: no aliases, no repeated keys, at most 16 levels deep.
+    """Parses plain YAML: no aliases, no repeated keys, at most 32 kB and 16 levels deep, numbers as in YAML 1.2.
 
     Args:
         text: The YAML text.
@@ -56,10 +97,16 @@ def parse_yaml(text: str, where: str) -> Any:
     Raises:
         ConfigError: The text is not such YAML.
     """
+    _check_size(len(text), where)
     try:
         _refuse_aliases_and_depth(text, where)
-        _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader), where)
-        return yaml.safe_load(text)
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            _refuse_repeated_keys(node, where)
+            return None if node is None else loader.construct_document(node)
+        finally:
+            loader.dispose()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
@@ -71,9 +118,28 @@ def parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where}: not valid YAML: {error}") from None
 
 
+def _check_size(size: int, where: str) -> None:
+    require(size <= MAX_BYTES, f"{where} is larger than {MAX_BYTES >> 10} kB, which no recipe is")
+
+
+def parse_value(text: str, where: str) -> Any:
+    """Parses a value of the command line, where ``2:`` is a slice; YAML would take it for a key without a value.
+
+    Raises:
+        ConfigError: See :func:`parse_yaml`.
+    """
+    slice_of_layers = re.fullmatch(r"\s*([-+]?\d*:[-+\d:]*)\s*", text)
+    return slice_of_layers[1] if slice_of_layers else parse_yaml(text, where)
+
+
+def dump_yaml(values: Any) -> str:
+    """Writes plain values as YAML that this module, and readers of YAML 1.1, read back as they are."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
+
+
 def _refuse_aliases_and_depth(text: str, where: str) -> None:
     depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+    for event in yaml.parse(text, Loader=_Loader):
         if isinstance(event, yaml.AliasEvent):
             raise ConfigError(f"{where}{_line(event)}: aliases (*{event.anchor}) are not allowed")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -137,15 +203,18 @@ def join(path: str, key: Any) -> str:
 
 def show(value: Any) -> str:
     """Returns a value with its type, cut to a readable length."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # whole numbers of thousands of digits
+        text = "a number that is too long to print"
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
 
 
 def coerce(value: Any, hint: Any, path: str) -> Any:
     """Returns ``value`` as the type ``hint`` asks for.
 
-    Whole numbers serve as floats, and so do numbers such as ``1e-4`` that YAML 1.1 reads as text. An unquoted ``no``,
-    which YAML 1.1 reads as false, serves where "no" is one of an enum's values. Nothing else is converted.
+    Whole numbers of at most 64 bits serve as floats, and so do numbers in quotes. An unquoted ``no``, which YAML 1.1
+    reads as false, serves where "no" is one of an enum's values. Nothing else is converted.
 
     Raises:
         ConfigError: The value does not fit.
@@ -168,7 +237,7 @@ def coerce(value: Any, hint: Any, path: str) -> Any:
         return {key: coerce(item, args[1] if args else Any, join(path, key)) for key, item in value.items()}
     if hint is float and (number := _as_float(value)) is not None:
         return number
-    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+    if hint is int and isinstance(value, int) and not isinstance(value, bool) and -(1 << 63) <= value < 1 << 63:
         return value
     if hint in (bool, str, types.NoneType) and isinstance(value, hint):
         return value

@@ -6,12 +6,14 @@ from typing import Any
 import torch
 import transformers
 from rich.table import Table
+from rich.text import Text
 
 import attnswap
 from attnswap.provenance import commit
 from attnswap.training.config import TrainConfig
 from attnswap.training.movement import Moved, as_json, by_kind
 from attnswap.training.trainer import StepLog, SwapTrainer, windows_per_step
+from attnswap.visible import visible
 
 
 def summarise(
@@ -115,7 +117,8 @@ def tokens_of(config: TrainConfig, trainer: SwapTrainer) -> int:
 def table(summary: dict[str, Any]) -> Table:
     """Returns the summary as a table for the terminal."""
     swap = summary["swap"]
-    view = Table(title=f"{swap if isinstance(swap, str) else swap['name']} on {summary['model']}", show_header=False)
+    title = visible(f"{swap if isinstance(swap, str) else swap['name']} on {summary['model']}")
+    view = Table(title=Text(title, "table.title"), show_header=False)
     view.add_column(style="bold")
     view.add_column(justify="right")
     if summary["fit_tokens"]:
@@ -125,7 +128,7 @@ def table(summary: dict[str, Any]) -> Table:
         said = f"{part['steps']} of {summary['windows_per_step'] * part['sequence_length']} tokens"
         if part["seconds_per_step"] is not None:
             said += f", {part['seconds_per_step']:.2f} s each ({summary['precision']})"
-        view.add_row(part["name"], said)
+        view.add_row(Text(visible(part["name"])), said)
     view.add_row("trained weights", f"{summary['parameters_trained']:,} of {summary['parameters']:,}")
     view.add_row("training loss, mean", f"{summary['train_loss']:.4f}")
     before, after = summary["held_out_loss_before"], summary["held_out_loss"]

@@ -13,7 +13,8 @@ def refusal(problem: Problem) -> str | None:
     """Says why these kernels cannot compute a call, or None where they can."""
     if problem.query.device.type != "cpu":
         return "it runs on the CPU alone"
-    return operands.refusal(problem) or build.unavailable()
+    whole = problem.whole or not problem.swap.native_ramp  # what blends two outputs is computed at lambda 1
+    return operands.refusal(problem) or build.refusal(operands.kernel_swap(problem), whole)
 
 
 def attend(problem: Problem) -> Tensor:

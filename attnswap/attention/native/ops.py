@@ -1,13 +1,12 @@
 """The engine's two operators as torch sees them: their shapes, and the gradient of one by the other."""
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnswap.attention.autograd import empty_gradients, gradients, save_inputs
-from attnswap.attention.lazy import constant
+from attnswap.attention.lazy import constant, once
 from attnswap.attention.native import build
 
 ORDER = (
@@ -35,7 +34,7 @@ def forward(*arguments: Any) -> Tensor:
 
 
 @constant
-@functools.cache
+@once
 def _register() -> None:
     """Adds shapes and gradients to the operators, once the engine is loaded."""
     torch.library.register_fake("attnswap_native::forward", _fake_forward)
