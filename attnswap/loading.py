@@ -1,7 +1,8 @@
 """Find and load models and tokenizers: a hub name, a directory, a GGUF file, or the embedded one."""
 
 import importlib.util
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,17 +87,20 @@ def load_model(
 
     Raises:
         ConfigError: There is no model of that name or in that place.
-        CheckpointError: Its weights are damaged, or are a swap's without its config.
+        CheckpointError: Its weights are damaged or incomplete, or are a swap's without its config.
     """
     path, extra = resolve(reference)
     if dtype is not None:
         kwargs["dtype"] = dtype
+    kwargs["ignore_mismatched_sizes"] = True  # refuse_incomplete names them; transformers' error names none
     try:
         both: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **extra, **kwargs)
     except AttnSwapError:
         raise
     except SafetensorError as error:
         raise CheckpointError(f'the weights of "{reference}" cannot be read: {error}. Are they complete?') from error
+    except FileNotFoundError as error:  # a shard that the index names; a directory without any is an OSError
+        raise CheckpointError(f'the checkpoint "{reference}" is incomplete: {error}') from error
     except Exception as error:  # transformers raises a dozen unrelated types for a damaged or foreign checkpoint
         reason = next(iter(str(error).strip().splitlines()), "")
         raise ConfigError(
@@ -104,6 +108,13 @@ def load_model(
         ) from error
     model, loaded = both
     refuse_orphans(loaded["unexpected_keys"], reference)
+    refuse_incomplete(loaded, reference)
+    if loaded["unexpected_keys"]:
+        warnings.warn(
+            f'{type(model).__name__} has no place for {_named(loaded["unexpected_keys"])} of "{reference}", which '
+            "stay unused",
+            stacklevel=2,
+        )
     clear_dequantized_flags(model)
     if device is None:
         return model
@@ -124,6 +135,43 @@ def refuse_orphans(unexpected: Iterable[str], reference: str | Path) -> None:
             "name their swaps, so it would load as plain softmax. Was model.config replaced after attnswap.patch? "
             "Patch the original model again, load these weights into it with load_state_dict, and save it"
         )
+
+
+def refuse_incomplete(
+    loaded: Mapping[str, Any], reference: str | Path, *, new_head_of: PreTrainedModel | None = None
+) -> None:
+    """Raises CheckpointError if weights of a loaded model are not the checkpoint's own: transformers made random ones.
+
+    Tied weights and those that an architecture declares as dispensable are not missing: transformers leaves them out
+    of its report.
+
+    Args:
+        loaded: What ``from_pretrained`` reports with ``output_loading_info=True``; load with
+            ``ignore_mismatched_sizes=True`` to have weights of another shape refused by name.
+        reference: Names the checkpoint in the error.
+        new_head_of: The loaded model where it is of another class than the one saved, so that everything outside of
+            its base model may begin anew; None: all of the model must be there.
+    """
+    prefix = "" if new_head_of is None else new_head_of.base_model_prefix
+    base = f"{prefix}." if hasattr(new_head_of, prefix) else ""  # a base model itself has no prefix, and no head
+    missing = [key for key in loaded["missing_keys"] if key.startswith(base)]
+    other = {key: f"{key} {list(ours)} for {list(wanted)}" for key, ours, wanted in loaded["mismatched_keys"]}
+    wrong = [said for key, said in other.items() if key.startswith(base)]
+    if missing:
+        raise CheckpointError(
+            f'the checkpoint "{reference}" is incomplete: it lacks {_named(missing)}, which would start at random. '
+            "Save or download it anew"
+        )
+    if wrong:
+        raise CheckpointError(
+            f'the weights of "{reference}" do not fit its config.json: it holds {_named(wrong)}, which would start '
+            "at random. Was the config edited?"
+        )
+
+
+def _named(keys: Iterable[str]) -> str:
+    first, *others = sorted(keys)
+    return f"the weight {first}" if not others else f"{len(others) + 1} weights such as {first}"
 
 
 def clear_dequantized_flags(model: PreTrainedModel) -> list[str]:
