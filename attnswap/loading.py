@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from attnswap.errors import AttnSwapError, CheckpointError, ConfigError
+from attnswap.errors import AttnSwapError, CheckpointError, ConfigError, first_line
 from attnswap.processes import warn_of_bf16
 
 EMBEDDED = "embedded"
@@ -102,9 +102,8 @@ def load_model(
     except FileNotFoundError as error:  # a shard that the index names; a directory without any is an OSError
         raise CheckpointError(f'the checkpoint "{reference}" is incomplete: {error}') from error
     except Exception as error:  # transformers raises a dozen unrelated types for a damaged or foreign checkpoint
-        reason = next(iter(str(error).strip().splitlines()), "")
         raise ConfigError(
-            f'"{reference}" has no causal language model that transformers can load: {reason or type(error).__name__}'
+            f'"{reference}" has no causal language model that transformers can load: {first_line(error)}'
         ) from error
     model, loaded = both
     refuse_orphans(loaded["unexpected_keys"], reference)

@@ -62,12 +62,14 @@ class DataSection:
         source: ``"offline"`` (the standard library's sources), ``"files"`` or ``"hub"``.
         kind: ``"text"``: every token is learned; ``"chat"``: only the assistant's (files are then JSON lines with
             ``messages``).
-        files: Paths or globs (``.txt``, ``.jsonl``, also with ``.gz``), for ``source: files``.
-        documents: A text document is a whole ``"file"`` or a ``"paragraph"`` between blank lines.
+        files: Paths or globs, also with ``.gz``, for ``source: files``. Each line of a ``.jsonl`` file holds a document
+            under the key ``text``; other files hold the text itself.
+        documents: A text document is a whole ``"file"`` (of JSON lines: a line) or a ``"paragraph"`` between blank
+            lines.
         name: Hub data set, for ``source: hub``.
         config: Its configuration.
         split: Its split; slices such as ``train[:1000]`` work.
-        column: Its column; None: ``text``, or ``messages`` for chat.
+        column: Its column, or the key of JSON lines; None: ``text``, or ``messages`` for chat.
         sequence_length: Tokens in a window.
         pack: Put several documents into a window, kept apart by position ids; false: one for each window.
         eval_fraction: Share of the documents held out for evaluation, at least one document.

@@ -5,7 +5,6 @@ documents, drawn by the recipe's seed.
 """
 
 import glob
-import gzip
 import hashlib
 import json
 import re
@@ -21,12 +20,13 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from attnswap import text
-from attnswap.errors import ConfigError
-from attnswap.training.chat import encode_conversation, read_conversation
+from attnswap.errors import ConfigError, first_line
+from attnswap.files import parse_line, read_documents, read_lines, refuse_foreign
+from attnswap.training.chat import as_conversation, encode_conversation
 from attnswap.training.config import DataSection
 from attnswap.training.packing import Document, pack
 
-FORMAT = 1
+FORMAT = 2
 """Part of every cache key: raise it when the same recipe must give other windows."""
 
 
@@ -95,8 +95,12 @@ def load_documents(section: DataSection) -> Dataset:
     paths = _expand(section.files)
     states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     read = _read_chats if section.kind == "chat" else _read_texts
-    arguments = {"paths": [str(path) for path in paths], "documents": section.documents}
-    return _cached(read, arguments, _digest(section.kind, section.documents, states), section)
+    arguments = {"paths": [str(path) for path in paths], "documents": section.documents, "column": _column(section)}
+    return _cached(read, arguments, _digest(section.kind, section.documents, _column(section), states), section)
+
+
+def _column(section: DataSection) -> str:
+    return section.column or ("messages" if section.kind == "chat" else "text")
 
 
 def split_documents(documents: Dataset, section: DataSection) -> tuple[Dataset, Dataset]:
@@ -187,17 +191,17 @@ def _text_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], I
 def _chat_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], Iterator[Document]]:
     def encode(documents: list[str]) -> Iterator[Document]:
         for document in documents:
-            yield encode_conversation(read_conversation(document, "chat data"), tokenizer)
+            yield encode_conversation(json.loads(document), tokenizer)
 
     return encode
 
 
 def _from_hub(section: DataSection) -> Dataset:
-    column = section.column or ("messages" if section.kind == "chat" else "text")
+    column = _column(section)
     try:
         data = datasets.load_dataset(section.name, section.config, split=section.split, cache_dir=section.cache_dir)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ConfigError(f'data: cannot load the data set "{section.name}": {str(error).splitlines()[0]}') from None
+        raise ConfigError(f'data: cannot load the data set "{section.name}": {first_line(error)}') from None
     if column not in data.column_names:
         raise ConfigError(
             f'data.column: "{section.name}" has no column "{column}". Columns: {", ".join(data.column_names)}'
@@ -205,9 +209,11 @@ def _from_hub(section: DataSection) -> Dataset:
     if section.kind == "chat":
         name = f'"{section.name}"'
         return data.map(
-            lambda row: {"document": json.dumps(read_conversation(json.dumps(row[column]), name))},
+            lambda row: {"document": json.dumps(as_conversation(row[column], name))},
             remove_columns=data.column_names,
         )
+    if getattr(data.features[column], "dtype", "") not in ("string", "large_string"):
+        raise ConfigError(f'data.column: "{column}" of "{section.name}" holds no texts, but {data.features[column]}')
     return data.select_columns([column]).rename_column(column, "document")
 
 
@@ -221,26 +227,18 @@ def _expand(patterns: list[str]) -> list[Path]:
     return paths
 
 
-def _read(path: str) -> str:
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8") as file:
-            return file.read()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise ConfigError(f'data.files: cannot read "{path}" as UTF-8 text: {error}') from None
-
-
-def _read_texts(paths: list[str], documents: str) -> Iterator[dict[str, str]]:
+def _read_texts(paths: list[str], documents: str, column: str) -> Iterator[dict[str, str]]:
     for path in paths:
-        content = _read(path)
-        for piece in [content] if documents == "file" else re.split(r"\n[ \t]*\n+", content):
-            yield {"document": piece}
+        for content in read_documents(path, column):
+            for piece in [content] if documents == "file" else re.split(r"\n[ \t]*\n+", content):
+                yield {"document": piece}
 
 
-def _read_chats(paths: list[str], documents: str) -> Iterator[dict[str, str]]:
+def _read_chats(paths: list[str], documents: str, column: str) -> Iterator[dict[str, str]]:
     for path in paths:
-        for number, line in enumerate(_read(path).splitlines(), start=1):
-            if line.strip():
-                yield {"document": json.dumps(read_conversation(line, f"{path} line {number}"))}
+        refuse_foreign(path, allowed=(".json",))
+        for where, line in read_lines(path):
+            yield {"document": json.dumps(as_conversation(parse_line(line, where), where, column))}
 
 
 def _offline() -> Iterator[dict[str, str]]:
