@@ -121,6 +121,8 @@ def test_a_resolved_recipe_reads_back() -> None:
         ({"training": {"learning_rate": float("nan")}}, "training.learning_rate: must be a finite number"),
         ({"training": {"max_steps": True}}, "training.max_steps: must be a whole number, not True (bool)"),
         ({"training": {"bf16": 1}}, "training.bf16: must be true or false, not 1 (int)"),
+        ({"training": {"metric_for_best_model": "accuracy"}}, "training.metric_for_best_model: the loss is all"),
+        ({"training": {"greater_is_better": True}}, "training.greater_is_better: a smaller loss is better"),
         ({"training": {"lr_scheduler_type": "cosin"}}, 'unknown value "cosin". Did you mean "cosine"?'),
         ({"swap": "ssmx"}, 'unknown swap "ssmx". Did you mean "ssmax"?'),
         ({"swap": {"name": "ssmax", "fom": "affine"}}, 'has no option "fom". Did you mean "form"?'),

@@ -250,6 +250,10 @@ def check_training(values: dict[str, Any]) -> dict[str, Any]:
         checked[key] = coerce(value, hints[key], join("training", key))
         if key == "learning_rate":
             require(checked[key] >= 0, "training.learning_rate: must not be negative")
+        if key == "metric_for_best_model":
+            require(checked[key] in ("loss", "eval_loss"), f"training.{key}: the loss is all that is evaluated")
+        if key == "greater_is_better":
+            require(not checked[key], f"training.{key}: a smaller loss is better")
     return checked
 
 

@@ -270,8 +270,8 @@ def training_arguments(config: TrainConfig, directory: Path) -> TrainingArgument
     """Builds ``TrainingArguments``: the recipe's own, and defaults that keep the best checkpoint.
 
     Unless the recipe says otherwise a run goes once through the data, evaluates at the start and at each quarter,
-    saves then too, keeps the best, reports to nobody, and uses the CPU where there is no accelerator. A process uses
-    one accelerator.
+    saves then too, or every ``save_steps`` where that is given, keeps the best, reports to nobody, and uses the CPU
+    where there is no accelerator. A process uses one accelerator.
 
     Args:
         config: The recipe.
@@ -283,6 +283,7 @@ def training_arguments(config: TrainConfig, directory: Path) -> TrainingArgument
     chosen = config.training
     ramped = any(stage.ramp is not None for stage in config.stages)
     strategy, every = chosen.get("eval_strategy", "steps"), chosen.get("eval_steps", 0.25)
+    saving = "steps" if "save_steps" in chosen else strategy
     defaults = {
         "num_train_epochs": 1.0,
         "per_device_train_batch_size": 1,
@@ -291,7 +292,7 @@ def training_arguments(config: TrainConfig, directory: Path) -> TrainingArgument
         "eval_strategy": strategy,
         "eval_steps": every,
         "eval_on_start": strategy != "no",
-        "save_strategy": strategy,
+        "save_strategy": saving,
         "save_steps": every,
         "save_total_limit": 1,
         "load_best_model_at_end": strategy != "no" and not ramped,
@@ -345,6 +346,6 @@ def _held_out_after(trainer: SwapTrainer) -> dict[str, float] | None:
     if trainer.args.eval_strategy == "no":
         return None
     entries = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    loaded = trainer.state.best_global_step if trainer.args.load_best_model_at_end else trainer.state.global_step
-    known = [entry for entry in entries if entry["step"] == loaded and loaded]
+    saved = trainer.loaded_step or trainer.state.global_step
+    known = [entry for entry in entries if entry["step"] == saved and saved]
     return known[-1] if known else trainer.evaluate()

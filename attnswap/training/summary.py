@@ -50,7 +50,7 @@ def summarise(
         "swap": config.swap if config.swap is not None else "none",
         "model": config.model.reference,
         "steps": state.global_step,
-        "best_step": state.best_global_step if args.load_best_model_at_end else None,
+        "best_step": trainer.loaded_step,
         "train_loss": _mean_loss(state.log_history, metrics["train_loss"]),
         "held_out_loss_before": before["eval_loss"] if before else None,
         "held_out_loss": after["eval_loss"] if after else None,
