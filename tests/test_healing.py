@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +159,27 @@ def test_a_stopped_run_goes_on_and_one_of_another_recipe_does_not(
     assert run(tmp_path, "overwrite=true") == 0, capsys.readouterr().err
     assert steps[0] == 0
     assert json.loads((folder / "result.json").read_text())["recipe"]["training"]["learning_rate"] == 0.03
+
+
+@pytest.mark.parametrize("method", ["on_step_begin", "on_evaluate", "on_save"])
+def test_a_signal_in_the_last_step_of_a_run_ends_the_experiment(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run ends by itself then, and what comes after it must not begin."""
+    original = getattr(Stages, method)
+
+    def killed(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 10 - (method == "on_step_begin"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(self, args, state, control, **kwargs)
+
+    written(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Stages, method, killed)
+        assert run(tmp_path) == 143
+    assert "stopped by SIGTERM when healed was trained" in capsys.readouterr().err
+    assert (tmp_path / "out" / "healed" / "summary.json").is_file()
+    assert not list((tmp_path / "out").glob("control*"))
 
 
 def test_a_control_by_other_batches_or_of_other_text_is_refused(

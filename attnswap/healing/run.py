@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from attnswap.errors import ConfigError, NumericsError
+from attnswap.errors import ConfigError, NumericsError, StoppedError
 from attnswap.evaluation import Evaluation
 from attnswap.evaluation.corpus import load_corpus
 from attnswap.evaluation.scoring import Scorer
@@ -123,9 +123,13 @@ def _trained(config: TrainConfig) -> Path:
         if not changed and not config.training.get("save_only_model"):
             config = replace(config, training={**config.training, "resume_from_checkpoint": "latest"})
     say(f"training {folder.name}: {config.swap or 'no swap'}")
-    done = train(replace(config, overwrite=config.overwrite or left is not None)).output_dir
+    done = train(replace(config, overwrite=config.overwrite or left is not None))
     gc.collect()  # trainer and model hold on to each other, and the next model wants their memory
-    return done
+    if done.signal is not None:
+        raise StoppedError(
+            f"stopped by {done.signal.name} when {folder.name} was trained; the same command goes on from there"
+        )
+    return done.output_dir
 
 
 def _changed(config: TrainConfig, folder: Path, what: str) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import datasets
@@ -28,7 +29,7 @@ from transformers.utils.generic import strtobool
 import attnswap
 from attnswap.errors import ConfigError, StoppedError
 from attnswap.loading import load_model, load_tokenizer
-from attnswap.processes import spread, warn_of_bf16
+from attnswap.processes import largest, spread, warn_of_bf16
 from attnswap.surgery.attach import spec_of
 from attnswap.training.config import TrainConfig
 from attnswap.training.data import Data, load_data
@@ -59,11 +60,13 @@ class TrainResult:
         output_dir: The saved model, tokenizer and reports.
         summary: What ``summary.json`` holds.
         movement: How far each swap parameter moved, by name.
+        signal: A signal that asked for the end when the last step was done, so that this run is whole; or None.
     """
 
     output_dir: Path
     summary: dict[str, Any]
     movement: dict[str, Moved]
+    signal: Signals | None = None
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -192,7 +195,8 @@ def train(config: TrainConfig) -> TrainResult:
     if trainer.is_world_process_zero():
         output.publish(config, trainer.state.log_history, as_json(movement), summary)
     trainer.accelerator.wait_for_everyone()
-    return TrainResult(output.final, summary, movement)
+    late = largest(int(protection.stop.received or 0), args.device)
+    return TrainResult(output.final, summary, movement, Signals(late) if late else None)
 
 
 @contextmanager
