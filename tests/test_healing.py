@@ -1,5 +1,6 @@
 """An experiment trains what is missing, measures every control, and says what the losses say."""
 
+import io
 import json
 import math
 import os
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from training_helpers import byte_tokenizer, recipe, tiny_gpt2, write_model
+from rich.console import Console
+from training_helpers import ROOT, byte_tokenizer, recipe, tiny_gpt2, write_model
 
 from attnswap import swap_parameters
 from attnswap.cli import main
@@ -20,7 +22,7 @@ from attnswap.evaluation.bootstrap import Comparison
 from attnswap.healing import speed
 from attnswap.healing.experiment import Experiment
 from attnswap.healing.measuring import Bench
-from attnswap.healing.report import title
+from attnswap.healing.report import rows_of, table, title
 from attnswap.healing.result import proof_of_use, recovered
 from attnswap.training import Stages, parse_config
 
@@ -276,6 +278,33 @@ def test_what_cannot_be_measured_is_refused_before_the_training(
     assert run(tmp_path, "model.reference=" + str(tmp_path / "learned"), "--contexts", "32,256") == 2
     assert "cannot read windows of 256 tokens" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+FOUND = sorted((ROOT / "recipes" / "results").glob("*/result.json"))
+
+
+@pytest.mark.parametrize("width", [80, 60, 30])
+def test_no_number_of_the_closing_table_is_cut(width: int) -> None:
+    """Whatever was measured, in a terminal of any width."""
+    wanted = {True: "the swap is used", False: "the swap is not used", None: "starts as an identity"}
+    seen = set()
+    for file in FOUND:
+        result = json.loads(file.read_text())
+        for entry in result["contexts"]:
+            entry["perplexity"]["unhealed"] = 1.5e10  # the widest of numbers
+        console = Console(width=width, file=io.StringIO())
+        console.print(table(result))
+        printed = console.file.getvalue()  # type: ignore[attr-defined]
+        assert "…" not in printed
+        words = " ".join(printed.split())
+        assert wanted[result["proof_of_use"]["used"]] in words
+        assert f"{min(result['proof_of_use']['cost_of_bypass'].values()):+.1%} perplexity" in words
+        seen.add(result["proof_of_use"]["used"])
+        if width == 80:
+            for cell in (cell for row in rows_of(result) for cell in row):
+                assert cell in printed
+    assert len(FOUND) > 5
+    assert seen == {True, False, None}
 
 
 def test_a_swap_is_needed_to_be_healed(tmp_path: Path) -> None:

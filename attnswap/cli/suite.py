@@ -109,9 +109,9 @@ def markdown(report: dict[str, Any]) -> str:
 def _table(section: dict[str, Any]) -> Table:
     view = Table(title=section["title"], box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for column in section["table"]["columns"]:
-        view.add_column(column, justify="right")
+        view.add_column(escape(column), justify="right", overflow="fold")
     for row in section["table"]["rows"]:
-        view.add_row(*map(show, row))
+        view.add_row(*(escape(show(cell)) for cell in row))
     return view
 
 

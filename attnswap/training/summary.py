@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import transformers
+from rich.markup import escape
 from rich.table import Table
 
 import attnswap
@@ -115,9 +116,10 @@ def tokens_of(config: TrainConfig, trainer: SwapTrainer) -> int:
 def table(summary: dict[str, Any]) -> Table:
     """Returns the summary as a table for the terminal."""
     swap = summary["swap"]
-    view = Table(title=f"{swap if isinstance(swap, str) else swap['name']} on {summary['model']}", show_header=False)
-    view.add_column(style="bold")
-    view.add_column(justify="right")
+    name = swap if isinstance(swap, str) else swap["name"]
+    view = Table(title=escape(f"{name} on {summary['model']}"), show_header=False)
+    view.add_column(style="bold", overflow="fold")
+    view.add_column(justify="right", overflow="fold")
     if summary["fit_tokens"]:
         view.add_row("fitted to", f"{summary['fit_tokens']:,} tokens")
     parts = summary["stages"] or [{"name": "steps", **summary}]
@@ -125,7 +127,7 @@ def table(summary: dict[str, Any]) -> Table:
         said = f"{part['steps']} of {summary['windows_per_step'] * part['sequence_length']} tokens"
         if part["seconds_per_step"] is not None:
             said += f", {part['seconds_per_step']:.2f} s each ({summary['precision']})"
-        view.add_row(part["name"], said)
+        view.add_row(escape(part["name"]), said)
     view.add_row("trained weights", f"{summary['parameters_trained']:,} of {summary['parameters']:,}")
     view.add_row("training loss, mean", f"{summary['train_loss']:.4f}")
     before, after = summary["held_out_loss_before"], summary["held_out_loss"]
