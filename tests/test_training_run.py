@@ -215,7 +215,9 @@ def test_lora_is_merged_and_the_swap_trained_beside_it(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SwapTrainer, "save_model", spy)
-        result = run(tmp_path, swap="ssmax", lora={"r": 4}, training={"max_steps": 20})
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*(adapter|AttnSwapConfig)")  # none is left behind
+            result = run(tmp_path, swap="ssmax", lora={"r": 4}, training={"max_steps": 20})
     assert torch.equal(logits(result.output_dir), caught["logits"])
     with torch.no_grad():
         assert torch.equal(AutoModelForCausalLM.from_pretrained(result.output_dir)(IDS).logits, caught["logits"])
@@ -226,8 +228,9 @@ def test_lora_is_merged_and_the_swap_trained_beside_it(tmp_path: Path) -> None:
     assert torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
     assert min(moved.largest for moved in result.movement.values()) > 1e-3
     assert result.summary["held_out_loss"] < result.summary["held_out_loss_before"]
-    with pytest.raises(ConfigError, match=r"lora\.target_modules"):
-        run(tmp_path, overwrite=True, lora={"target_modules": ["nowhere"]})
+    for names in (["nowhere"], ["q_proj", "nowhere"], "nowhere", "(", [], ["norm"]):
+        with pytest.raises(ConfigError, match=r"lora\.target_modules"):
+            run(tmp_path, overwrite=True, lora={"target_modules": names})
 
 
 def test_a_run_resumed_ends_where_a_straight_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,6 +369,13 @@ def test_what_is_there_is_not_touched_by_mistake(tmp_path: Path) -> None:
         ),
         ({"training": {"bf16": True, "fp16": True}}, "At most one of fp16 and bf16"),
         ({"model": {"reference": "./no/such/model"}}, "no model at"),
+        (
+            {
+                "swap": "softpick",
+                "stages": [{"name": "first", "share": 0.5}, {"name": "second", "share": 0.5, "train": "swap"}],
+            },
+            'stages: "second" has nothing to train',
+        ),
         ({"swap": "ssmax", "layers": [7]}, "layer"),
         ({"swap": "ssmax", "heads": [4]}, "head"),
     ],

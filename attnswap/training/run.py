@@ -43,7 +43,7 @@ from attnswap.training.output import Output
 from attnswap.training.packing import IGNORED, check_separation
 from attnswap.training.protect import protect
 from attnswap.training.rest import at_rest
-from attnswap.training.stages import Stage, Stages, plan_of, without_swaps
+from attnswap.training.stages import Stage, Stages, left_alone, plan_of, without_swaps
 from attnswap.training.summary import summarise
 from attnswap.training.teacher import frozen_teacher, matrix_dtype, teacher_of
 from attnswap.training.trainer import StepLog, SwapTrainer
@@ -137,6 +137,10 @@ def train(config: TrainConfig) -> TrainResult:
     adapters = add_lora(model, config.lora) if config.lora else None
 
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not trainable:
+        raise ConfigError("nothing would be trained: every weight is frozen, and the swap has no parameters of its own")
+    for stage in plan:
+        left_alone(model, stage.section)  # refuses one that trains nothing, which else would be seen when it begins
     if args.process_index == 0:
         output.prepare(config, args.resume_from_checkpoint)
     steps = StepLog(output.partial / "steps.jsonl")
