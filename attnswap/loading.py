@@ -1,6 +1,7 @@
 """Find and load models and tokenizers: a hub name, a directory, a GGUF file, or the embedded one."""
 
 import importlib.util
+import json
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -56,6 +59,26 @@ def resolve(reference: str | Path) -> tuple[str, dict[str, str]]:
     if path.is_absolute() or str(reference).startswith((".", "~")) or str(reference).count("/") > 1:
         raise ConfigError(f'no model at "{reference}": give a directory, a .gguf file, a hub name, or "{EMBEDDED}"')
     return str(reference), {}
+
+
+def load_config_of(reference: str | Path) -> PreTrainedConfig:
+    """Loads the config of a model reference (see :func:`resolve`), or that of an adapter's base: what is quick to see.
+
+    Raises:
+        ConfigError: There is no model of that name or in that place.
+    """
+    path, extra = resolve(reference)
+    adapter = Path(path) / "adapter_config.json"
+    try:
+        if adapter.is_file() and not adapter.with_name("config.json").exists():
+            return load_config_of(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
+        return AutoConfig.from_pretrained(path, **extra)  # type: ignore[no-any-return]
+    except AttnSwapError:
+        raise
+    except Exception as error:  # as many types as for models
+        raise ConfigError(
+            f'"{reference}" has no model config that transformers can read: {first_line(error)}'
+        ) from error
 
 
 def load_tokenizer(reference: str | Path) -> PreTrainedTokenizerBase:

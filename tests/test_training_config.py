@@ -225,7 +225,7 @@ def test_any_text_parses_or_is_a_config_error(text: str) -> None:
 
 
 def test_a_reporter_that_is_not_installed(tmp_path):
-    from attnswap.training.run import training_arguments
+    from attnswap.training.inputs import training_arguments
 
     config = parse_config({**BASE, "training": {"report_to": "wandb"}})
     with pytest.raises(ConfigError, match="wandb is not installed"):

@@ -1,5 +1,6 @@
 """Values that several commands read from their options, checked before any work is done."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -41,10 +42,16 @@ def parse_device(text: str | None) -> str:
     return str(device)
 
 
-def check_folder(out: Path | None) -> None:
-    """Raises ConfigError if ``--out`` names something that is no directory."""
-    if out and out.exists() and not out.is_dir():
-        raise ConfigError(f'--out: "{out}" is a file; name a directory')
+def check_folder(out: Path | None, name: str = "--out") -> None:
+    """Raises ConfigError if nothing can be written into a folder that an option names; it need not be there yet."""
+    if out is None:
+        return
+    out = out.absolute()
+    above = next(path for path in (out, *out.parents) if path.exists())
+    if not above.is_dir():
+        raise ConfigError(f'{name}: "{above}" is a file; name a directory')
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError(f'{name}: nothing can be written to "{above}"; name another directory')
 
 
 def parse_numbers(text: str | None, name: str) -> list[int] | None:

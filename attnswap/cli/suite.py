@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from attnswap.errors import ConfigError
+from attnswap.evaluation.corpus import load_corpus
 from attnswap.evaluation.fidelity import comparable
 from attnswap.evaluation.figure import plot, short_names
 from attnswap.evaluation.html import write_html
@@ -18,7 +19,8 @@ from attnswap.evaluation.retrieval_figure import plot_retrieval
 from attnswap.evaluation.sections import suite_report
 from attnswap.evaluation.structure_figure import plot_structure
 from attnswap.evaluation.suite import Profile, SuiteOptions, profile
-from attnswap.loading import load_model, load_tokenizer
+from attnswap.evaluation.windows import plan
+from attnswap.loading import load_config_of, load_model, load_tokenizer
 from attnswap.markdown import markdown_table
 
 
@@ -52,7 +54,10 @@ def run_suite(
     """
     if original is not None and Path(original).suffix == ".json":
         raise ConfigError("--suite measures the baseline too: give the model, not the JSON of an earlier evaluation")
+    for name in [reference] if original is None else [reference, original]:
+        load_config_of(name)  # before either model is loaded and measured
     tokenizer = load_tokenizer(reference)
+    plan(load_corpus(tokenizer, text), tokenizer, options.contexts, max_tokens=options.max_tokens)
     common: dict[str, Any] = {"options": options, "text": text, "corpus_id": corpus_id}
     model = load_model(reference, dtype=dtype, device=device)
     before = twin = None
