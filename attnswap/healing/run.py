@@ -23,10 +23,12 @@ from attnswap.healing.measuring import Bench, read, say
 from attnswap.loading import load_config_of, load_model, load_tokenizer
 from attnswap.processes import join, place
 from attnswap.surgery.attach import spec_of
+from attnswap.text import evaluation_text
 from attnswap.training.config import TrainConfig, load_config, to_mapping
 from attnswap.training.durable import latest_checkpoint
 from attnswap.training.inputs import gather_inputs
 from attnswap.training.run import FITTED, train
+from attnswap.training.scarcity import warn_of_leak
 
 
 @dataclass
@@ -173,7 +175,10 @@ def _check_inputs(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, ru
         load_config_of(experiment.control)
     pending = [one for one in map(_pending, runs) if one is not None]
     for one in pending:
-        gather_inputs(one)
+        data = gather_inputs(one).data
+    if pending:
+        text = evaluation_text() if experiment.text is None else experiment.text
+        warn_of_leak(data.documents["document"], [text], "the text to measure on")
     if any(one.output_dir == runs[0].output_dir for one in pending):
         _check_measurable(experiment, tokenizer)
 

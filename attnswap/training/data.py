@@ -38,13 +38,18 @@ class Data:
         train: The windows of every stage, one after another.
         held_out: What is evaluated on, and never trained on.
         sizes: How many windows each stage has.
-        description: Number of the training documents and the sha256 of their texts, one after another.
+        description: Number of the training documents, how many of all repeat others, and the sha256 of the texts
+            trained on, one after another.
+        documents: The training documents, in the column ``document``.
+        held_out_documents: Those held out.
     """
 
     train: Dataset
     held_out: Dataset
     sizes: list[int]
     description: dict[str, Any]
+    documents: Dataset
+    held_out_documents: Dataset
 
 
 def load_data(section: DataSection, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int | None] = ()) -> Data:
@@ -59,11 +64,12 @@ def load_data(section: DataSection, tokenizer: PreTrainedTokenizerBase, lengths:
         ConfigError: The data does not exist, cannot be read, or is too little to train and evaluate on.
     """
     documents = load_documents(section)
-    train, held_out = split_documents(documents, section)
-    description = _describe(train)
-    held_out = make_windows(held_out, section, tokenizer)
+    chosen, unseen = split_documents(documents, section)
+    present = sum(1 for document in documents["document"] if _is_text(document))
+    description = {**_describe(chosen), "repeated": present - len(_different(documents))}
+    held_out = make_windows(unseen, section, tokenizer)
     parts = [
-        make_windows(train, section, tokenizer) if length is None else long_windows(train, section, tokenizer, length)
+        make_windows(chosen, section, tokenizer) if length is None else long_windows(chosen, section, tokenizer, length)
         for length in lengths or (None,)
     ]
     for name, part in (("evaluate", held_out), *(("train", part) for part in parts)):
@@ -72,7 +78,8 @@ def load_data(section: DataSection, tokenizer: PreTrainedTokenizerBase, lengths:
     if section.eval_windows is not None:
         held_out = held_out.select(range(min(section.eval_windows, len(held_out))))
     train = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
-    return Data(train.with_format("torch"), held_out.with_format("torch"), [len(part) for part in parts], description)
+    sizes = [len(part) for part in parts]
+    return Data(train.with_format("torch"), held_out.with_format("torch"), sizes, description, chosen, unseen)
 
 
 def _describe(documents: Dataset) -> dict[str, Any]:
@@ -109,11 +116,9 @@ def split_documents(documents: Dataset, section: DataSection) -> tuple[Dataset, 
     Raises:
         ConfigError: There are fewer than two different documents.
     """
-    first: dict[bytes, int] = {}
-    for index, document in enumerate(documents["document"]):
-        if document and not document.isspace():
-            first.setdefault(hashlib.sha256(document.encode("utf-8", "surrogatepass")).digest(), index)
-    order = np.random.default_rng(section.seed).permutation(list(first.values()))[: section.max_documents]
+    order = np.random.default_rng(section.seed).permutation(list(_different(documents).values()))[
+        : section.max_documents
+    ]
     if len(order) < 2:
         raise ConfigError(
             f"data: found {len(order)} different document(s); at least two are needed, one of them to evaluate on"
@@ -125,6 +130,19 @@ def split_documents(documents: Dataset, section: DataSection) -> tuple[Dataset, 
         )
     count = min(len(order) - 1, max(1, round(section.eval_fraction * len(order))))
     return documents.select(order[count:]), documents.select(order[:count])
+
+
+def _different(documents: Dataset) -> dict[bytes, int]:
+    """Returns where each text that is not blank stands first, by its digest."""
+    first: dict[bytes, int] = {}
+    for index, document in enumerate(documents["document"]):
+        if _is_text(document):
+            first.setdefault(hashlib.sha256(document.encode("utf-8", "surrogatepass")).digest(), index)
+    return first
+
+
+def _is_text(document: str | None) -> bool:
+    return bool(document) and not str(document).isspace()
 
 
 def make_windows(documents: Dataset, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> Dataset:

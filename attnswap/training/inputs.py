@@ -17,7 +17,9 @@ from attnswap.training.config import TrainConfig
 from attnswap.training.data import Data, load_data
 from attnswap.training.durable import latest_checkpoint
 from attnswap.training.output import Output
+from attnswap.training.scarcity import warn_of_scarcity
 from attnswap.training.stages import Stage, plan_of, without_swaps
+from attnswap.training.trainer import windows_per_step
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def gather_inputs(config: TrainConfig) -> Inputs:
         data = load_data(config.data, tokenizer, [stage.section.sequence_length for stage in plan])
         fits = config.fit is not None and (config.swap is not None or swapped_before)
         shown = load_data(config.data, tokenizer, _lengths_to_fit(config)) if fits else None
+    warn_of_scarcity(data, args, plan, windows_per_step(args))
     return Inputs(config, output, plan, args, tokenizer, data, shown)
 
 
