@@ -31,6 +31,15 @@ RESERVED = {
 }
 """Fields of TrainingArguments that a recipe may not set, and why."""
 
+COUNTS = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "seed": 0,
+}
+"""Fields of TrainingArguments and their least values, which Trainer itself meets in the middle of a run."""
+
 
 def _resolve(swap: str | dict[str, Any]) -> None:
     try:
@@ -248,6 +257,12 @@ def check_training(values: dict[str, Any]) -> dict[str, Any]:
         if key not in known:
             raise unknown_key(key, known, "training")
         checked[key] = coerce(value, hints[key], join("training", key))
+        if key in COUNTS:
+            require(checked[key] >= COUNTS[key], f"training.{key}: must be at least {COUNTS[key]}")
+        if key == "max_steps":
+            require(checked[key] > 0 or checked[key] == -1, "training.max_steps: must be positive, or -1 for epochs")
+        if key == "num_train_epochs":
+            require(checked[key] > 0, "training.num_train_epochs: must be positive")
         if key == "learning_rate":
             require(checked[key] >= 0, "training.learning_rate: must not be negative")
         if key == "metric_for_best_model":
