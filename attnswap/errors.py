@@ -56,3 +56,8 @@ def nearest(name: str, choices: list[str]) -> str:
     begun = [c for c in choices if len(name) > 2 < len(c) and (name.startswith(c) or c.startswith(name))]
     match = difflib.get_close_matches(name, begun or choices, n=1, cutoff=0.0 if begun else 0.4)
     return f' Did you mean "{match[0]}"?' if match else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or its type where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,20 +1,24 @@
 """Find and load models and tokenizers: a hub name, a directory, a GGUF file, or the embedded one."""
 
 import importlib.util
-from collections.abc import Iterable
+import json
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from attnswap.errors import AttnSwapError, CheckpointError, ConfigError
+from attnswap.errors import AttnSwapError, CheckpointError, ConfigError, first_line
 from attnswap.processes import warn_of_bf16
 
 EMBEDDED = "embedded"
@@ -57,6 +61,26 @@ def resolve(reference: str | Path) -> tuple[str, dict[str, str]]:
     return str(reference), {}
 
 
+def load_config_of(reference: str | Path) -> PreTrainedConfig:
+    """Loads the config of a model reference (see :func:`resolve`), or that of an adapter's base: what is quick to see.
+
+    Raises:
+        ConfigError: There is no model of that name or in that place.
+    """
+    path, extra = resolve(reference)
+    adapter = Path(path) / "adapter_config.json"
+    try:
+        if adapter.is_file() and not adapter.with_name("config.json").exists():
+            return load_config_of(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
+        return AutoConfig.from_pretrained(path, **extra)  # type: ignore[no-any-return]
+    except AttnSwapError:
+        raise
+    except Exception as error:  # as many types as for models
+        raise ConfigError(
+            f'"{reference}" has no model config that transformers can read: {first_line(error)}'
+        ) from error
+
+
 def load_tokenizer(reference: str | Path) -> PreTrainedTokenizerBase:
     """Loads the tokenizer that belongs to a model reference (see :func:`resolve`).
 
@@ -86,24 +110,33 @@ def load_model(
 
     Raises:
         ConfigError: There is no model of that name or in that place.
-        CheckpointError: Its weights are damaged, or are a swap's without its config.
+        CheckpointError: Its weights are damaged or incomplete, or are a swap's without its config.
     """
     path, extra = resolve(reference)
     if dtype is not None:
         kwargs["dtype"] = dtype
+    kwargs["ignore_mismatched_sizes"] = True  # refuse_incomplete names them; transformers' error names none
     try:
         both: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **extra, **kwargs)
     except AttnSwapError:
         raise
     except SafetensorError as error:
         raise CheckpointError(f'the weights of "{reference}" cannot be read: {error}. Are they complete?') from error
+    except FileNotFoundError as error:  # a shard that the index names; a directory without any is an OSError
+        raise CheckpointError(f'the checkpoint "{reference}" is incomplete: {error}') from error
     except Exception as error:  # transformers raises a dozen unrelated types for a damaged or foreign checkpoint
-        reason = next(iter(str(error).strip().splitlines()), "")
         raise ConfigError(
-            f'"{reference}" has no causal language model that transformers can load: {reason or type(error).__name__}'
+            f'"{reference}" has no causal language model that transformers can load: {first_line(error)}'
         ) from error
     model, loaded = both
     refuse_orphans(loaded["unexpected_keys"], reference)
+    refuse_incomplete(loaded, reference)
+    if loaded["unexpected_keys"]:
+        warnings.warn(
+            f'{type(model).__name__} has no place for {_named(loaded["unexpected_keys"])} of "{reference}", which '
+            "stay unused",
+            stacklevel=2,
+        )
     clear_dequantized_flags(model)
     if device is None:
         return model
@@ -121,9 +154,39 @@ def refuse_orphans(unexpected: Iterable[str], reference: str | Path) -> None:
     if orphans:
         raise CheckpointError(
             f'"{reference}" holds {len(orphans)} swap parameters, such as {orphans[0]}, but its config.json does not '
-            "name their swaps, so it would load as plain softmax. Was model.config replaced after attnswap.patch? "
-            "Patch the original model again, load these weights into it with load_state_dict, and save it"
+            "name their swaps (or another config was given to from_pretrained), so it would load as plain softmax. Load it "
+            "with its own config. If model.config was replaced after attnswap.patch: patch the original model again, "
+            "load these weights into it with load_state_dict, and save it"
         )
+
+
+def refuse_incomplete(loaded: Mapping[str, Any], reference: str | Path) -> None:
+    """Raises CheckpointError if weights of a loaded model are not the checkpoint's own: transformers made random ones.
+
+    Tied weights and those that an architecture declares as dispensable are not missing: transformers leaves them out
+    of its report.
+
+    Args:
+        loaded: What ``from_pretrained`` reports with ``output_loading_info=True``; load with
+            ``ignore_mismatched_sizes=True`` to have weights of another shape refused by name.
+        reference: Names the checkpoint in the error.
+    """
+    if loaded["missing_keys"]:
+        raise CheckpointError(
+            f'the checkpoint "{reference}" is incomplete: it lacks {_named(loaded["missing_keys"])}, which would start '
+            "at random. Save or download it anew"
+        )
+    wrong = [f"{key} {list(ours)} for {list(wanted)}" for key, ours, wanted in loaded["mismatched_keys"]]
+    if wrong:
+        raise CheckpointError(
+            f'the weights of "{reference}" do not fit its config.json: it holds {_named(wrong)}, which would start '
+            "at random. Was the config edited?"
+        )
+
+
+def _named(keys: Iterable[str]) -> str:
+    first, *others = sorted(keys)
+    return f"the weight {first}" if not others else f"{len(others) + 1} weights such as {first}"
 
 
 def clear_dequantized_flags(model: PreTrainedModel) -> list[str]:

@@ -1,15 +1,19 @@
 """An experiment trains what is missing, measures every control, and says what the losses say."""
 
+import io
 import json
 import math
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from training_helpers import byte_tokenizer, recipe, tiny_gpt2, write_model
+from rich.console import Console
+from training_helpers import ROOT, byte_tokenizer, recipe, tiny_gpt2, write_model
 
 from attnswap import swap_parameters
 from attnswap.cli import main
@@ -18,7 +22,7 @@ from attnswap.evaluation.bootstrap import Comparison
 from attnswap.healing import speed
 from attnswap.healing.experiment import Experiment
 from attnswap.healing.measuring import Bench
-from attnswap.healing.report import title
+from attnswap.healing.report import rows_of, table, title
 from attnswap.healing.result import proof_of_use, recovered
 from attnswap.training import Stages, parse_config
 
@@ -159,6 +163,27 @@ def test_a_stopped_run_goes_on_and_one_of_another_recipe_does_not(
     assert json.loads((folder / "result.json").read_text())["recipe"]["training"]["learning_rate"] == 0.03
 
 
+@pytest.mark.parametrize("method", ["on_step_begin", "on_evaluate", "on_save"])
+def test_a_signal_in_the_last_step_of_a_run_ends_the_experiment(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run ends by itself then, and what comes after it must not begin."""
+    original = getattr(Stages, method)
+
+    def killed(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 10 - (method == "on_step_begin"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(self, args, state, control, **kwargs)
+
+    written(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Stages, method, killed)
+        assert run(tmp_path) == 143
+    assert "stopped by SIGTERM when healed was trained" in capsys.readouterr().err
+    assert (tmp_path / "out" / "healed" / "summary.json").is_file()
+    assert not list((tmp_path / "out").glob("control*"))
+
+
 def test_a_control_by_other_batches_or_of_other_text_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -253,6 +278,33 @@ def test_what_cannot_be_measured_is_refused_before_the_training(
     assert run(tmp_path, "model.reference=" + str(tmp_path / "learned"), "--contexts", "32,256") == 2
     assert "cannot read windows of 256 tokens" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+FOUND = sorted((ROOT / "recipes" / "results").glob("*/result.json"))
+
+
+@pytest.mark.parametrize("width", [80, 60, 30])
+def test_no_number_of_the_closing_table_is_cut(width: int) -> None:
+    """Whatever was measured, in a terminal of any width."""
+    wanted = {True: "the swap is used", False: "the swap is not used", None: "starts as an identity"}
+    seen = set()
+    for file in FOUND:
+        result = json.loads(file.read_text())
+        for entry in result["contexts"]:
+            entry["perplexity"]["unhealed"] = 1.5e10  # the widest of numbers
+        console = Console(width=width, file=io.StringIO())
+        console.print(table(result))
+        printed = console.file.getvalue()  # type: ignore[attr-defined]
+        assert "…" not in printed
+        words = " ".join(printed.split())
+        assert wanted[result["proof_of_use"]["used"]] in words
+        assert f"{min(result['proof_of_use']['cost_of_bypass'].values()):+.1%} perplexity" in words
+        seen.add(result["proof_of_use"]["used"])
+        if width == 80:
+            for cell in (cell for row in rows_of(result) for cell in row):
+                assert cell in printed
+    assert len(FOUND) > 5
+    assert seen == {True, False, None}
 
 
 def test_a_swap_is_needed_to_be_healed(tmp_path: Path) -> None:

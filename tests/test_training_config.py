@@ -122,6 +122,13 @@ def test_a_resolved_recipe_reads_back() -> None:
         ({"training": {"learning_rate": float("nan")}}, "training.learning_rate: must be a finite number"),
         ({"training": {"max_steps": True}}, "training.max_steps: must be a whole number, not True (bool)"),
         ({"training": {"bf16": 1}}, "training.bf16: must be true or false, not 1 (int)"),
+        ({"training": {"max_steps": 0}}, "training.max_steps: must be positive"),
+        ({"training": {"num_train_epochs": 0}}, "training.num_train_epochs: must be positive"),
+        ({"training": {"per_device_train_batch_size": 0}}, "training.per_device_train_batch_size: must be at least 1"),
+        ({"training": {"gradient_accumulation_steps": 0}}, "training.gradient_accumulation_steps: must be at least 1"),
+        ({"training": {"seed": -1}}, "training.seed: must be at least 0"),
+        ({"training": {"metric_for_best_model": "accuracy"}}, "training.metric_for_best_model: the loss is all"),
+        ({"training": {"greater_is_better": True}}, "training.greater_is_better: a smaller loss is better"),
         ({"training": {"lr_scheduler_type": "cosin"}}, 'unknown value "cosin". Did you mean "cosine"?'),
         ({"swap": "ssmx"}, 'unknown swap "ssmx". Did you mean "ssmax"?'),
         ({"swap": {"name": "ssmax", "fom": "affine"}}, 'has no option "fom". Did you mean "form"?'),
@@ -314,7 +321,7 @@ def test_any_text_parses_or_is_a_config_error(text: str) -> None:
 
 
 def test_a_reporter_that_is_not_installed(tmp_path):
-    from attnswap.training.run import training_arguments
+    from attnswap.training.inputs import training_arguments
 
     config = parse_config({**BASE, "training": {"report_to": "wandb"}})
     with pytest.raises(ConfigError, match="wandb is not installed"):

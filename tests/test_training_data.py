@@ -2,6 +2,10 @@
 
 import gzip
 import json
+import random
+import re
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +14,19 @@ import torch
 from conftest import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from training_helpers import byte_tokenizer, documents, tiny_gemma2, tiny_llama
+from training_helpers import byte_tokenizer, documents, recipe, tiny_gemma2, tiny_llama
 from transformers import PreTrainedTokenizerBase
 
 import attnswap
 from attnswap.errors import ConfigError, UnsupportedModelError
+from attnswap.healing.experiment import Experiment
+from attnswap.healing.run import _check_inputs
 from attnswap.loading import load_tokenizer
-from attnswap.training import load_data
+from attnswap.training import load_data, parse_config
 from attnswap.training.chat import encode_conversation
 from attnswap.training.config import DataSection
 from attnswap.training.data import load_documents, split_documents
+from attnswap.training.inputs import gather_inputs
 from attnswap.training.packing import IGNORED, Document, check_separation, pack
 
 
@@ -137,6 +144,57 @@ def test_bad_data_is_refused(
         (tmp_path / "a.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ConfigError, match=message):
         load_data(section(tmp_path, **changes), byte_tokenizer())
+
+
+def unlike(count: int, words: int = 60, seed: int = 0) -> list[str]:
+    """Documents that share no passage."""
+    draw = random.Random(seed)
+    return [" ".join(f"{draw.randrange(10**6)}" for _ in range(words)) for _ in range(count)]
+
+
+def warned(tmp_path: Path, texts: list[str], **training: Any) -> list[str]:
+    """What is said of a recipe on some documents."""
+    values = recipe(tmp_path, swap="ssmax", training=training)
+    (tmp_path / "text.txt").write_text("\n\n".join(texts))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        gather_inputs(parse_config(values))
+    return [str(one.message) for one in caught if str(one.message).startswith("data: ")]
+
+
+def test_enough_and_different_text_is_passed_over_in_silence(tmp_path: Path) -> None:
+    assert warned(tmp_path, unlike(40)) == []
+
+
+@pytest.mark.parametrize(
+    ("texts", "training", "message"),
+    [
+        (unlike(40) + unlike(40)[:15], {}, "15 documents repeat others and are left out; 32 are trained on"),
+        (unlike(20), {"per_device_train_batch_size": 99, "gradient_accumulation_steps": 9}, "a step reads 891 windows"),
+        (unlike(20), {"max_steps": 5000}, r"windows are each read \d+ times"),
+        (unlike(9, words=5), {}, r"only \d+ held-out tokens"),
+        ([text + "  \n" + text for text in unlike(40)] + unlike(40), {}, r"\d+ of 64 passages .* the held-out"),
+        (["a chapter " + " ".join(unlike(40)), *unlike(40)], {}, r"\d+ of 64 passages .* the held-out"),
+    ],
+)
+def test_data_that_shows_or_teaches_little_is_mentioned(
+    texts: list[str], training: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    said = warned(tmp_path, texts, **training)
+    assert any(re.search(message, one) for one in said), said
+
+
+def test_a_text_to_measure_on_that_was_trained_on_is_mentioned(tmp_path: Path) -> None:
+    texts = unlike(40)
+    (tmp_path / "text.txt").write_text("")
+    values = recipe(tmp_path, swap="ssmax")
+    (tmp_path / "text.txt").write_text("\n\n".join(texts))
+    for text, leaks in ((" ".join(texts[:9]), True), (" ".join(unlike(9, seed=1)), False)):
+        experiment = Experiment(parse_config(values), tmp_path / "out", text=text, contexts=(32, 96), max_tokens=64)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            _check_inputs(experiment, byte_tokenizer(), [replace(experiment.config, output_dir=str(tmp_path / "out"))])
+        assert any("the text to measure on" in str(one.message) for one in caught) == leaks
 
 
 CHAT = [

@@ -108,6 +108,59 @@ def test_the_best_weights_are_kept(tmp_path: Path) -> None:
     assert result.summary["best_step"] == 2 * (1 + evaluations.index(min(evaluations))) < 6
 
 
+SCHEDULES = {
+    "whole steps beside a share": {"eval_steps": 0.25, "save_steps": 4},
+    "rounded shares": {"eval_steps": 0.25, "save_steps": 0.5},
+    "saves never come": {"eval_steps": 3, "save_steps": 99},
+    "saves of the best": {"eval_steps": 3, "save_strategy": "best"},
+    "evaluated late": {"eval_steps": 2, "eval_delay": 5},
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_summary_is_of_the_weights_that_were_saved(schedule: str, tmp_path: Path) -> None:
+    """A huge learning rate makes the first evaluation the best, whose step may not be one that is saved."""
+    training = {"max_steps": 9, "learning_rate": 3.0, "load_best_model_at_end": True} | SCHEDULES[schedule]
+    result = run(tmp_path, training=training)
+    summary = result.summary
+    found = dict(zip(logged_steps(result.output_dir), logged(result.output_dir, "eval_loss"), strict=True))
+    found.pop(0)
+    assert summary["held_out_loss"] == min(found.values())
+    assert found[summary["best_step"]] == summary["held_out_loss"]
+    assert summary["best_step"] < 9
+    again = run(
+        tmp_path,
+        output_dir=str(tmp_path / "again"),
+        model={"reference": str(result.output_dir)},
+        training={"max_steps": 1, "learning_rate": 0.0},
+    )
+    assert again.summary["held_out_loss_before"] == pytest.approx(summary["held_out_loss"], abs=1e-5)
+
+
+def logged_steps(directory: Path) -> list[int]:
+    """Returns the step of each evaluation."""
+    return [entry["step"] for entry in map(json.loads, (directory / "steps.jsonl").open()) if "eval_loss" in entry]
+
+
+@pytest.mark.parametrize(
+    ("training", "steps"),
+    [
+        ({"eval_strategy": "no", "save_steps": 2}, [2, 4, 5]),
+        ({"eval_strategy": "no"}, []),
+        ({"eval_strategy": "no", "save_strategy": "no", "save_steps": 2}, []),
+        ({"eval_strategy": "epoch", "save_steps": 2, "load_best_model_at_end": False}, [2, 4, 5]),
+        ({"eval_steps": 4}, [4, 5]),
+    ],
+)
+def test_checkpoints_are_saved_when_the_recipe_says(
+    training: dict[str, Any], steps: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[int] = []
+    monkeypatch.setattr("attnswap.training.durable.seal", lambda folder: saved.append(int(folder.name.split("-")[1])))
+    run(tmp_path, training={"max_steps": 5, "learning_rate": 1e-3} | training)
+    assert saved == steps
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     changes = {"swap": "ssmax", "training": {"gradient_accumulation_steps": 2, "max_steps": 6, "eval_steps": 2}}
@@ -162,7 +215,9 @@ def test_lora_is_merged_and_the_swap_trained_beside_it(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SwapTrainer, "save_model", spy)
-        result = run(tmp_path, swap="ssmax", lora={"r": 4}, training={"max_steps": 20})
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*(adapter|AttnSwapConfig)")  # none is left behind
+            result = run(tmp_path, swap="ssmax", lora={"r": 4}, training={"max_steps": 20})
     assert torch.equal(logits(result.output_dir), caught["logits"])
     with torch.no_grad():
         assert torch.equal(AutoModelForCausalLM.from_pretrained(result.output_dir)(IDS).logits, caught["logits"])
@@ -173,8 +228,9 @@ def test_lora_is_merged_and_the_swap_trained_beside_it(tmp_path: Path) -> None:
     assert torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
     assert min(moved.largest for moved in result.movement.values()) > 1e-3
     assert result.summary["held_out_loss"] < result.summary["held_out_loss_before"]
-    with pytest.raises(ConfigError, match=r"lora\.target_modules"):
-        run(tmp_path, overwrite=True, lora={"target_modules": ["nowhere"]})
+    for names in (["nowhere"], ["q_proj", "nowhere"], "nowhere", "(", [], ["norm"]):
+        with pytest.raises(ConfigError, match=r"lora\.target_modules"):
+            run(tmp_path, overwrite=True, lora={"target_modules": names})
 
 
 def test_a_run_resumed_ends_where_a_straight_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,6 +369,13 @@ def test_what_is_there_is_not_touched_by_mistake(tmp_path: Path) -> None:
         ),
         ({"training": {"bf16": True, "fp16": True}}, "At most one of fp16 and bf16"),
         ({"model": {"reference": "./no/such/model"}}, "no model at"),
+        (
+            {
+                "swap": "softpick",
+                "stages": [{"name": "first", "share": 0.5}, {"name": "second", "share": 0.5, "train": "swap"}],
+            },
+            'stages: "second" has nothing to train',
+        ),
         ({"swap": "ssmax", "layers": [7]}, "layer"),
         ({"swap": "ssmax", "heads": [4]}, "head"),
     ],

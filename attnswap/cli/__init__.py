@@ -14,7 +14,7 @@ from attnswap.cli.inspect import inspect_command
 from attnswap.cli.patch import patch_command
 from attnswap.cli.show import describe_command, list_command
 from attnswap.cli.train import train_command
-from attnswap.errors import AttnSwapError
+from attnswap.errors import AttnSwapError, first_line
 from attnswap.visible import visible
 
 app = typer.Typer(
@@ -48,7 +48,7 @@ def main() -> None:
     except AttnSwapError as error:
         _fail(str(error), error.exit_code)
     except OSError as error:
-        _fail(str(error).splitlines()[0], 2)
+        _fail(first_line(error), 2)
     except Exception as error:
         if hasattr(error, "format_message"):  # a wrong option or argument; typer's own class moved between versions
             _fail(error.format_message() or "see attnswap --help", 2)

@@ -13,10 +13,12 @@ from attnswap.cli.options import check_folder, parse_device, parse_dtype, parse_
 from attnswap.cli.terminal import Terminal
 from attnswap.errors import ConfigError
 from attnswap.evaluation import Evaluation, evaluate_perplexity, table, write_report
-from attnswap.evaluation.corpus import read_dataset, read_text
+from attnswap.evaluation.bootstrap import check_comparable
+from attnswap.evaluation.corpus import load_corpus, read_dataset, read_text
 from attnswap.evaluation.report import full_report
 from attnswap.evaluation.suite import SuiteOptions
-from attnswap.loading import load_model, load_tokenizer, resolve
+from attnswap.evaluation.windows import plan
+from attnswap.loading import load_config_of, load_model, load_tokenizer
 from attnswap.processes import join, leave, place
 
 
@@ -79,6 +81,11 @@ def eval_command(
             as_json=as_json,
         )
 
+    is_report = baseline is not None and Path(baseline).suffix == ".json"
+    reference = Evaluation.load(baseline) if baseline is not None and is_report else None
+    against = baseline if reference is None else None
+    _look_first([model] if against is None else [against, model], documents, lengths, chosen_stride, limit, reference)
+
     def measure(reference: str, against: Evaluation | None) -> Evaluation:
         loaded = load_model(reference, dtype=chosen_dtype, device=chosen_device)
         tokenizer: PreTrainedTokenizerBase = load_tokenizer(reference)
@@ -96,11 +103,8 @@ def eval_command(
             seed=seed,
         )
 
-    reference: Evaluation | None = None
-    is_report = baseline is not None and Path(baseline).suffix == ".json"
-    if baseline:
-        resolve(model)  # so that a wrong model does not wait for the baseline's measurement
-        reference = Evaluation.load(baseline) if is_report else measure(baseline, None)
+    if against is not None:
+        reference = measure(against, None)
     found = measure(model, reference)
     first = place()[0] == 0
     leave()
@@ -114,3 +118,22 @@ def eval_command(
         sys.stdout.write(json.dumps(full_report(found, reference), indent=2, allow_nan=False) + "\n")
     else:
         Terminal().print(table(found, reference))
+
+
+def _look_first(
+    references: list[str],
+    text: str | list[str] | None,
+    contexts: list[int],
+    stride: int | None,
+    max_tokens: int | None,
+    baseline: Evaluation | None,
+) -> None:
+    """Refuses what can be told from configs, tokenizers and the text, before any model is loaded and measured."""
+    known = None if baseline is None else baseline.protocol
+    for reference in references:
+        load_config_of(reference)
+        tokenizer = load_tokenizer(reference)
+        protocol = plan(load_corpus(tokenizer, text), tokenizer, contexts, stride, max_tokens)
+        if known is not None:
+            check_comparable(protocol, known)
+        known = protocol

@@ -37,16 +37,18 @@ def inspect_command(
     model before it was patched or trained.
     """
     from attnswap.cli.options import check_folder, parse_device, parse_dtype, parse_size  # here, as in heal
-    from attnswap.evaluation.corpus import read_text
+    from attnswap.evaluation.corpus import read_text, spread_windows
     from attnswap.evaluation.figure import short_names
-    from attnswap.loading import resolve
+    from attnswap.loading import load_config_of, load_tokenizer
 
     check_folder(out)
     references = [model] if against is None else [model, against]
-    for reference in references:
-        resolve(reference)  # so that a wrong second one does not wait for the first one's measurement
     placed = {"dtype": parse_dtype(dtype), "device": parse_device(device)}
-    read = {"text": None if text is None else read_text(text), "window": parse_size(window), "windows": windows}
+    read: dict[str, Any] = {"window": parse_size(window), "windows": windows}
+    read["text"] = None if text is None else read_text(text)
+    for reference in references:  # before any model is loaded, and the first one measured
+        load_config_of(reference)
+        spread_windows(load_tokenizer(reference), read["text"], read["window"], 1)
     found = [_measure(reference, placed, read) for reference in references]
     reports = [
         {**structure.to_dict(), "model": reference, "text": text and text.name, "window": read["window"]}

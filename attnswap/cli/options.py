@@ -42,10 +42,10 @@ def parse_device(text: str | None) -> str:
     return str(device)
 
 
-def check_folder(out: Path | None) -> None:
-    """Raises ConfigError if ``--out`` names something that is no directory, or cannot be written."""
+def check_folder(out: Path | None, name: str = "--out") -> None:
+    """Raises ConfigError if nothing can be written into a folder that an option names; it need not be there yet."""
     if out is not None:
-        check_writable(out, "--out")
+        check_writable(out, name)
 
 
 def parse_numbers(text: str | None, name: str) -> list[int] | None:

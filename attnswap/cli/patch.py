@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from attnswap.cli.options import parse_dtype, parse_numbers
+from attnswap.cli.options import check_folder, parse_dtype, parse_numbers
 from attnswap.errors import ConfigError
 from attnswap.visible import visible
 
@@ -30,13 +30,12 @@ def patch_command(
 ) -> None:
     """Patch a checkpoint and save the result, tokenizer included."""
     import attnswap
-    from attnswap.folders import check_writable
-    from attnswap.loading import load_model, load_tokenizer
+    from attnswap.loading import load_config_of, load_model, load_tokenizer
     from attnswap.surgery.patch import check_ramp
 
     if os.path.lexists(out):
         raise ConfigError(f'"{out}" exists already; choose another directory')
-    check_writable(out.parent, "OUT")
+    check_folder(out.parent, "OUT")
     options = _options(option or [])
     if "name" in options:
         raise ConfigError("the swap is named by --swap, not by --option name=")
@@ -44,7 +43,10 @@ def patch_command(
     chosen = layers if layers is None or ":" in layers else parse_numbers(layers, "--layers")
     chosen_heads = parse_numbers(heads, "--heads")
     check_ramp(ramp)
-    loaded, tokenizer = load_model(model, dtype=parse_dtype(dtype)), load_tokenizer(model)
+    chosen_dtype = parse_dtype(dtype)
+    load_config_of(model)
+    tokenizer = load_tokenizer(model)  # before the model, which is slow to load
+    loaded = load_model(model, dtype=chosen_dtype)
     report = attnswap.patch(loaded, config, part=part, layers=chosen, heads=chosen_heads, ramp=ramp)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as partial:

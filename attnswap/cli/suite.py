@@ -9,6 +9,7 @@ from rich.table import Table
 
 from attnswap.cli.terminal import Terminal
 from attnswap.errors import ConfigError
+from attnswap.evaluation.corpus import load_corpus
 from attnswap.evaluation.fidelity import comparable
 from attnswap.evaluation.figure import plot, short_names
 from attnswap.evaluation.html import write_html
@@ -17,7 +18,8 @@ from attnswap.evaluation.retrieval_figure import plot_retrieval
 from attnswap.evaluation.sections import suite_report
 from attnswap.evaluation.structure_figure import plot_structure
 from attnswap.evaluation.suite import Profile, SuiteOptions, profile
-from attnswap.loading import load_model, load_tokenizer
+from attnswap.evaluation.windows import plan
+from attnswap.loading import load_config_of, load_model, load_tokenizer
 from attnswap.markdown import markdown_table
 from attnswap.visible import visible
 
@@ -52,7 +54,10 @@ def run_suite(
     """
     if original is not None and Path(original).suffix == ".json":
         raise ConfigError("--suite measures the baseline too: give the model, not the JSON of an earlier evaluation")
+    for name in [reference] if original is None else [reference, original]:
+        load_config_of(name)  # before either model is loaded and measured
     tokenizer = load_tokenizer(reference)
+    plan(load_corpus(tokenizer, text), tokenizer, options.contexts, max_tokens=options.max_tokens)
     common: dict[str, Any] = {"options": options, "text": text, "corpus_id": corpus_id}
     model = load_model(reference, dtype=dtype, device=device)
     before = twin = None
@@ -109,9 +114,9 @@ def markdown(report: dict[str, Any]) -> str:
 def _table(section: dict[str, Any]) -> Table:
     view = Table(title=section["title"], box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for column in section["table"]["columns"]:
-        view.add_column(column, justify="right")
+        view.add_column(column, justify="right", overflow="fold")
     for row in section["table"]["rows"]:
-        view.add_row(*map(show, row))
+        view.add_row(*(show(cell) for cell in row))
     return view
 
 

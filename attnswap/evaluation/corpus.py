@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from attnswap import text as offline
-from attnswap.errors import ConfigError
+from attnswap.errors import ConfigError, first_line
+from attnswap.files import read_documents
 
 WINDOWS = 4
 """Windows of :func:`spread_windows` that are read unless told otherwise."""
@@ -118,11 +119,12 @@ def spread_windows(
 
 
 def read_text(path: str | Path) -> str:
-    """Reads a UTF-8 text file; raises :class:`ConfigError` if there is none or it is not UTF-8."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f'cannot read the text file "{path}": {error}; give a UTF-8 text file') from error
+    """Reads a text file, or the texts of a file of JSON lines, joined by blank lines.
+
+    Raises:
+        ConfigError: See :func:`attnswap.files.read_documents`.
+    """
+    return "\n\n".join(read_documents(path))
 
 
 def read_dataset(reference: str) -> list[str]:
@@ -143,8 +145,9 @@ def read_dataset(reference: str) -> list[str]:
         chosen = split or next((s for s in ("test", "validation", "train") if s in names), names[0])
         data = load_dataset(name, config or None, split=chosen)
     except Exception as error:  # datasets raises a dozen unrelated types, all of which mean the same here
-        cause = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f'cannot load the data set "{reference}" (NAME[:CONFIG[:SPLIT]]): {cause}') from error
+        raise ConfigError(
+            f'cannot load the data set "{reference}" (NAME[:CONFIG[:SPLIT]]): {first_line(error)}'
+        ) from error
     columns = [
         key for key, feature in data.features.items() if getattr(feature, "dtype", "") in ("string", "large_string")
     ]

@@ -28,7 +28,7 @@ def table(evaluation: Evaluation, baseline: Evaluation | None = None) -> Table:
     )
     header, rows = _cells(evaluation, baseline)
     for column in header:
-        shown.add_column(column, justify="right", no_wrap=True)
+        shown.add_column(column, justify="right", overflow="fold")
     for row in rows:
         shown.add_row(*row)
     return shown

@@ -136,7 +136,7 @@ class Evaluation:
         """
         path = Path(path)
         try:
-            report = json.loads(path.read_text(encoding="utf-8"))
+            report = json.loads(path.read_text(encoding="utf-8-sig"))
             if not isinstance(report, dict) or report.get("schema") != SCHEMA:
                 raise ConfigError(f'"{path}" is not an evaluation: its schema is not "{SCHEMA}"')
             with np.load(path.with_suffix(".npz"), allow_pickle=False) as arrays:

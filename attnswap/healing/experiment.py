@@ -47,6 +47,7 @@ class Experiment:
     device: str | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "out", self.out.expanduser())  # as training does
         if self.config.swap is None:
             raise ConfigError('swap: an experiment heals a swap; for the control alone, run "attnswap train"')
         if self.config.ramp != 1.0:

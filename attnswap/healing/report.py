@@ -4,14 +4,17 @@ import io
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from attnswap.evaluation.figure import COLOURS, plain
 from attnswap.evaluation.result import write_atomically
+from attnswap.healing.result import USED
 from attnswap.markdown import markdown_table
 from attnswap.training.strict import dump_yaml
 from attnswap.visible import visible
@@ -38,15 +41,34 @@ def rows_of(result: dict[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
-def table(result: dict[str, Any]) -> Table:
-    """Returns the perplexities of all models for the terminal."""
-    view = Table(title=Text(visible(title(result)), "table.title"), box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    head, *rows = rows_of(result)
-    for column in head:
-        view.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        view.add_row(*row)
+def table(result: dict[str, Any]) -> RenderableType:
+    """Returns what was found for the terminal: perplexities, what they say of the swap, and whether it is used.
+
+    Two narrow tables: one of all columns is wider than many terminals, which would cut its numbers.
+    """
+    rows = rows_of(result)
+    models = len(rows[0]) - len(COMPARED)
+    perplexities = _view([row[:models] for row in rows])
+    compared = _view([(row[0], *row[models:]) for row in rows])
+    return Group(Text(visible(title(result))), "", perplexities, "", compared, "", Text(visible(use_of(result))))
+
+
+def _view(rows: Sequence[tuple[str, ...]]) -> Table:
+    view = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for column in rows[0]:
+        view.add_column(Text(visible(column)), justify="right", overflow="fold")
+    for row in rows[1:]:
+        view.add_row(*(Text(visible(cell)) for cell in row))
     return view
+
+
+def use_of(result: dict[str, Any]) -> str:
+    """Says what ablating the swap costs, and whether that proves its use."""
+    use = result["proof_of_use"]
+    said = f"cost without swap: {min(use['cost_of_bypass'].values()):+.1%} perplexity, where it costs least"
+    if use["used"] is None:
+        return f"{said} (it starts as an identity, so none is asked for)"
+    return f"{said}: the swap is {'used' if use['used'] else f'not used, which takes more than {USED:.0%}'}"
 
 
 def title(result: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ def read_committed(path: Path) -> dict[str, Any]:
         ConfigError: The file is none.
     """
     try:
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
         missing = {"recipe", "contexts", "protocol", "corpus", "data"} - result.keys()
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f'--check: "{path}" is no result of attnswap heal: {error}') from None

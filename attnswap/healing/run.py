@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from attnswap.errors import ConfigError, NumericsError
+from attnswap.errors import ConfigError, NumericsError, StoppedError
 from attnswap.evaluation import Evaluation
 from attnswap.evaluation.corpus import load_corpus
 from attnswap.evaluation.scoring import Scorer
@@ -21,13 +21,16 @@ from attnswap.folders import check_writable
 from attnswap.healing.alike import check_alike, differences
 from attnswap.healing.experiment import Experiment
 from attnswap.healing.measuring import Bench, read, say
-from attnswap.loading import load_model, load_tokenizer
+from attnswap.loading import load_config_of, load_model, load_tokenizer
 from attnswap.processes import join, place
 from attnswap.surgery.attach import spec_of
+from attnswap.text import evaluation_text
 from attnswap.training.config import TrainConfig, load_config, to_mapping
 from attnswap.training.durable import latest_checkpoint
+from attnswap.training.inputs import gather_inputs
 from attnswap.training.output import Output
 from attnswap.training.run import FITTED, train
+from attnswap.training.scarcity import warn_of_leak
 
 
 @dataclass
@@ -69,41 +72,42 @@ def heal(experiment: Experiment) -> Measured:
     for name in ("healed", *(["control"] if experiment.control is None and experiment.control_learns else [])):
         Output(experiment.out / name, overwrite=config.overwrite).check_place()
     check_writable(experiment.out / "result", "output_dir")
+    load_config_of(config.model.reference)
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.reference)
-    if not (experiment.out / "healed" / "summary.json").is_file():
-        _check_measurable(experiment, tokenizer)
-    healed = _trained(replace(config, output_dir=str(experiment.out / "healed")))
-    control = experiment.control
-    trained = {"healed": read(healed / "summary.json")}
-    if control is None and experiment.control_learns:
-        if not (experiment.out / "control" / "summary.json").is_file():
+    healed, control = replace(config, output_dir=str(experiment.out / "healed")), experiment.control
+    alone = experiment.control_config if control is None and experiment.control_learns else None
+    _check_inputs(experiment, tokenizer, [healed] if alone is None else [healed, alone])
+    trained = {"healed": read(_trained(healed) / "summary.json")}
+    folder = Path(healed.output_dir)
+    if alone is not None:
+        if _pending(alone) is not None:
             _check_processes(config, trained["healed"])
-        control = _trained(experiment.control_config)
+        control = _trained(alone)
     elif control is None:
-        control = healed
-    trained |= {"control": read(control / "summary.json")} if control != healed else {}
+        control = folder
+    trained |= {"control": read(control / "summary.json")} if control != folder else {}
     check_alike(trained)
     bench = Bench(experiment, tokenizer)
     original = config.model.reference
     losses = {"original": bench.losses(control / "original", partial(bench.load, original))}
-    if control == healed or (trained["control"].get("steps_at_rest") and same_weights(str(control), original)):
+    if control == folder or (trained["control"].get("steps_at_rest") and same_weights(str(control), original)):
         losses["control"] = losses["original"]
     else:
         losses["control"] = bench.losses(control / "control", partial(bench.load, control))
     with _unless_infinite("unhealed"):
-        losses["unhealed"] = bench.losses(healed / "unhealed", bench.unhealed)
+        losses["unhealed"] = bench.losses(folder / "unhealed", bench.unhealed)
     if config.fit is not None:
         with _unless_infinite("fitted"):
-            losses["fitted"] = bench.losses(healed / "fitted", partial(bench.unhealed, fitted=healed / FITTED))
-    losses["healed"] = bench.losses(healed / "healed", partial(bench.load, healed))
-    losses["bypassed"] = bench.losses(healed / "bypassed", partial(bench.load, healed), bypass=True)
+            losses["fitted"] = bench.losses(folder / "fitted", partial(bench.unhealed, fitted=folder / FITTED))
+    losses["healed"] = bench.losses(folder / "healed", partial(bench.load, folder))
+    losses["bypassed"] = bench.losses(folder / "bypassed", partial(bench.load, folder), bypass=True)
     structure = {"original": bench.structure(control / "original", partial(bench.load, original))}
     with _unless_infinite("unhealed"):
-        structure["unhealed"] = bench.structure(healed / "unhealed", bench.unhealed)
-    structure["healed"] = bench.structure(healed / "healed", partial(bench.load, healed))
-    fidelity = {"healed": bench.fidelity(healed / "healed", healed, original)}
+        structure["unhealed"] = bench.structure(folder / "unhealed", bench.unhealed)
+    structure["healed"] = bench.structure(folder / "healed", partial(bench.load, folder))
+    fidelity = {"healed": bench.fidelity(folder / "healed", folder, original)}
     return Measured(
-        losses, structure, fidelity, trained, read(healed / "movement.json"), read(healed / "training_log.json")
+        losses, structure, fidelity, trained, read(folder / "movement.json"), read(folder / "training_log.json")
     )
 
 
@@ -118,19 +122,31 @@ def _unless_infinite(name: str) -> Iterator[None]:
 
 def _trained(config: TrainConfig) -> Path:
     """Returns the folder of a finished run of a recipe, which is trained or trained on if need be."""
+    folder, pending = Path(config.output_dir), _pending(config)
+    if pending is None:
+        return folder
+    say(f"training {folder.name}: {config.swap or 'no swap'}")
+    done = train(pending)
+    gc.collect()  # trainer and model hold on to each other, and the next model wants their memory
+    if done.signal is not None:
+        raise StoppedError(
+            f"stopped by {done.signal.name} when {folder.name} was trained; the same command goes on from there"
+        )
+    return done.output_dir
+
+
+def _pending(config: TrainConfig) -> TrainConfig | None:
+    """Returns the recipe as it is to be run, which goes on from what an unfinished run left; None: it is finished."""
     folder = Path(config.output_dir)
     if (folder / "summary.json").is_file() and not _changed(config, folder, "the result"):
-        return folder
+        return None
     unfinished = Output(folder, overwrite=False).partial
     left = latest_checkpoint(unfinished)
     if left is not None:
         changed = _changed(config, unfinished, "an unfinished run")
         if not changed and not config.training.get("save_only_model"):
             config = replace(config, training={**config.training, "resume_from_checkpoint": "latest"})
-    say(f"training {folder.name}: {config.swap or 'no swap'}")
-    done = train(replace(config, overwrite=config.overwrite or left is not None)).output_dir
-    gc.collect()  # trainer and model hold on to each other, and the next model wants their memory
-    return done
+    return replace(config, overwrite=config.overwrite or left is not None)
 
 
 def _changed(config: TrainConfig, folder: Path, what: str) -> bool:
@@ -155,6 +171,21 @@ def _check_processes(config: TrainConfig, healed: dict[str, Any]) -> None:
             f"the healed model was trained on {theirs} windows a step, and its control would be on {ours}: run this by "
             "as many processes, too (accelerate launch --module attnswap.cli heal ...)"
         )
+
+
+def _check_inputs(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, runs: list[TrainConfig]) -> None:
+    """Refuses what cannot be trained or measured, before any model is loaded where that can be told."""
+    if experiment.control is not None:
+        read(experiment.control / "summary.json")
+        load_config_of(experiment.control)
+    pending = [one for one in map(_pending, runs) if one is not None]
+    for one in pending:
+        data = gather_inputs(one).data
+    if pending:
+        text = evaluation_text() if experiment.text is None else experiment.text
+        warn_of_leak(data.documents["document"], [text], "the text to measure on")
+    if any(one.output_dir == runs[0].output_dir for one in pending):
+        _check_measurable(experiment, tokenizer)
 
 
 def _check_measurable(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> None:

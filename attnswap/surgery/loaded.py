@@ -8,8 +8,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from attnswap.errors import CheckpointError
-from attnswap.loading import refuse_orphans
+from attnswap.loading import refuse_incomplete, refuse_orphans
 from attnswap.surgery.attach import carrier_of, enters, patched_modules
 from attnswap.surgery.seam import check_loaded
 from attnswap.surgery.spec import KEY
@@ -30,14 +29,8 @@ def check_whole(model: PreTrainedModel, found: Mapping[str, Any], path: Any) -> 
     refuse_orphans(found.get("unexpected_keys", ()), path)
     if carrier_of(model.config) is None:
         return
-    lost = _lost(model, found.get("missing_keys", ()))
-    lost += [name for name, *_ in found.get("mismatched_keys", ()) if KEY in name.split(".")]
-    if lost:
-        raise CheckpointError(
-            f'the checkpoint "{path}" is incomplete: it lacks {lost[0]}'
-            + (f" and {len(lost) - 1} other tensors" if len(lost) > 1 else "")
-            + ", or has it in another shape, so that it would start at random. Load a whole copy"
-        )
+    swaps = [entry for entry in found.get("mismatched_keys", ()) if KEY in entry[0].split(".")]
+    refuse_incomplete({"missing_keys": _lost(model, found.get("missing_keys", ())), "mismatched_keys": swaps}, path)
     for _, module in patched_modules(model).values():
         if KEY in module._modules:
             check_loaded(module._modules[KEY])  # type: ignore[arg-type]

@@ -1,6 +1,5 @@
 """Turn conversations into tokens of which only the assistant's are learned."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,23 +11,20 @@ from attnswap.training.packing import IGNORED, Document
 Message = dict[str, Any]
 
 
-def read_conversation(text: str, where: str) -> list[Message]:
-    """Parses one line of a chat file: ``{"messages": [{"role": ..., "content": ...}, ...]}``, or the bare list.
+def as_conversation(value: Any, where: str, key: str = "messages") -> list[Message]:
+    """Returns the messages of a row: a list of ``{"role": ..., "content": ...}``, or a mapping with such a list.
 
     Args:
-        text: JSON.
-        where: Names the line in errors.
+        value: The row.
+        where: Names the row in errors.
+        key: The mapping's key.
 
     Raises:
-        ConfigError: The text is not such a conversation.
+        ConfigError: The row is no such conversation.
     """
-    try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ConfigError(f"{where}: not a line of JSON: {error}") from None
-    messages = value.get("messages") if isinstance(value, dict) else value
+    messages = value.get(key) if isinstance(value, dict) else value
     if not isinstance(messages, list) or not messages:
-        raise ConfigError(f'{where}: needs a list "messages" with at least one message')
+        raise ConfigError(f'{where}: needs a list "{key}" with at least one message')
     for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise ConfigError(f'{where}: each message needs a text "role" and a text "content"')

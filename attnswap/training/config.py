@@ -31,6 +31,15 @@ RESERVED = {
 }
 """Fields of TrainingArguments that a recipe may not set, and why."""
 
+COUNTS = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "seed": 0,
+}
+"""Fields of TrainingArguments and their least values, which Trainer itself meets in the middle of a run."""
+
 
 def _resolve(swap: str | dict[str, Any]) -> None:
     try:
@@ -62,12 +71,14 @@ class DataSection:
         source: ``"offline"`` (the standard library's sources), ``"files"`` or ``"hub"``.
         kind: ``"text"``: every token is learned; ``"chat"``: only the assistant's (files are then JSON lines with
             ``messages``).
-        files: Paths or globs (``.txt``, ``.jsonl``, also with ``.gz``), for ``source: files``.
-        documents: A text document is a whole ``"file"`` or a ``"paragraph"`` between blank lines.
+        files: Paths or globs, also with ``.gz``, for ``source: files``. Each line of a ``.jsonl`` file holds a document
+            under the key ``text``; other files hold the text itself.
+        documents: A text document is a whole ``"file"`` (of JSON lines: a line) or a ``"paragraph"`` between blank
+            lines.
         name: Hub data set, for ``source: hub``.
         config: Its configuration.
         split: Its split; slices such as ``train[:1000]`` work.
-        column: Its column; None: ``text``, or ``messages`` for chat.
+        column: Its column, or the key of JSON lines; None: ``text``, or ``messages`` for chat.
         sequence_length: Tokens in a window.
         pack: Put several documents into a window, kept apart by position ids; false: one for each window.
         eval_fraction: Share of the documents held out for evaluation, at least one document.
@@ -246,8 +257,18 @@ def check_training(values: dict[str, Any]) -> dict[str, Any]:
         if key not in known:
             raise unknown_key(key, known, "training")
         checked[key] = coerce(value, hints[key], join("training", key))
+        if key in COUNTS:
+            require(checked[key] >= COUNTS[key], f"training.{key}: must be at least {COUNTS[key]}")
+        if key == "max_steps":
+            require(checked[key] > 0 or checked[key] == -1, "training.max_steps: must be positive, or -1 for epochs")
+        if key == "num_train_epochs":
+            require(checked[key] > 0, "training.num_train_epochs: must be positive")
         if key == "learning_rate":
             require(checked[key] >= 0, "training.learning_rate: must not be negative")
+        if key == "metric_for_best_model":
+            require(checked[key] in ("loss", "eval_loss"), f"training.{key}: the loss is all that is evaluated")
+        if key == "greater_is_better":
+            require(not checked[key], f"training.{key}: a smaller loss is better")
     return checked
 
 

@@ -5,7 +5,6 @@ documents, drawn by the recipe's seed.
 """
 
 import glob
-import gzip
 import hashlib
 import json
 import re
@@ -21,12 +20,13 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from attnswap import text
-from attnswap.errors import ConfigError
-from attnswap.training.chat import encode_conversation, read_conversation
+from attnswap.errors import ConfigError, first_line
+from attnswap.files import parse_line, read_documents, read_lines, refuse_foreign
+from attnswap.training.chat import as_conversation, encode_conversation
 from attnswap.training.config import DataSection
 from attnswap.training.packing import Document, pack
 
-FORMAT = 1
+FORMAT = 2
 """Part of every cache key: raise it when the same recipe must give other windows."""
 
 
@@ -38,13 +38,18 @@ class Data:
         train: The windows of every stage, one after another.
         held_out: What is evaluated on, and never trained on.
         sizes: How many windows each stage has.
-        description: Number of the training documents and the sha256 of their texts, one after another.
+        description: Number of the training documents, how many of all repeat others, and the sha256 of the texts
+            trained on, one after another.
+        documents: The training documents, in the column ``document``.
+        held_out_documents: Those held out.
     """
 
     train: Dataset
     held_out: Dataset
     sizes: list[int]
     description: dict[str, Any]
+    documents: Dataset
+    held_out_documents: Dataset
 
 
 def load_data(section: DataSection, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int | None] = ()) -> Data:
@@ -59,11 +64,12 @@ def load_data(section: DataSection, tokenizer: PreTrainedTokenizerBase, lengths:
         ConfigError: The data does not exist, cannot be read, or is too little to train and evaluate on.
     """
     documents = load_documents(section)
-    train, held_out = split_documents(documents, section)
-    description = _describe(train)
-    held_out = make_windows(held_out, section, tokenizer)
+    chosen, unseen = split_documents(documents, section)
+    present = sum(1 for document in documents["document"] if _is_text(document))
+    description = {**_describe(chosen), "repeated": present - len(_different(documents))}
+    held_out = make_windows(unseen, section, tokenizer)
     parts = [
-        make_windows(train, section, tokenizer) if length is None else long_windows(train, section, tokenizer, length)
+        make_windows(chosen, section, tokenizer) if length is None else long_windows(chosen, section, tokenizer, length)
         for length in lengths or (None,)
     ]
     for name, part in (("evaluate", held_out), *(("train", part) for part in parts)):
@@ -72,7 +78,8 @@ def load_data(section: DataSection, tokenizer: PreTrainedTokenizerBase, lengths:
     if section.eval_windows is not None:
         held_out = held_out.select(range(min(section.eval_windows, len(held_out))))
     train = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
-    return Data(train.with_format("torch"), held_out.with_format("torch"), [len(part) for part in parts], description)
+    sizes = [len(part) for part in parts]
+    return Data(train.with_format("torch"), held_out.with_format("torch"), sizes, description, chosen, unseen)
 
 
 def _describe(documents: Dataset) -> dict[str, Any]:
@@ -95,8 +102,12 @@ def load_documents(section: DataSection) -> Dataset:
     paths = _expand(section.files)
     states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     read = _read_chats if section.kind == "chat" else _read_texts
-    arguments = {"paths": [str(path) for path in paths], "documents": section.documents}
-    return _cached(read, arguments, _digest(section.kind, section.documents, states), section)
+    arguments = {"paths": [str(path) for path in paths], "documents": section.documents, "column": _column(section)}
+    return _cached(read, arguments, _digest(section.kind, section.documents, _column(section), states), section)
+
+
+def _column(section: DataSection) -> str:
+    return section.column or ("messages" if section.kind == "chat" else "text")
 
 
 def split_documents(documents: Dataset, section: DataSection) -> tuple[Dataset, Dataset]:
@@ -105,11 +116,9 @@ def split_documents(documents: Dataset, section: DataSection) -> tuple[Dataset, 
     Raises:
         ConfigError: There are fewer than two different documents.
     """
-    first: dict[bytes, int] = {}
-    for index, document in enumerate(documents["document"]):
-        if document and not document.isspace():
-            first.setdefault(hashlib.sha256(document.encode("utf-8", "surrogatepass")).digest(), index)
-    order = np.random.default_rng(section.seed).permutation(list(first.values()))[: section.max_documents]
+    order = np.random.default_rng(section.seed).permutation(list(_different(documents).values()))[
+        : section.max_documents
+    ]
     if len(order) < 2:
         raise ConfigError(
             f"data: found {len(order)} different document(s); at least two are needed, one of them to evaluate on"
@@ -121,6 +130,19 @@ def split_documents(documents: Dataset, section: DataSection) -> tuple[Dataset, 
         )
     count = min(len(order) - 1, max(1, round(section.eval_fraction * len(order))))
     return documents.select(order[count:]), documents.select(order[:count])
+
+
+def _different(documents: Dataset) -> dict[bytes, int]:
+    """Returns where each text that is not blank stands first, by its digest."""
+    first: dict[bytes, int] = {}
+    for index, document in enumerate(documents["document"]):
+        if _is_text(document):
+            first.setdefault(hashlib.sha256(document.encode("utf-8", "surrogatepass")).digest(), index)
+    return first
+
+
+def _is_text(document: str | None) -> bool:
+    return bool(document) and not str(document).isspace()
 
 
 def make_windows(documents: Dataset, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -187,17 +209,17 @@ def _text_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], I
 def _chat_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], Iterator[Document]]:
     def encode(documents: list[str]) -> Iterator[Document]:
         for document in documents:
-            yield encode_conversation(read_conversation(document, "chat data"), tokenizer)
+            yield encode_conversation(json.loads(document), tokenizer)
 
     return encode
 
 
 def _from_hub(section: DataSection) -> Dataset:
-    column = section.column or ("messages" if section.kind == "chat" else "text")
+    column = _column(section)
     try:
         data = datasets.load_dataset(section.name, section.config, split=section.split, cache_dir=section.cache_dir)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ConfigError(f'data: cannot load the data set "{section.name}": {str(error).splitlines()[0]}') from None
+        raise ConfigError(f'data: cannot load the data set "{section.name}": {first_line(error)}') from None
     if column not in data.column_names:
         raise ConfigError(
             f'data.column: "{section.name}" has no column "{column}". Columns: {", ".join(data.column_names)}'
@@ -205,9 +227,11 @@ def _from_hub(section: DataSection) -> Dataset:
     if section.kind == "chat":
         name = f'"{section.name}"'
         return data.map(
-            lambda row: {"document": json.dumps(read_conversation(json.dumps(row[column]), name))},
+            lambda row: {"document": json.dumps(as_conversation(row[column], name))},
             remove_columns=data.column_names,
         )
+    if getattr(data.features[column], "dtype", "") not in ("string", "large_string"):
+        raise ConfigError(f'data.column: "{column}" of "{section.name}" holds no texts, but {data.features[column]}')
     return data.select_columns([column]).rename_column(column, "document")
 
 
@@ -221,26 +245,18 @@ def _expand(patterns: list[str]) -> list[Path]:
     return paths
 
 
-def _read(path: str) -> str:
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8") as file:
-            return file.read()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise ConfigError(f'data.files: cannot read "{path}" as UTF-8 text: {error}') from None
-
-
-def _read_texts(paths: list[str], documents: str) -> Iterator[dict[str, str]]:
+def _read_texts(paths: list[str], documents: str, column: str) -> Iterator[dict[str, str]]:
     for path in paths:
-        content = _read(path)
-        for piece in [content] if documents == "file" else re.split(r"\n[ \t]*\n+", content):
-            yield {"document": piece}
+        for content in read_documents(path, column):
+            for piece in [content] if documents == "file" else re.split(r"\n[ \t]*\n+", content):
+                yield {"document": piece}
 
 
-def _read_chats(paths: list[str], documents: str) -> Iterator[dict[str, str]]:
+def _read_chats(paths: list[str], documents: str, column: str) -> Iterator[dict[str, str]]:
     for path in paths:
-        for number, line in enumerate(_read(path).splitlines(), start=1):
-            if line.strip():
-                yield {"document": json.dumps(read_conversation(line, f"{path} line {number}"))}
+        refuse_foreign(path, allowed=(".json",))
+        for where, line in read_lines(path):
+            yield {"document": json.dumps(as_conversation(parse_line(line, where), where, column))}
 
 
 def _offline() -> Iterator[dict[str, str]]:

@@ -4,11 +4,13 @@ The adapters sit inside the model only while it trains; the swap's parameters st
 they are merged into the weights, so what is saved loads like any patched model, without peft.
 """
 
+import re
+
 from peft import LoraConfig, LoraModel
 from transformers import PreTrainedModel
 
 import attnswap
-from attnswap.errors import ConfigError
+from attnswap.errors import ConfigError, first_line
 from attnswap.training.config import LoraSection
 
 
@@ -34,8 +36,15 @@ def add_lora(model: PreTrainedModel, section: LoraSection) -> LoraModel:
     )
     try:
         tuner = LoraModel(model, config, "default")
-    except ValueError as error:
-        raise ConfigError(f"lora.target_modules: {error}") from None
+    except (ValueError, re.error) as error:
+        raise ConfigError(f"lora.target_modules: {first_line(error)}") from None
+    names = [section.target_modules] if isinstance(section.target_modules, str) else section.target_modules
+    adapted = [f".{name}" for name in tuner.targeted_module_names]
+    unused = [name for name in names if len(names) > 1 and not any(one.endswith(f".{name}") for one in adapted)]
+    if unused:
+        raise ConfigError(f"lora.target_modules: no module is called {', '.join(unused)}")
+    # peft notes on the model that it carries adapters, which would have to be saved as such; ours are merged instead.
+    model.__dict__.pop("peft_config", None)
     for parameter in attnswap.swap_parameters(model).values():
         parameter.requires_grad_(True)
     return tuner

@@ -52,7 +52,7 @@ def summarise(
         "swap": config.swap if config.swap is not None else "none",
         "model": config.model.reference,
         "steps": state.global_step,
-        "best_step": state.best_global_step if args.load_best_model_at_end else None,
+        "best_step": trainer.loaded_step,
         "train_loss": _mean_loss(state.log_history, metrics["train_loss"]),
         "held_out_loss_before": before["eval_loss"] if before else None,
         "held_out_loss": after["eval_loss"] if after else None,
@@ -117,10 +117,11 @@ def tokens_of(config: TrainConfig, trainer: SwapTrainer) -> int:
 def table(summary: dict[str, Any]) -> Table:
     """Returns the summary as a table for the terminal."""
     swap = summary["swap"]
-    title = visible(f"{swap if isinstance(swap, str) else swap['name']} on {summary['model']}")
+    name = swap if isinstance(swap, str) else swap["name"]
+    title = visible(f"{name} on {summary['model']}")
     view = Table(title=Text(title, "table.title"), show_header=False)
-    view.add_column(style="bold")
-    view.add_column(justify="right")
+    view.add_column(style="bold", overflow="fold")
+    view.add_column(justify="right", overflow="fold")
     if summary["fit_tokens"]:
         view.add_row("fitted to", f"{summary['fit_tokens']:,} tokens")
     parts = summary["stages"] or [{"name": "steps", **summary}]

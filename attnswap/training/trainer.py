@@ -120,6 +120,21 @@ class SwapTrainer(Trainer):
         draws = [stage.steps * windows_per_step(self.args) for stage in self.stages]
         return StagedWindows(self.windows, draws, [self.args.seed + stage.index for stage in self.stages])
 
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        """Sees that the best weights are saved, whether or not a checkpoint is due: they are what the run keeps."""
+        best = super()._determine_best_metric(*args, **kwargs)
+        if best and self.args.load_best_model_at_end:
+            self.control.should_save = True
+        return best
+
+    @property
+    def loaded_step(self) -> int | None:
+        """The step whose checkpoint was loaded as the best at the end; None: the weights are those of the last step."""
+        best = self.state.best_model_checkpoint
+        if not self.args.load_best_model_at_end or best is None:
+            return None
+        return int(Path(best).name.rpartition("-")[2])
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Computes a step's loss and gradients, or neither where the model is known to be at rest."""
         if self.rest is not None and self.rest.here:
@@ -212,7 +227,7 @@ class StepLog(TrainerCallback):
     def _entries(self) -> list[dict[str, Any]]:
         if not self.path.is_file():
             return []
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").split("\n") if line]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,0 +1,175 @@
+"""What a run needs beside its model, gathered and checked before the model is loaded."""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+
+from attnswap import swaps
+from attnswap.errors import ConfigError
+from attnswap.loading import load_config_of, load_tokenizer
+from attnswap.processes import warn_of_bf16
+from attnswap.surgery.attach import carrier_of
+from attnswap.training.config import TrainConfig
+from attnswap.training.data import Data, load_data
+from attnswap.training.durable import latest_checkpoint
+from attnswap.training.output import Output
+from attnswap.training.scarcity import warn_of_scarcity
+from attnswap.training.stages import Stage, plan_of, without_swaps
+from attnswap.training.trainer import windows_per_step
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run needs beside its model.
+
+    Attributes:
+        config: The recipe, with the checkpoint that it goes on from.
+        output: Where it writes.
+        plan: Its stages, without those that have no control where nothing is swapped.
+        args: What Trainer is told.
+        tokenizer: The model's.
+        data: What is trained and evaluated on.
+        shown: What a start is fitted to; None: nothing is fitted.
+    """
+
+    config: TrainConfig
+    output: Output
+    plan: list[Stage]
+    args: TrainingArguments
+    tokenizer: PreTrainedTokenizerBase
+    data: Data
+    shown: Data | None
+
+
+def gather_inputs(config: TrainConfig) -> Inputs:
+    """Gathers what a recipe names beside its model, and refuses what cannot be.
+
+    Nothing is written but the cache of prepared data.
+
+    Raises:
+        ConfigError: The recipe asks for what does not exist or cannot be, or its output directory is taken.
+    """
+    output = Output(Path(config.output_dir), overwrite=config.overwrite)
+    if config.training.get("resume_from_checkpoint") in ("latest", True):
+        latest = latest_checkpoint(output.partial)
+        resumed = {**config.training, "resume_from_checkpoint": None if latest is None else str(latest)}
+        config = replace(config, training=resumed)
+    output.check(config.training.get("resume_from_checkpoint"))
+    swapped_before = _check_models(config)
+    plan = _plan(config, swapped_before)
+    steps_of_plan = {"max_steps": sum(stage.steps for stage in plan)} if plan else {}
+    args = training_arguments(replace(config, training={**config.training, **steps_of_plan}), output.partial)
+    if args.bf16:
+        warn_of_bf16(args.device, "give training.bf16=false")
+    tokenizer = load_tokenizer(config.model.tokenizer or config.model.reference)
+    with args.main_process_first(local=False, desc="preparing the data"):
+        data = load_data(config.data, tokenizer, [stage.section.sequence_length for stage in plan])
+        fits = config.fit is not None and (config.swap is not None or swapped_before)
+        shown = load_data(config.data, tokenizer, _lengths_to_fit(config)) if fits else None
+    warn_of_scarcity(data, args, plan, windows_per_step(args))
+    return Inputs(config, output, plan, args, tokenizer, data, shown)
+
+
+def _check_models(config: TrainConfig) -> bool:
+    """Looks at the configs of a recipe's models, and says whether the one to train was saved with swaps.
+
+    Raises:
+        ConfigError: There is no such model, or the recipe does not fit it.
+    """
+    found = load_config_of(config.model.reference)
+    if config.teacher is not None:
+        load_config_of(config.teacher)
+    _check_length(getattr(found.get_text_config(), "max_position_embeddings", None), config)
+    swapped = carrier_of(found) is not None
+    learned = config.swap is not None and bool(swaps.resolve(config.swap).traits.learned)
+    if config.optimizer.freeze == "all_but_swap" and not learned and not swapped:
+        raise ConfigError("optimizer.freeze: the swap has no parameters of its own, so nothing would be trained")
+    return swapped
+
+
+def _plan(config: TrainConfig, swapped_before: bool) -> list[Stage]:
+    plan = plan_of(config)
+    if swapped_before and config.swap is not None and any(stage.section.ramp is not None for stage in plan):
+        raise ConfigError(
+            f'stages: a ramp would move the swaps that "{config.model.reference}" was saved with, too: begin with the '
+            "model it was before"
+        )
+    if plan and config.swap is None and not swapped_before:
+        plan = without_swaps(plan)
+        if not plan:
+            raise ConfigError("stages: without a swap nothing is left to train, so these stages have no control")
+    if swapped_before and config.teacher is None and any(stage.section.loss.taught for stage in plan):
+        raise ConfigError(
+            f'teacher: "{config.model.reference}" was saved with swaps; name the model it was before to learn from'
+        )
+    return plan
+
+
+def _lengths_to_fit(config: TrainConfig) -> list[int | None]:
+    assert config.fit is not None
+    usual = config.data.sequence_length
+    return [None if length == usual else length for length in config.fit.sequence_lengths or [usual]]
+
+
+def _check_length(longest: int | None, config: TrainConfig) -> None:
+    lengths = {"data.sequence_length": config.data.sequence_length}
+    for index, stage in enumerate(config.stages):
+        lengths[f"stages.{index}.sequence_length"] = stage.sequence_length or 0
+    if config.fit is not None:
+        lengths["fit.sequence_lengths"] = max(config.fit.sequence_lengths or [0])
+    for key, length in lengths.items():
+        if longest is not None and length > longest:
+            raise ConfigError(
+                f'{key}: {length} tokens are more than the {longest} positions of "{config.model.reference}"'
+            )
+
+
+def training_arguments(config: TrainConfig, directory: Path) -> TrainingArguments:
+    """Builds ``TrainingArguments``: the recipe's own, and defaults that keep the best checkpoint.
+
+    Unless the recipe says otherwise a run goes once through the data, evaluates at the start and at each quarter,
+    saves then too, or every ``save_steps`` where that is given, keeps the best, reports to nobody, and uses the CPU
+    where there is no accelerator. A process uses one accelerator.
+
+    Args:
+        config: The recipe.
+        directory: Where checkpoints go.
+
+    Raises:
+        ConfigError: The values do not fit together or the machine.
+    """
+    chosen = config.training
+    ramped = any(stage.ramp is not None for stage in config.stages)
+    strategy, every = chosen.get("eval_strategy", "steps"), chosen.get("eval_steps", 0.25)
+    saving = "steps" if "save_steps" in chosen else strategy
+    defaults = {
+        "num_train_epochs": 1.0,
+        "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 1,
+        "logging_steps": 10,
+        "eval_strategy": strategy,
+        "eval_steps": every,
+        "eval_on_start": strategy != "no",
+        "save_strategy": saving,
+        "save_steps": every,
+        "save_total_limit": 1,
+        "load_best_model_at_end": strategy != "no" and not ramped,
+        "report_to": "none",
+        "disable_tqdm": not sys.stderr.isatty(),
+        "use_cpu": not torch.accelerator.is_available(),
+    }
+    fixed = {"output_dir": str(directory), "remove_unused_columns": False, "label_names": ["labels"]}
+    try:
+        args = TrainingArguments(**(defaults | chosen | fixed))
+    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+        raise ConfigError(f"training: {error}") from None
+    if args.n_gpu > 1:
+        args._n_gpu = 1  # Trainer would run replicas in threads; `accelerate launch` is how several share a run
+    absent = set(args.report_to or ()) - set(get_available_reporting_integrations()) - {"flyte"}
+    if absent:
+        raise ConfigError(f"training.report_to: {', '.join(sorted(absent))} is not installed here (pip install it)")
+    return args
