@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from attnswap.errors import UnsupportedModelError
@@ -45,6 +47,10 @@ class Book:
         """Returns the slots of all adapters."""
         return [s for w in self.wrappers.values() for swaps in w.modules_to_save.values() for s in swaps.slots.values()]
 
+    def active(self) -> list[str]:
+        """Returns the adapters whose swaps serve: one or none."""
+        return list(next(iter(self.wrappers.values())).active_adapters) if self.wrappers else []
+
     def write(self, name: str | None) -> None:
         """Enters what an adapter does into the model's config."""
         if name != self.written:
@@ -66,8 +72,7 @@ class Book:
         for layer, (_, module) in modules.items():
             module.add_module(KEY, self.wrappers[layer])
         attach.connect(model, config, modules, self.empty.before)
-        first = next(iter(self.wrappers.values()))
-        self.written = first.active_adapters[0] if first.active_adapters else None
+        self.written = next(iter(self.active()), None)
         attach.write_spec(model, config, self.spec(self.written))
         attach.guard(attach.outermost(model))
 
@@ -79,6 +84,8 @@ class SwapAdapters(ModulesToSaveWrapper, BaseTunerLayer):
     in every layer, if only an empty one. It counts as a tuner layer too, because transformers goes by these alone when
     it enables adapters again or asks which one is active.
     """
+
+    other_param_names = ("modules_to_save",)  # what is an adapter's, which the empty map of tensors does not tell peft
 
     def __init__(self, book: Book, layer: int, original: LayerSwap) -> None:
         super().__init__(original, "")
@@ -100,9 +107,16 @@ class SwapAdapters(ModulesToSaveWrapper, BaseTunerLayer):
         del self.modules_to_save[name]
         self._adapters.remove(name)
 
-    def slots_of(self, name: str) -> dict[str, Any]:
-        """Returns the slots that an adapter has in this layer."""
-        return dict(self.modules_to_save[name].slots) if name in self.modules_to_save else {}
+    def slots_of(self, name: str) -> dict[str, Slot]:
+        """Returns the slots that an adapter has in this layer, at the lambda that their buffers hold."""
+        if name not in self.modules_to_save:
+            return {}
+        swaps: Any = self.modules_to_save[name]
+        return {key: _at_buffer(slot, swaps.get_submodule(key).ramp) for key, slot in swaps.slots.items()}
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Returns nothing: :mod:`attnswap.adapters.reading` finds the tensors, and says what is missing."""
+        return {}
 
     def serving(self) -> LayerSwap:
         """Returns the swaps that serve when adapters are enabled."""
@@ -154,3 +168,11 @@ class SwapAdapters(ModulesToSaveWrapper, BaseTunerLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether plain LoRA could say the same."""
         return False
+
+
+def _at_buffer(slot: Slot, ramp: Tensor) -> Slot:
+    """Returns a slot with the lambda of its buffer, which may have been written without attnswap."""
+    if ramp.is_meta or torch.equal(ramp.cpu(), torch.tensor(slot.ramp)):
+        return slot
+    values = ramp.tolist()
+    return replace(slot, ramp=tuple(values) if isinstance(values, list) else values)
