@@ -1,4 +1,4 @@
-"""What attnswap changes of transformers for the whole process: three methods, each as before for unpatched models."""
+"""What attnswap changes of transformers for the whole process: four methods, each as before for unpatched models."""
 
 import functools
 from typing import Any
@@ -12,17 +12,19 @@ PREFIX = "AttnSwap"
 """Before the names of a patched model's ``architectures`` in config.json.
 
 Programs that build models of their own by these names (inference servers, converters) would compute softmax where they
-ignore tensors they do not know. They refuse a name they do not know. transformers goes by the model type.
+ignore tensors they do not know. They refuse a name they do not know. transformers goes by the model type. A config that
+was read has the true names again: trainers look the class to load with up by them.
 """
 
 
 def install() -> None:
-    """Wraps the start and end of a model's construction, and the writing of configs, once.
+    """Wraps the start and end of a model's construction, and the making and writing of configs, once.
 
     A config with a spec rebuilds its swaps while its model is built, and is written under architecture names that only
     attnswap's readers take for known ones.
     """
     create, original, to_dict = PreTrainedModel.__init__, PreTrainedModel.post_init, PreTrainedConfig.to_dict
+    made = PreTrainedConfig.__post_init__
     if getattr(original, "_attnswap", False):
         return
 
@@ -36,6 +38,12 @@ def install() -> None:
         rebuild(self)
         original(self)
 
+    @functools.wraps(made)
+    def __post_init__(self: PreTrainedConfig, **kwargs: Any) -> None:
+        made(self, **kwargs)
+        if isinstance(self.architectures, list):
+            self.architectures = [x.removeprefix(PREFIX) if isinstance(x, str) else x for x in self.architectures]
+
     @functools.wraps(to_dict)
     def named(self: PreTrainedConfig) -> dict[str, Any]:
         return rename(to_dict(self))
@@ -43,6 +51,7 @@ def install() -> None:
     post_init._attnswap = True  # type: ignore[attr-defined]
     PreTrainedModel.__init__ = __init__  # type: ignore[method-assign]
     PreTrainedModel.post_init = post_init  # type: ignore[method-assign]
+    PreTrainedConfig.__post_init__ = __post_init__  # type: ignore[method-assign]
     PreTrainedConfig.to_dict = named  # type: ignore[method-assign]
 
 
