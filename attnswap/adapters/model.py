@@ -227,8 +227,9 @@ def add_swaps(model: PreTrainedModel, name: str, config: AttnSwapConfig, source:
             'train its swap with LoraConfig(modules_to_save=["attnswap"])'
         )
     _check_name(name, config, others)
-    found = fingerprint(model)
-    check(config.fingerprint, found)
+    carried = config.modules_to_save or ()
+    check(config.fingerprint, model, carried)
+    found = fingerprint(model, carried)
     book = others or Book([model], PatchSpec(""))
     added = Added(book, name, others is None, _active(model), {p: p.requires_grad for p in model.parameters()})
     if not any(isinstance(m, BaseTunerLayer) for m in model.modules()):
