@@ -123,6 +123,13 @@ DAMAGES = {
     "a layer of the swap is missing": without("layers.1", "attnswap"),
     "a layer is not named": config(lambda values: values["spec"]["swaps"][0].update(layers=[0])),
     "modules are not named": config(lambda values: values.update(target_modules=["q_proj"])),
+    "the rank is another": config(lambda values: values.update(r=3)),
+    "heads are not named": config(lambda values: values["spec"]["swaps"][0].update(heads=[0, 2])),
+    "the spec is no mapping": config(lambda values: values.update(spec=[0])),
+    "the fingerprint is no mapping": config(lambda values: values.update(fingerprint="llama")),
+    "a sample is no number": config(
+        lambda values: next(iter(values["fingerprint"]["weights"].values())).insert(0, "x")
+    ),
 }
 
 
@@ -137,6 +144,7 @@ def test_a_whole_adapter_is_the_same_by_every_route(route, saved, tokens):
 
 EVERYWHERE = ["a low-rank tensor is missing", "a layer is not named"]
 QUICK = ["peft", "transformers"]
+EMPTY = [damage for damage in DAMAGES if "missing" in damage]
 
 
 @pytest.mark.parametrize(
@@ -156,14 +164,14 @@ def test_a_damaged_adapter_is_refused(route, damage, saved, tokens, tmp_path):
     DAMAGES[damage](path)
     base = base_of(saved)
     before = copy.deepcopy(base.state_dict()), [p.requires_grad for p in base.parameters()]
-    with pytest.raises(CheckpointError, match=r"incomplete|does not name"):
+    with pytest.raises(CheckpointError, match=r"incomplete|does not name|shape|damaged"):
         ROUTES[route](base, path)
     if "beside" in route:
         assert list(base.peft_config) == ["first"]
         assert not any(".second." in name for name in base.state_dict())
         assert {slot.swap.name for slots in spec_of(base).layers.values() for slot in slots.values()} == {"softpick"}
     elif route == "by hand":  # what was added by hand stays, and is not computed with
-        if damage not in ("a layer is not named", "modules are not named"):
+        if damage in EMPTY:
             with torch.no_grad(), pytest.raises(CheckpointError, match="incomplete"):
                 base(tokens)
     else:

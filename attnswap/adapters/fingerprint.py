@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from attnswap.errors import ConfigError
+from attnswap.errors import CheckpointError, ConfigError
 from attnswap.surgery.spec import KEY
 
 MATRICES, SAMPLES = 6, 8
@@ -39,9 +39,12 @@ def check(saved: dict[str, Any] | None, model: PreTrainedModel, carried: Collect
 
     Raises:
         ConfigError: They are different models.
+        CheckpointError: The fingerprint is damaged.
     """
     if saved is None:
         return
+    if not _is_whole(saved):
+        raise CheckpointError("the fingerprint in the adapter's config is damaged: was adapter_config.json edited?")
     way = (
         "Give the base it was trained on; if you know that the two go together, load the adapter with a config whose "
         "fingerprint is None"
@@ -59,11 +62,20 @@ def check(saved: dict[str, Any] | None, model: PreTrainedModel, carried: Collect
         theirs = _numbers(weights[name])
         scale = max(abs(value) for value in ours)
         apart = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
-        if apart > TOLERANCE * scale:
+        if not apart <= TOLERANCE * scale:
             raise ConfigError(
                 f"this adapter belongs to other weights: samples of {name} differ by {apart:.3g} (the largest is "
                 f"{scale:.3g}). {way}"
             )
+
+
+def _is_whole(saved: Any) -> bool:
+    """Whether a fingerprint that was read from a file can be compared."""
+    samples = saved.get("weights", {}) if isinstance(saved, dict) else None
+    return isinstance(samples, dict) and all(
+        isinstance(numbers, list) and len(numbers) == SAMPLES and all(isinstance(x, int | float) for x in numbers)
+        for numbers in samples.values()
+    )
 
 
 def _sizes(model: PreTrainedModel) -> dict[str, Any]:

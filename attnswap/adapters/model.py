@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from attnswap.adapters.config import AttnSwapConfig
 from attnswap.adapters.fingerprint import check, fingerprint
-from attnswap.adapters.reading import PREFIX, Reading, check_names, low_rank, swap_names
+from attnswap.adapters.reading import PREFIX, Reading, check_names, check_shapes, low_rank, swap_names
 from attnswap.adapters.wrapper import Book, SwapAdapters
 from attnswap.errors import CheckpointError, ConfigError, UnsupportedModelError
 from attnswap.surgery import attach
@@ -103,10 +103,11 @@ class AttnSwapModel(LoraModel):
         renamed = {swaps.get(name, name): tensor for name, tensor in state_dict.items()}
         found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
         wanted = {*swaps.values(), *low_rank(model, adapter_name)}
-        places = {name for table in (model.named_parameters(), model.named_buffers()) for name, _ in table}
+        places = {name: place for table in (model.named_parameters(), model.named_buffers()) for name, place in table}
         reading = Reading.of(model, adapter_name)
         try:
-            check_names(wanted - found.keys(), found.keys() - places)
+            check_names(wanted - found.keys(), found.keys() - places.keys())
+            check_shapes(places, found, wanted)
         except CheckpointError:
             # A PeftModel is loading an adapter it has just added; a model alone was given one before.
             if reading is not None and reading.saved and isinstance(model, PeftModel):
@@ -296,8 +297,10 @@ def _patch(model: PreTrainedModel, config: AttnSwapConfig, source: PatchSpec | N
         if _registers_on_meta():
             raise ConfigError("low_cpu_mem_usage=True is for adapters that are loaded: add a new one without it")
         patch(model, config.swaps(), part=config.part, layers=config.layers, heads=config.heads, ramp=config.ramp)
-    else:
+    elif isinstance(config.spec, dict):
         _patch_as_saved(model, config, PatchSpec.from_dict(config.spec))
+    else:
+        raise CheckpointError("the spec in the adapter's config is damaged: was adapter_config.json edited?")
     spec = attach.spec_of(model)
     assert spec is not None
     return spec

@@ -1,11 +1,11 @@
 """Reading an adapter's tensors: what is read is what its config names, no more and no less."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.core_model_loading import WeightRenaming
 
 from attnswap.adapters.wrapper import Book, SwapAdapters
@@ -55,6 +55,21 @@ def check_names(missing: Iterable[str], unknown: Iterable[str]) -> None:
             f"the adapter holds {len(unknown)} tensors that its config does not name, such as {unknown[0]}: was "
             "adapter_config.json edited?"
         )
+
+
+def check_shapes(places: Mapping[str, Tensor], found: Mapping[str, Tensor], names: Iterable[str]) -> None:
+    """Compares the shapes of an adapter's tensors with those of their places, which parallel libraries may hide.
+
+    Raises:
+        CheckpointError: One differs.
+    """
+    for name in names:
+        place = places[name]
+        if type(place.data) is Tensor and place.numel() and place.shape != found[name].shape:
+            raise CheckpointError(
+                f"{name} has shape {tuple(found[name].shape)} in the adapter's file, but its config asks for "
+                f"{tuple(place.shape)}: was adapter_config.json edited?"
+            )
 
 
 def is_ours(name: str) -> bool:
