@@ -126,6 +126,7 @@ DAMAGES = {
     "the rank is another": config(lambda values: values.update(r=3)),
     "heads are not named": config(lambda values: values["spec"]["swaps"][0].update(heads=[0, 2])),
     "the spec is no mapping": config(lambda values: values.update(spec=[0])),
+    "a list of swaps has no heads": config(lambda values: values.update(swap=[{}])),
     "the fingerprint is no mapping": config(lambda values: values.update(fingerprint="llama")),
     "a sample is no number": config(
         lambda values: next(iter(values["fingerprint"]["weights"].values())).insert(0, "x")
@@ -143,7 +144,7 @@ def test_a_whole_adapter_is_the_same_by_every_route(route, saved, tokens):
 
 
 EVERYWHERE = ["a low-rank tensor is missing", "a layer is not named"]
-QUICK = ["peft", "transformers"]
+QUICK = ["peft"]
 EMPTY = [damage for damage in DAMAGES if "missing" in damage]
 
 
@@ -164,7 +165,7 @@ def test_a_damaged_adapter_is_refused(route, damage, saved, tokens, tmp_path):
     DAMAGES[damage](path)
     base = base_of(saved)
     before = copy.deepcopy(base.state_dict()), [p.requires_grad for p in base.parameters()]
-    with pytest.raises(CheckpointError, match=r"incomplete|does not name|shape|damaged"):
+    with pytest.raises((CheckpointError, ConfigError), match=r"incomplete|does not name|shape|damaged|its heads"):
         ROUTES[route](base, path)
     if "beside" in route:
         assert list(base.peft_config) == ["first"]

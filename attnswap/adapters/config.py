@@ -92,6 +92,8 @@ def _plain(swap: Any) -> Any:
     """Returns a swap as JSON holds it."""
     if isinstance(swap, Mapping) and "name" not in swap:
         return [{"swap": resolve(one).to_dict(), "heads": _heads(heads)} for one, heads in swap.items()]
-    if isinstance(swap, list):
+    if isinstance(swap, list):  # as above, read from a file
+        if not all(isinstance(entry, Mapping) and {"swap", "heads"} <= entry.keys() for entry in swap):
+            raise ConfigError(f"a list of swaps wants entries with a swap and its heads, not {swap!r}")
         return [{"swap": resolve(entry["swap"]).to_dict(), "heads": _heads(entry["heads"])} for entry in swap]
     return swap.to_dict() if isinstance(swap, Swap) else resolve(swap).to_dict()
