@@ -154,8 +154,8 @@ def refuse_orphans(unexpected: Iterable[str], reference: str | Path) -> None:
     if orphans:
         raise CheckpointError(
             f'"{reference}" holds {len(orphans)} swap parameters, such as {orphans[0]}, but its config.json does not '
-            "name their swaps (or another config was given to from_pretrained), so it would load as plain softmax. Load it "
-            "with its own config. If model.config was replaced after attnswap.patch: patch the original model again, "
+            "name their swaps, or another config was given to from_pretrained, so it would load as plain softmax. Load "
+            "it with its own config. If model.config was replaced after attnswap.patch: patch the original model anew, "
             "load these weights into it with load_state_dict, and save it"
         )
 

@@ -9,13 +9,12 @@ import pytest
 import torch
 from conftest import SWAPS, move_away, tiny
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration
 
 import attnswap
 from attnswap import AttnSwapConfig
-from attnswap.errors import CheckpointError, ConfigError, UnsupportedModelError
+from attnswap.errors import ConfigError, UnsupportedModelError
 from attnswap.surgery.attach import spec_of
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
@@ -355,23 +354,6 @@ def test_the_base_in_16_bits_is_the_same_base(stock, tmp_path):
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(stock, dtype=dtype), tmp_path)
 
 
-@pytest.mark.parametrize(
-    "load_it", [lambda base, path: PeftModel.from_pretrained(base, path), lambda base, path: base.load_adapter(path)]
-)
-def test_an_adapter_without_its_swap_tensors(load_it, stock, tokens, tmp_path):
-    adapted(stock, "ssmax", **LORA).save_pretrained(tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
-    save_file({k: v for k, v in load_file(file).items() if "attnswap" not in k}, file, {"format": "pt"})
-    base = load(stock)
-
-    def use() -> None:
-        load_it(base, tmp_path)
-        logits(base, tokens)
-
-    with pytest.raises((KeyError, CheckpointError), match=r"attnswap|incomplete"):
-        use()
-
-
 EDITS = {
     "another swap": (lambda c: c["swap"].update(name="softpick", form=None), "asks for|form"),
     "another lambda": (lambda c: c["spec"]["swaps"][0].update(ramp=0.5), "lambda"),
@@ -443,19 +425,6 @@ def test_names_that_peft_would_take_for_those_of_tensors(stock, tokens):
         lambda: model.add_adapter("b", AttnSwapConfig(swap="forgetting-gate")),
         tokens,
     )
-
-
-@pytest.mark.parametrize("through", [PeftModel.from_pretrained, lambda base, path: (base.load_adapter(path), base)[1]])
-def test_an_adapter_without_its_low_rank_tensors(through, stock, tokens, tmp_path):
-    adapted(stock, "ssmax", **LORA).save_pretrained(tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
-    save_file({k: v for k, v in load_file(file).items() if "lora_B" not in k}, file, {"format": "pt"})
-    try:
-        model = through(load(stock), tmp_path)
-    except CheckpointError as error:
-        assert "incomplete" in str(error)
-    else:
-        assert logits(model, tokens).isnan().all()  # what transformers loads by itself it only warns of
 
 
 def test_deleting_adapters_without_low_rank_weights(stock, tokens):

@@ -306,9 +306,10 @@ print(sorted(changed), added, after[2] == before[2])
 
 
 def test_global_touches_are_the_listed_ones():
-    """Importing attnswap adds one name to two registries and to peft's tables and wraps three methods; no more."""
+    """Importing attnswap adds one name to two registries and to peft's tables and wraps four methods; no more."""
     done = subprocess.run([sys.executable, "-c", GLOBAL_STATE], capture_output=True, text=True, check=True)
-    wrapped = [("PreTrainedConfig", "to_dict"), ("PreTrainedModel", "__init__"), ("PreTrainedModel", "post_init")]
+    wrapped = [("PreTrainedConfig", "__post_init__"), ("PreTrainedConfig", "to_dict")]
+    wrapped += [("PreTrainedModel", "__init__"), ("PreTrainedModel", "post_init")]
     names = [*[["attnswap"]] * 2, *[["ATTNSWAP"]] * 4]
     assert done.stdout.splitlines()[-1] == f"{wrapped} {names} True"
 

@@ -10,7 +10,14 @@ import pytest
 import torch
 import transformers
 from conftest import ARCHITECTURES, SWAPS, tiny
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
 
 import attnswap
 from attnswap.errors import CheckpointError
@@ -299,6 +306,11 @@ def test_servers_that_go_by_architecture_names_find_none(patched, tokens, tmp_pa
     assert again.config.architectures == ["LlamaForCausalLM"]
     again.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again/config.json").read_text()) == written
+    for read in (AutoConfig, LlamaConfig):  # trainers look up the class to load with by what a config says
+        config = read.from_pretrained(tmp_path / "patched")
+        assert config.architectures == type(config)(**config.to_dict()).architectures == ["LlamaForCausalLM"]
+        config.save_pretrained(tmp_path / "config")
+        assert json.loads((tmp_path / "config/config.json").read_text())["architectures"] == written["architectures"]
     attnswap.unpatch(again)
     again.save_pretrained(tmp_path / "stock")
     assert json.loads((tmp_path / "stock/config.json").read_text())["architectures"] == ["LlamaForCausalLM"]

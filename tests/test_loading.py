@@ -121,7 +121,7 @@ def test_a_new_head_is_no_loss_where_it_is_asked_for(tmp_path: Path) -> None:
         assert attnswap.describe(load.from_pretrained(tmp_path)).patched_layers == [0, 1]
     drop(QUERY)(tmp_path)
     for load in (AutoModelForSequenceClassification, AutoModel, AutoModelForCausalLM):
-        with pytest.raises(CheckpointError, match="lacks the weight .*q_proj"):
+        with pytest.raises(CheckpointError, match=r"lacks the weight .*q_proj"):
             load.from_pretrained(tmp_path)
 
 

@@ -1,8 +1,10 @@
 """The config of a swap adapter: LoRA's own, with the swap beside it."""
 
+import copy
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from peft import LoraConfig
 from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -27,7 +29,8 @@ class AttnSwapConfig(LoraConfig):
         part: Which attention, in a model that has several.
         layers: Index, slice string or list of indices; default: all.
         heads: Query heads; default: all.
-        ramp: lambda from 0 to 1.
+        ramp: lambda that the adapter starts at, from 0 to 1. Where it has got to is what ``attnswap.describe`` and the
+            spec of a saved adapter say.
         spec: What the adapter did to its base, layer by layer. Written when it is saved; not for you to give.
         fingerprint: What tells its base from other models. Written when it is made; ``None`` skips the check.
 
@@ -39,12 +42,13 @@ class AttnSwapConfig(LoraConfig):
     part: str | None = field(default=None, metadata={"help": "Which attention, in a model that has several."})
     layers: Any = field(default=None, metadata={"help": "Layers to swap: index, slice string or list."})
     heads: Any = field(default=None, metadata={"help": "Query heads to swap; default: all."})
-    ramp: float = field(default=1.0, metadata={"help": "lambda: 0 is softmax, 1 the swap."})
+    ramp: float = field(default=1.0, metadata={"help": "lambda to start at: 0 is softmax, 1 the swap."})
     spec: dict[str, Any] | None = field(default=None, metadata={"help": "What was done, layer by layer."})
     fingerprint: dict[str, Any] | None = field(default=None, metadata={"help": "What tells the base apart."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._adapter: str | None = None  # tells the config of an adapter of this process, and copies of it, apart
         self.peft_type = peft_type()
         if self.swap is None:
             raise ConfigError(
@@ -61,6 +65,18 @@ class AttnSwapConfig(LoraConfig):
             # peft would adapt its own choice of modules instead.
             self.target_modules = DUMMY_TARGET_MODULES
 
+    def for_adapter(self) -> Self:
+        """Returns a copy for a new adapter alone: a config may be given to several, and each writes into its own."""
+        config = copy.deepcopy(self)
+        if self._adapter is not None:  # what was written into it is not about the new one
+            config.spec = config.fingerprint = None
+        config._adapter = uuid.uuid4().hex
+        return config
+
+    def is_copy_of(self, other: Any) -> bool:
+        """Whether it is, or was copied from, the config of an adapter."""
+        return self._adapter is not None and self._adapter == getattr(other, "_adapter", None)
+
     def swaps(self) -> Any:
         """Returns the swap as :func:`attnswap.patch` takes it."""
         if isinstance(self.swap, list):
@@ -76,6 +92,8 @@ def _plain(swap: Any) -> Any:
     """Returns a swap as JSON holds it."""
     if isinstance(swap, Mapping) and "name" not in swap:
         return [{"swap": resolve(one).to_dict(), "heads": _heads(heads)} for one, heads in swap.items()]
-    if isinstance(swap, list):
+    if isinstance(swap, list):  # as above, read from a file
+        if not all(isinstance(entry, Mapping) and {"swap", "heads"} <= entry.keys() for entry in swap):
+            raise ConfigError(f"a list of swaps wants entries with a swap and its heads, not {swap!r}")
         return [{"swap": resolve(entry["swap"]).to_dict(), "heads": _heads(entry["heads"])} for entry in swap]
     return swap.to_dict() if isinstance(swap, Swap) else resolve(swap).to_dict()

@@ -1,12 +1,12 @@
 """What tells a base model from others of its kind, so that an adapter does not go onto the wrong one unnoticed."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from attnswap.errors import ConfigError
+from attnswap.errors import CheckpointError, ConfigError
 from attnswap.surgery.spec import KEY
 
 MATRICES, SAMPLES = 6, 8
@@ -14,65 +14,106 @@ TOLERANCE = 0.004
 """Relative to a matrix's largest sample: rounding to 16 bits moves a weight by less."""
 
 
-def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
-    """Returns a model's kind, sizes, and a few weights from all over it (none where they cannot be read)."""
-    config = model.config.get_text_config()
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads")
-    sizes = {name: getattr(config, name, None) for name in names}
-    return {"model_type": model.config.model_type, **sizes, "weights": _samples(model)}
+def fingerprint(model: PreTrainedModel, carried: Collection[str] = ()) -> dict[str, Any]:
+    """Returns a model's kind, sizes, and a few weights from all over it (none where they cannot be read).
+
+    Args:
+        model: The base.
+        carried: Names of modules that the adapter brings with it, whatever they are in the base.
+    """
+    weights = _comparable(model, carried)
+    names = sorted(name for name, weight in weights.items() if weight.ndim == 2)
+    if len(names) < MATRICES:  # quantized: embeddings and norms are left
+        names += sorted(name for name, weight in weights.items() if weight.ndim == 1)
+    chosen = {names[i * (len(names) - 1) // (MATRICES - 1)] for i in range(MATRICES)} if names else set()
+    return {**_sizes(model), "weights": {name: _numbers(weights[name]) for name in sorted(chosen)}}
 
 
-def check(saved: dict[str, Any] | None, found: dict[str, Any]) -> None:
+def check(saved: dict[str, Any] | None, model: PreTrainedModel, carried: Collection[str] = ()) -> None:
     """Compares the base an adapter was trained on with the one it is put on.
 
     Args:
         saved: The fingerprint in the adapter's config; None: nothing is checked.
-        found: That of the model at hand.
+        model: The model at hand.
+        carried: Names of modules that the adapter brings with it.
 
     Raises:
         ConfigError: They are different models.
+        CheckpointError: The fingerprint is damaged.
     """
+    if saved is None:
+        return
+    if not _is_whole(saved):
+        raise CheckpointError("the fingerprint in the adapter's config is damaged: was adapter_config.json edited?")
     way = (
         "Give the base it was trained on; if you know that the two go together, load the adapter with a config whose "
         "fingerprint is None"
     )
-    for name, value in (saved or {}).items():
-        if name != "weights" and value != found.get(name):
+    sizes = _sizes(model)
+    for name, value in saved.items():
+        if name != "weights" and value != sizes.get(name):
             raise ConfigError(
-                f"this adapter belongs to a base whose {name} is {value}, and here it is {found.get(name)}. {way}"
+                f"this adapter belongs to a base whose {name} is {value}, and here it is {sizes.get(name)}. {way}"
             )
-    theirs = found["weights"]
-    for name, ours in (saved or {}).get("weights", {}).items():
-        if name not in theirs:
-            continue  # quantized, for example
+    weights = _comparable(model, carried)
+    for name, ours in saved.get("weights", {}).items():
+        if name not in weights:
+            continue
+        theirs = _numbers(weights[name])
         scale = max(abs(value) for value in ours)
-        apart = max(abs(a - b) for a, b in zip(ours, theirs[name], strict=True))
-        if apart > TOLERANCE * scale:
+        apart = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+        if not apart <= TOLERANCE * scale:
             raise ConfigError(
                 f"this adapter belongs to other weights: samples of {name} differ by {apart:.3g} (the largest is "
                 f"{scale:.3g}). {way}"
             )
 
 
-def _samples(model: PreTrainedModel) -> dict[str, list[float]]:
-    """Returns some numbers of some matrices, by the names these have in the bare model."""
-    matrices = {}
+def _is_whole(saved: Any) -> bool:
+    """Whether a fingerprint that was read from a file can be compared."""
+    samples = saved.get("weights", {}) if isinstance(saved, dict) else None
+    return isinstance(samples, dict) and all(
+        isinstance(numbers, list) and len(numbers) == SAMPLES and all(isinstance(x, int | float) for x in numbers)
+        for numbers in samples.values()
+    )
+
+
+def _sizes(model: PreTrainedModel) -> dict[str, Any]:
+    config = model.config.get_text_config()
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+    return {"model_type": model.config.model_type, **{name: getattr(config, name, None) for name in names}}
+
+
+def _comparable(model: PreTrainedModel, carried: Collection[str]) -> dict[str, torch.Tensor]:
+    """Returns the weights that are the same whenever the base is loaded, by the names these have in the bare model."""
+    weights = {}
     for name, weight in model.named_parameters():
         words = name.replace(".base_layer.", ".").replace(".original_module.", ".").split(".")
         if not {KEY, "modules_to_save"} & set(words) and not any(word.startswith("lora_") for word in words):
-            matrices[".".join(words)] = weight
-    names = sorted(name for name, weight in matrices.items() if weight.ndim == 2)
-    chosen = {names[i * (len(names) - 1) // (MATRICES - 1)] for i in range(MATRICES)} if names else set()
-    return {name: _numbers(matrices[name]) for name in sorted(chosen) if _readable(matrices[name])}
+            weights[".".join(words)] = weight
+    if any(_was_read(weight) for weight in weights.values()):  # else the model was made in memory, or is a copy
+        weights = {name: weight for name, weight in weights.items() if _was_read(weight)}
+    brought = tuple(f".{module}." for module in carried)
+    return {n: w for n, w in weights.items() if _exact(w) and not any(module in f".{n}" for module in brought)}
 
 
-def _readable(weight: torch.Tensor) -> bool:
-    return not weight.is_meta and weight.is_floating_point() and not isinstance(weight, DTensor)
+def _was_read(weight: torch.Tensor) -> bool:
+    """Whether transformers read a weight from a checkpoint; a new head, which it initializes at random, is not."""
+    return bool(getattr(weight, "_is_hf_initialized", False))
+
+
+def _exact(weight: torch.Tensor) -> bool:
+    """Whether a weight can be read here and is not quantized, which rounds it by more than the tolerance."""
+    # Quantizers keep whole numbers, or tensors of a class of their own that stand for what they round.
+    plain = type(weight.data) is torch.Tensor and weight.is_floating_point() and weight.element_size() > 1
+    return plain and not weight.is_meta and weight.numel() > 0
 
 
 def _numbers(weight: torch.Tensor) -> list[float]:
+    matrix = weight.detach() if weight.ndim == 2 else weight.detach().view(1, -1)
     # Early rows: they survive a vocabulary that is resized.
-    rows = torch.linspace(1, min(len(weight), 256) - 1, SAMPLES).long()
-    columns = torch.linspace(0, weight.shape[1] - 1, SAMPLES).long()
-    picked = weight.detach()[rows.to(weight.device), columns.to(weight.device)]
+    last = min(len(matrix), 256) - 1
+    rows = torch.linspace(min(1, last), last, SAMPLES).long()
+    columns = torch.linspace(0, matrix.shape[1] - 1, SAMPLES).long()
+    picked = matrix[rows.to(weight.device), columns.to(weight.device)]
     return [float(f"{value:.5g}") for value in picked.float().tolist()]

@@ -1,11 +1,11 @@
 """The tuner: LoRA's, which puts swaps into its base before low-rank weights and takes them out after."""
 
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
-from peft import LoraModel
+from peft import LoraModel, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 
 from attnswap.adapters.config import AttnSwapConfig
 from attnswap.adapters.fingerprint import check, fingerprint
+from attnswap.adapters.reading import PREFIX, Reading, check_names, check_shapes, low_rank, swap_names
 from attnswap.adapters.wrapper import Book, SwapAdapters
 from attnswap.errors import CheckpointError, ConfigError, UnsupportedModelError
 from attnswap.surgery import attach
-from attnswap.surgery.module import LayerSwap
+from attnswap.surgery.module import LayerSwap, SwapModule
 from attnswap.surgery.patch import patch, swap_parameters, unpatch
 from attnswap.surgery.probe import verify
 from attnswap.surgery.rebuild import Unresolved, rebuild
@@ -40,30 +41,38 @@ class AttnSwapModel(LoraModel):
             ConfigError: The base is patched already, is not the one of a saved adapter, or does not fit.
             UnsupportedModelError: The base cannot take the swap. In both cases it is as it was.
         """
-        config = cast(AttnSwapConfig, self.peft_config[adapter_name])
+        given = cast(AttnSwapConfig, self.peft_config[adapter_name])
+        others = {name: config for name, config in self.peft_config.items() if name != adapter_name}
+        source = next((name for name, config in others.items() if given.is_copy_of(config)), None)
+        config = self.peft_config[adapter_name] = given.for_adapter()
         try:
             if not isinstance(model, PreTrainedModel):
                 raise UnsupportedModelError(f"{type(model).__name__} is no transformers model")
-            undo = add_swaps(model, adapter_name, config)
+            added = add_swaps(model, adapter_name, config, source)
         except BaseException:
             self._forget(adapter_name)
             raise
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
-            undo()
+            added.undo()
             self._take_out(adapter_name)
             self._forget(adapter_name)
             raise
         if config.spec is not None:  # until they are read: transformers only prints what an adapter lacks
-            for parameter in self._low_rank(model, adapter_name).values():
+            for parameter in low_rank(model, adapter_name).values():
                 parameter.data.fill_(torch.nan)
+        saved = config.spec is not None
+        Reading(added.book, adapter_name, saved, partial(self._withdraw, added)).begin()
 
-    @classmethod
-    def _low_rank(cls, model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
-        """Returns an adapter's low-rank weights by their names in the model."""
-        found = model.named_parameters()
-        return {name: p for name, p in found if cls.prefix in name and adapter_name in name.split(".")}
+    def _withdraw(self, added: "Added") -> None:
+        """Takes an adapter that could not be read out of the model, which then is what it was."""
+        if len(self.peft_config) > 1:
+            self.delete_adapter(added.name)
+            self.set_adapter(added.active)
+        else:
+            self.unload()
+        added.restore()
 
     def _take_out(self, adapter_name: str) -> None:
         """Removes the low-rank weights of an adapter of which only some could be placed."""
@@ -89,12 +98,23 @@ class AttnSwapModel(LoraModel):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        missing = [name for name in cls._low_rank(model, adapter_name) if name not in found]
-        if missing:
-            raise CheckpointError(
-                f"the adapter lacks {missing[0]} and {len(missing) - 1} other tensors: it is incomplete"
-            )
+        swaps = swap_names(model, adapter_name)
+        swaps |= {PREFIX + name: place for name, place in swaps.items()}  # as in the file, whatever the model is in
+        renamed = {swaps.get(name, name): tensor for name, tensor in state_dict.items()}
+        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
+        wanted = {*swaps.values(), *low_rank(model, adapter_name)}
+        places = {name: place for table in (model.named_parameters(), model.named_buffers()) for name, place in table}
+        reading = Reading.of(model, adapter_name)
+        try:
+            check_names(wanted - found.keys(), found.keys() - places.keys())
+            check_shapes(places, found, wanted)
+        except CheckpointError:
+            # A PeftModel is loading an adapter it has just added; a model alone was given one before.
+            if reading is not None and reading.saved and isinstance(model, PeftModel):
+                reading.take_out()
+            raise
+        if reading is not None:
+            reading.end()
         return found
 
     def _forget(self, adapter_name: str) -> None:
@@ -153,16 +173,49 @@ class AttnSwapModel(LoraModel):
         raise UnsupportedModelError("adapters with swaps cannot be averaged into a new one")
 
 
-def add_swaps(model: PreTrainedModel, name: str, config: AttnSwapConfig) -> Callable[[], None]:
+@dataclass
+class Added:
+    """The swaps of an adapter that was added to a model, and what to put back if it is taken out again.
+
+    Attributes:
+        book: The adapters of the model.
+        name: The adapter's name.
+        first: The model had no other.
+        active: The adapters that were active.
+        trained: What was trained.
+    """
+
+    book: Book
+    name: str
+    first: bool
+    active: list[str]
+    trained: dict[nn.Parameter, bool]
+
+    def undo(self) -> None:
+        """Takes the swaps out."""
+        for wrapper in self.book.wrappers.values():
+            wrapper.delete_adapter(self.name)
+        if self.first:
+            self.book.lift()
+        self.restore()
+
+    def restore(self) -> None:
+        """Lets be trained what was trained."""
+        for parameter, was in self.trained.items():
+            parameter.requires_grad_(was)
+
+
+def add_swaps(model: PreTrainedModel, name: str, config: AttnSwapConfig, source: str | None) -> Added:
     """Puts an adapter's swaps into a model, beside those of other adapters.
 
     Args:
         model: The base.
         name: The adapter's name.
         config: Its config, which learns what its base is.
+        source: The adapter of the model whose config it is given, at whose lambda it starts.
 
     Returns:
-        A function that takes them out again.
+        What was added.
 
     Raises:
         ConfigError: The base is patched already, is not the one of a saved adapter, or does not fit.
@@ -175,24 +228,27 @@ def add_swaps(model: PreTrainedModel, name: str, config: AttnSwapConfig) -> Call
             'train its swap with LoraConfig(modules_to_save=["attnswap"])'
         )
     _check_name(name, config, others)
-    found = fingerprint(model)
-    check(config.fingerprint, found)
-    trained = {p: p.requires_grad for p in model.parameters()}
+    carried = config.modules_to_save or ()
+    check(config.fingerprint, model, carried)
+    found = fingerprint(model, carried)
+    book = others or Book([model], PatchSpec(""))
+    added = Added(book, name, others is None, _active(model), {p: p.requires_grad for p in model.parameters()})
     if not any(isinstance(m, BaseTunerLayer) for m in model.modules()):
         model.requires_grad_(False)  # peft will take our wrappers for an earlier adapter, and freeze nothing
     if others is not None:
         others.lift()
     try:
-        spec = _patch(model, config)
+        spec = _patch(model, config, None if source is None else book.spec(source))
         if others is not None and (spec.part, spec.seam) != (others.empty.part, others.empty.seam):
             unpatch(model)
             raise ConfigError(f"part={spec.part!r}: all adapters of a model swap one part, here {others.empty.part!r}")
     except BaseException:
         if others is not None:
             others.seat()
-        _restore(trained)
+        added.restore()
         raise
-    book = others or Book([model], replace(spec, layers={}))
+    if others is None:
+        book.empty = replace(spec, layers={})
     modules = attach.patched_modules(model)
     for layer, (_, module) in modules.items():
         info = layer_info(owning_config(model, modules), module)
@@ -202,15 +258,14 @@ def add_swaps(model: PreTrainedModel, name: str, config: AttnSwapConfig) -> Call
         wrapper.train(module.training)
     book.seat()
     config.fingerprint = found
+    return added
 
-    def undo() -> None:
-        for wrapper in book.wrappers.values():
-            wrapper.delete_adapter(name)
-        if others is None:
-            book.lift()
-        _restore(trained)
 
-    return undo
+def _active(model: nn.Module) -> list[str]:
+    """Returns the active adapters of a model; wrappers of swaps do not know those without a swap."""
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    layers.sort(key=lambda layer: isinstance(layer, SwapAdapters))
+    return list(layers[0].active_adapters) if layers else []
 
 
 def _check_name(name: str, config: AttnSwapConfig, others: Book | None) -> None:
@@ -234,34 +289,44 @@ def _check_name(name: str, config: AttnSwapConfig, others: Book | None) -> None:
         )
 
 
-def _patch(model: PreTrainedModel, config: AttnSwapConfig) -> PatchSpec:
-    """Patches a model as a config says: anew, or exactly as a saved adapter was."""
-    if config.spec is None:
+def _patch(model: PreTrainedModel, config: AttnSwapConfig, source: PatchSpec | None) -> PatchSpec:
+    """Patches a model as a config says: anew, as another adapter did, or exactly as a saved adapter was."""
+    if source is not None:
+        _patch_again(model, source)
+    elif config.spec is None:
+        if _registers_on_meta():
+            raise ConfigError("low_cpu_mem_usage=True is for adapters that are loaded: add a new one without it")
         patch(model, config.swaps(), part=config.part, layers=config.layers, heads=config.heads, ramp=config.ramp)
+    elif isinstance(config.spec, dict):
+        _patch_as_saved(model, config, PatchSpec.from_dict(config.spec))
     else:
-        _patch_again(model, config)
+        raise CheckpointError("the spec in the adapter's config is damaged: was adapter_config.json edited?")
     spec = attach.spec_of(model)
     assert spec is not None
     return spec
 
 
-def _patch_again(model: PreTrainedModel, config: AttnSwapConfig) -> None:
-    spec = PatchSpec.from_dict(config.spec or {})
+def _patch_as_saved(model: PreTrainedModel, config: AttnSwapConfig, spec: PatchSpec) -> None:
     wanted = config.swaps()
     names = {swap.name for swap in (wanted if isinstance(wanted, dict) else (wanted,))}
     saved = {slot.swap.name for slots in spec.layers.values() for slot in slots.values()}
     if names != saved:
         raise ConfigError(f"the adapter's config asks for {sorted(names)}, but what was saved swapped {sorted(saved)}")
+    _patch_again(model, spec)
+    for parameter in swap_parameters(model).values():
+        parameter.data.fill_(torch.nan)  # until it is read: transformers only prints what an adapter lacks
+
+
+def _patch_again(model: PreTrainedModel, spec: PatchSpec) -> None:
     give_back = attach.own_config(model)
     try:
         modules = attention_modules(model, spec.part)
         attach.write_spec(model, owning_config(model, modules), spec)
         rebuild(model)
+        _off_meta(model)
         attached = attach.spec_of(model)
         assert attached is not None
         verify(model, attach.config_of(model), attach.patched_modules(model), attached.before)
-        for parameter in swap_parameters(model).values():
-            parameter.data.fill_(torch.nan)  # until it is read: transformers only prints what an adapter lacks
     except BaseException:
         attach.remove_hooks(list(model.modules()), "_forward_pre_hooks", Unresolved)
         if attach.spec_of(model) is not None:
@@ -270,6 +335,19 @@ def _patch_again(model: PreTrainedModel, config: AttnSwapConfig) -> None:
         raise
 
 
-def _restore(trained: dict[nn.Parameter, bool]) -> None:
-    for parameter, was in trained.items():
-        parameter.requires_grad_(was)
+def _registers_on_meta() -> bool:
+    """Whether accelerate's context is active under which every new parameter has no storage."""
+    probe = nn.Module()
+    probe.register_parameter("probe", nn.Parameter(torch.empty(0)))
+    return next(probe.parameters()).is_meta
+
+
+def _off_meta(model: PreTrainedModel) -> None:
+    """Gives swaps that were added under such a context storage: they are small, and a forward is to prove them."""
+    for _, module in attach.patched_modules(model).values():
+        device = next((p.device for p in module.parameters() if not p.is_meta), None)
+        for swap in module.modules():
+            if isinstance(swap, SwapModule) and device is not None and any(p.is_meta for p in swap.parameters()):
+                for name, parameter in swap.named_parameters():
+                    swap._parameters[name] = nn.Parameter(torch.empty_like(parameter, device=device))
+                swap.set_start()

@@ -45,6 +45,10 @@ class Book:
         """Returns the slots of all adapters."""
         return [s for w in self.wrappers.values() for swaps in w.modules_to_save.values() for s in swaps.slots.values()]
 
+    def active(self) -> list[str]:
+        """Returns the adapters whose swaps serve: one or none."""
+        return list(next(iter(self.wrappers.values())).active_adapters) if self.wrappers else []
+
     def write(self, name: str | None) -> None:
         """Enters what an adapter does into the model's config."""
         if name != self.written:
@@ -66,8 +70,7 @@ class Book:
         for layer, (_, module) in modules.items():
             module.add_module(KEY, self.wrappers[layer])
         attach.connect(model, config, modules, self.empty.before)
-        first = next(iter(self.wrappers.values()))
-        self.written = first.active_adapters[0] if first.active_adapters else None
+        self.written = next(iter(self.active()), None)
         attach.write_spec(model, config, self.spec(self.written))
         attach.guard(attach.outermost(model))
 
@@ -79,6 +82,8 @@ class SwapAdapters(ModulesToSaveWrapper, BaseTunerLayer):
     in every layer, if only an empty one. It counts as a tuner layer too, because transformers goes by these alone when
     it enables adapters again or asks which one is active.
     """
+
+    other_param_names = ("modules_to_save",)  # what is an adapter's, which the empty map of tensors does not tell peft
 
     def __init__(self, book: Book, layer: int, original: LayerSwap) -> None:
         super().__init__(original, "")
@@ -100,9 +105,13 @@ class SwapAdapters(ModulesToSaveWrapper, BaseTunerLayer):
         del self.modules_to_save[name]
         self._adapters.remove(name)
 
-    def slots_of(self, name: str) -> dict[str, Any]:
-        """Returns the slots that an adapter has in this layer."""
-        return dict(self.modules_to_save[name].slots) if name in self.modules_to_save else {}
+    def slots_of(self, name: str) -> dict[str, Slot]:
+        """Returns the slots that an adapter has in this layer, at the lambda that their buffers hold."""
+        return self.modules_to_save[name].present_slots() if name in self.modules_to_save else {}
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Returns nothing: :mod:`attnswap.adapters.reading` finds the tensors, and says what is missing."""
+        return {}
 
     def serving(self) -> LayerSwap:
         """Returns the swaps that serve when adapters are enabled."""

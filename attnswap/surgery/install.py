@@ -1,4 +1,4 @@
-"""What attnswap changes of transformers for the whole process: five methods, each as before for unpatched models."""
+"""What attnswap changes of transformers for the whole process: six methods, each as before for unpatched models."""
 
 import functools
 from typing import Any
@@ -16,7 +16,8 @@ PREFIX = "AttnSwap"
 """Before the names of a patched model's ``architectures`` in config.json.
 
 Programs that build models of their own by these names (inference servers, converters) would compute softmax where they
-ignore tensors they do not know. They refuse a name they do not know. transformers goes by the model type.
+ignore tensors they do not know. They refuse a name they do not know. transformers goes by the model type. A config that
+was read has the true names again: trainers look the class to load with up by them.
 """
 
 WEIGHTS = "output_attentions"
@@ -24,7 +25,7 @@ WEIGHTS = "output_attentions"
 
 
 def install() -> None:
-    """Wraps the start and end of a model's construction, its saving and loading, and the writing of configs, once.
+    """Wraps how models are built, saved and loaded, and how configs are made and written, once.
 
     A config with a spec rebuilds its swaps while its model is built, and is written under architecture names that only
     attnswap's readers take for known ones. A model is saved only under a config that names what it computes, and loaded
@@ -32,6 +33,7 @@ def install() -> None:
     """
     create, original, to_dict = PreTrainedModel.__init__, PreTrainedModel.post_init, PreTrainedConfig.to_dict
     save, load = PreTrainedModel.save_pretrained, PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
+    made = PreTrainedConfig.__post_init__
     if getattr(original, "_attnswap", False):
         return
 
@@ -57,6 +59,12 @@ def install() -> None:
         check_whole(model, found, args[0] if args else kwargs.get("pretrained_model_name_or_path"))
         return (model, found) if output_loading_info else model
 
+    @functools.wraps(made)
+    def __post_init__(self: PreTrainedConfig, **kwargs: Any) -> None:
+        made(self, **kwargs)
+        if isinstance(self.architectures, list):
+            self.architectures = [x.removeprefix(PREFIX) if isinstance(x, str) else x for x in self.architectures]
+
     @functools.wraps(to_dict)
     def named(self: PreTrainedConfig) -> dict[str, Any]:
         return rename(to_dict(self))
@@ -66,6 +74,7 @@ def install() -> None:
     PreTrainedModel.post_init = post_init  # type: ignore[method-assign]
     PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
     PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[method-assign,assignment]
+    PreTrainedConfig.__post_init__ = __post_init__  # type: ignore[method-assign]
     PreTrainedConfig.to_dict = named  # type: ignore[method-assign]
 
 
@@ -85,9 +94,6 @@ def settle(config: Any) -> None:
         config._attn_implementation_internal = spec.before
     if values.get(WEIGHTS):
         config._output_attentions = True
-    names = _strings(getattr(config, "architectures", None))
-    if any(name.startswith(PREFIX) for name in names):
-        config.architectures = [name.removeprefix(PREFIX) for name in names]
 
 
 def rename(values: dict[str, Any]) -> dict[str, Any]:
