@@ -7,6 +7,8 @@ import pytest
 import torch
 from conftest import move_away, tiny
 from transformers import AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import AttentionInterface
 
 import attnswap
 from attnswap.errors import AttnSwapError, CheckpointError, UnsupportedModelError
@@ -35,8 +37,9 @@ def test_a_config_that_is_replaced_is_not_saved(swap, patched, tokens, tmp_path)
         model.save_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["sdpa", "eager", {"": "sdpa"}])
-def test_set_attn_implementation(name, patched, tokens):
+@pytest.mark.parametrize("name", ["own", {"": "own"}])
+def test_an_implementation_of_somebody_else_chosen_after_patching(name, patched, tokens, monkeypatch):
+    monkeypatch.setitem(AttentionInterface._global_mapping, "own", sdpa_attention_forward)
     model = patched("llama", "softpick")
     model.set_attn_implementation(name)
     with pytest.raises(UnsupportedModelError, match="without attnswap"):

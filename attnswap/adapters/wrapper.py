@@ -59,6 +59,7 @@ class Book:
         """Takes all wrappers off the model, which then is what it was."""
         model = self.base[0]
         modules = attention_modules(model, self.empty.part)
+        self.empty = replace(self.empty, before=attach.before_of(modules, self.empty.before))
         attach.disconnect(model, owning_config(model, modules), modules, self.empty.before)
         attach.unguard(model)
 

@@ -89,9 +89,21 @@ def spec_of(model: PreTrainedModel) -> PatchSpec | None:
     if entry is None:
         return None
     spec = PatchSpec.from_dict(entry)
-    swaps = {layer: child_of(module) for layer, (_, module) in attention_modules(model, spec.part).items()}
+    modules = attention_modules(model, spec.part)
+    swaps = {layer: child_of(module) for layer, (_, module) in modules.items()}
     found = {layer: child.present_slots() for layer, child in swaps.items() if child is not None}
-    return replace(spec, layers={layer: slots for layer, slots in found.items() if slots})
+    layers = {layer: slots for layer, slots in found.items() if slots}
+    return replace(spec, before=before_of(modules, spec.before), layers=layers)
+
+
+def before_of(modules: Modules, written: str) -> str:
+    """Returns the attention implementation that layers without swaps run on.
+
+    Args:
+        modules: The attention modules of a model.
+        written: The one it had when it was patched, for a model whose modules are not connected.
+    """
+    return next((enter.route.before for _, module in modules.values() if (enter := enter_of(module))), written)
 
 
 def is_patched(model: nn.Module) -> bool:
