@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnswap.attention.operands import apart
+
 DIFFERENTIABLE = ("row_scale", "row_bias", "key_bias", "sinks", "params")
 """What the backward operators compute on demand, after the gradients of query, key and value."""
 
@@ -41,7 +43,7 @@ def gradients(operator: Callable[..., Sequence[Tensor]], order: Sequence[str]) -
         if grad is None:
             return (None,) * len(inputs)
         wanted = [int(ctx.needs_input_grad[order.index(name)]) for name in DIFFERENTIABLE]
-        grad = grad if grad.stride(3) == 1 else grad.contiguous()
+        grad = apart(grad)
         found = operator(grad, out, shifts, inverses, wanted, *inputs)
         named: dict[str, Tensor] = dict(zip(("query", "key", "value", *DIFFERENTIABLE), found, strict=True))
         return tuple(

@@ -50,6 +50,12 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
 
 
+def apart(x: Tensor) -> Tensor:
+    """Returns a tensor whose rows lie in one piece each and do not overlap, as products of matrices take them."""
+    fits = (x.stride(3) == 1 or x.shape[3] == 1) and x.stride(2) >= x.shape[3]
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
 def whole(x: Tensor, length: int, problem: Problem) -> Tensor:
     """Expands per-query or per-key values to (batch, heads, length)."""
     return x.expand(*problem.query.shape[:2], length).contiguous()
