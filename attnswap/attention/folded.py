@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 from attnswap.attention.chunked import by_blocks
 from attnswap.attention.dense import Block, bias
+from attnswap.attention.modes import mode_of, transformed
 from attnswap.attention.problem import Problem
 
 _LONG = 512  # queries from which it is worth a loop over heads
@@ -23,7 +23,8 @@ def refusal(problem: Problem) -> str | None:
         return "the model caps its scores, which a scale of the query does not go around"
     if problem.sinks is not None and not _on_own_kernel(problem):
         return "the model has sinks, and the stock kernel does not"
-    return None
+    mode = mode_of(problem.tensors())
+    return None if mode is None else f"the stock kernel takes no part in {mode}"
 
 
 def is_stock(problem: Problem) -> bool:
@@ -51,11 +52,13 @@ class _ByHead(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Returns the gradients of query and factor."""
         query, factor = ctx.saved_tensors
         wanted = ctx.needs_input_grad
+        if torch.is_grad_enabled() or transformed():  # which see no tensor that is filled part by part
+            grad = grad.to(factor.dtype)
+            return (grad * factor).to(query.dtype), (grad * query).sum(-1, keepdim=True)
         of_query = torch.empty_like(query) if wanted[0] else None
         of_factor = torch.empty_like(factor) if wanted[1] else None
         for head in range(query.shape[1]):

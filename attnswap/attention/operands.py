@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from attnswap.attention.modes import mode_of
 from attnswap.attention.problem import Problem
 from attnswap.swaps.base import Swap
 
@@ -16,6 +17,8 @@ def refusal(problem: Problem) -> str | None:
     """Says what keeps any of these kernels from computing a call, or None."""
     if problem.dropout:
         return "it has no dropout"
+    if not problem.query.shape[0]:
+        return "the batch is empty"
     if problem.sinks is not None and problem.sinks.ndim > 1:
         return "it takes one sink for each head, and the model has one for each query"
     if problem.swap.shift_gradient:
@@ -25,7 +28,8 @@ def refusal(problem: Problem) -> str | None:
         return f'"{problem.swap.name}" divides by more than the weights, which it takes to sum to one at the threshold'
     if problem.visibility.bias is not None and problem.visibility.bias.requires_grad:
         return "it gives no gradient to an additive mask"
-    return None
+    mode = mode_of(problem.tensors())
+    return None if mode is None else f"it takes no part in {mode}"
 
 
 def kernel_swap(problem: Problem) -> Swap:
