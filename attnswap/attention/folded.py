@@ -29,7 +29,19 @@ def refusal(problem: Problem) -> str | None:
 
 def is_stock(problem: Problem) -> bool:
     """Whether a call is what the stock kernel computed before: the same mask, and no bias of the swap's own."""
-    return refusal(problem) is None and problem.terms.key_bias is None
+    return refusal(problem) is None and problem.terms.key_bias is None and not _learns_scale_in_16_bits(problem)
+
+
+def _learns_scale_in_16_bits(problem: Problem) -> bool:
+    """Whether the gradient of a scale is wanted that the stock kernel for the CPU gives too roughly.
+
+    It rounds the scaled tensor, the weights and ``dO . O`` to 16 bits; summed over a row's scores that is up to a tenth
+    of the scale's gradient. Kernels of our own hold all of it in fp32, and take less time there.
+    """
+    if problem.query.dtype == problem.dtype or problem.query.device.type != "cpu":
+        return False
+    scales = (problem.terms.query_scale, problem.terms.value_scale)
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in scales)
 
 
 def _on_own_kernel(problem: Problem) -> bool:
