@@ -309,3 +309,23 @@ def test_a_patched_model_is_a_function_of_plain_tensors(name: str, patched, toke
         for n, p in model.named_parameters():
             wanted = torch.zeros_like(p) if p.grad is None else p.grad
             assert (found[n][i] - wanted).abs().max() <= 1e-4 * max(1.0, float(wanted.abs().max())), n
+
+
+@pytest.mark.parametrize(("name", "backend"), itertools.product(NAMES, ("auto", *BACKENDS)))
+def test_a_number_is_a_number_of_the_call(name: str, backend: str):
+    """A lambda given as a number, a tensor of fp64 and features left out are not rounded to fp32 in a call of fp64."""
+    swap, inputs = call(name)
+    if not served(swap, backend) or backend == "triton":
+        pytest.skip("is refused, or knows fp32 alone")
+    left_out = [n for n, f in swap.features().items() if f.per == "head" and f.initial is not None]
+    given = {n: x for n, x in both(inputs).items() if n not in left_out}
+    initial = {n: torch.full_like(inputs.features[n], swap.features()[n].initial) for n in left_out}
+
+    def run(backend: str, ramp: Any, tensors: dict[str, Tensor]) -> Tensor:
+        query, key, value = (tensors[n] for n in ("query", "key", "value"))
+        features = {n: x for n, x in tensors.items() if n in inputs.features}
+        return attnswap.attention(query, key, value, swap, backend=backend, ramp=ramp, **inputs.options, **features)
+
+    for ramp in (0.3, torch.tensor(0.3, dtype=torch.float64)):
+        found, wanted = run(backend, ramp, given), run("dense", 0.3, given | initial)
+        assert (found - wanted).abs().max() < 1e-12

@@ -153,7 +153,7 @@ def _ramp(ramp: float | Tensor, query: Tensor, key: Tensor, swap: Swap) -> float
         ensure(((ramp >= 0) & (ramp <= 1)).all(), "ramp must be in [0, 1]", lambda: f", not {ramp.tolist()}")
         if ramp.ndim:
             _check_shared(ramp, query.shape[1] // key.shape[1], swap)
-        return ramp.to(device=query.device, dtype=torch.float32)
+        return ramp.to(device=query.device, dtype=torch.promote_types(query.dtype, torch.float32))
     if isinstance(ramp, bool) or not isinstance(ramp, int | float) or not 0 <= ramp <= 1:
         raise ConfigError(f"ramp must be in [0, 1], not {ramp!r}")
     return float(ramp)

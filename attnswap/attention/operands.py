@@ -75,6 +75,6 @@ def numbers(problem: Problem, reads: Callable[[str], bool] = lambda name: True) 
     heads, device = problem.query.shape[1], problem.query.device
     if problem.swap.softmax_weighted:
         return torch.ones(heads, 1, dtype=problem.dtype, device=device)
-    found = {name: torch.as_tensor(x, device=device) for name, x in problem.numbers().items()}
+    found = {name: torch.as_tensor(x, dtype=problem.dtype, device=device) for name, x in problem.numbers().items()}
     used = (x if reads(name) else x.detach() for name, x in found.items())
-    return torch.stack([x.to(problem.dtype).expand(heads) for x in used], 1)
+    return torch.stack([x.expand(heads) for x in used], 1)

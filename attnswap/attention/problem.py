@@ -190,7 +190,8 @@ def complete_features(
         if value is None:
             if feature.per != "head" or feature.initial is None:
                 raise ConfigError(f'swap "{swap.name}" needs the feature "{name}" of shape {shape}: {feature.what}')
-            value = torch.full(shape, feature.initial, device=query.device)
+            dtype = torch.promote_types(query.dtype, torch.float32)
+            value = torch.full(shape, feature.initial, dtype=dtype, device=query.device)
         if not isinstance(value, Tensor):
             raise ConfigError(
                 f'feature "{name}" of swap "{swap.name}" must be a tensor of shape {shape}, not {value!r}'
