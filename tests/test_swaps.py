@@ -106,7 +106,7 @@ def sigmoid_row(z, bias, keys, f, swap, ramp, own):
     b = 1e3 if swap.keep_lone and len(keys) == 1 else b
     full = damped(0.5 + 0.5 * torch.tanh((z + bias + b) / 2), swap, 1.0)
     if swap.divide_by_n:
-        full = full / len(keys)
+        full = full / (math.sqrt(len(keys)) if swap.divide_by_n == "sqrt" else len(keys))
     return (1 - ramp) * softmax(z + bias) + ramp * full, torch.ones_like(z)
 
 
