@@ -17,6 +17,10 @@ class ConfigError(AttnSwapError, ValueError):
     exit_code = 2
 
 
+class DerivativeError(ConfigError, RuntimeError):
+    """A derivative that a backend does not compute; a RuntimeError too, as torch raises for its own kernels."""
+
+
 class UnsupportedModelError(AttnSwapError):
     """The model, mask, cache or attention argument cannot be served exactly, so it is refused."""
 

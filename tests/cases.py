@@ -53,6 +53,7 @@ def variants() -> list[Swap]:
         attnswap.Sigmoid(bias="predicted", keep_lone=True, row_limit=2.0),
         attnswap.Sigmoid(bias=0.0, bias_log_n=-1.0),
         attnswap.Sigmoid(bias=0.5, divide_by_n=True),
+        attnswap.Sigmoid(bias=0.5, divide_by_n="sqrt"),
         attnswap.SelectiveTemperature(),
         attnswap.SelectiveTemperature(init="paper"),
         attnswap.SelectiveTemperature(query=False),
@@ -304,7 +305,7 @@ def compare(
         if name.removeprefix("gradient of ") not in ("output", "query", "key", "value"):
             allowed = max(allowed, summed / scale)
         if name == "gradient of ramp":
-            allowed = max(allowed, 2e-6)  # lambda is fp32 in every call, and so is its gradient
+            allowed = max(allowed, 2e-6)  # a lambda of fp32 has a gradient of fp32
         assert error <= allowed, f"{what}: {name} is off by {error:.2e} of its scale, allowed {allowed:.2e}"
 
 

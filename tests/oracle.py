@@ -165,7 +165,7 @@ def row_weights(swap, p, z, n, lam, sink, head, kv_head, hidden, i, keys, real):
             if swap.bias is None
             else swap.bias
         )
-        w = sigmoid(z + bias + swap.bias_log_n * np.log(n)) / (n if swap.divide_by_n else 1)
+        w = sigmoid(z + bias + swap.bias_log_n * np.log(n)) / {False: 1, True: n, "sqrt": np.sqrt(n)}[swap.divide_by_n]
         w = ones if swap.keep_lone and n == 1 else w
         w = damped(w, swap, sink, 1.0)
         return (1 - lam) * softmax_row(z, sink) + lam * w, ones

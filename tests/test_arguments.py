@@ -36,7 +36,7 @@ def test_arguments_of_the_loss(extra, swap, layers, tokens):
     model = tiny()
     attnswap.patch(model, swap, layers=layers)
     given = {
-        "shift_labels": torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=-100),
+        "shift_labels": torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=5 if extra == "all" else -100),
         "ignore_index": 5,
         "num_items_in_batch": torch.tensor(7),
         "seq_idx": torch.zeros_like(tokens, dtype=torch.int32),
@@ -102,9 +102,9 @@ def test_times_of_tokens(part):
     )
     config.update({"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3})
     model = WhisperForConditionalGeneration(config).eval()
-    model.generation_config.update(
-        alignment_heads=[[0, 0], [1, 1]], no_timestamps_token_id=150, is_multilingual=False, median_filter_width=3
-    )
+    settings = model.generation_config
+    settings.alignment_heads, settings.no_timestamps_token_id = [[0, 0], [1, 1]], 150
+    settings.is_multilingual, settings.median_filter_width = False, 3
     attnswap.patch(model, "softpick", part=part)
     sound = torch.randn(1, 8, 100)
     plain = model.generate(sound, max_new_tokens=6)

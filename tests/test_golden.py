@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import Inputs
+from cases import Inputs, backends_of
 from cases import weights as weights_of
 from torch import Tensor
 
@@ -180,3 +180,15 @@ def test_the_own_gate_of_the_key_is_left_out():
     shifted = {**golden, "log_fgate": golden["log_fgate"].roll(-1, -1)}
     out = compute(shifted, attnswap.ForgettingGate(), {"log_forget": "log_fgate"}, "dense")["out"]
     assert float((out - golden["out"]).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("backend", backends_of(attnswap.Sigmoid()))
+def test_division_by_the_root_of_n_is_that_by_n_times_the_root(backend: str):
+    """The released code's other division has no file of its own: row i holds i + 1 keys."""
+    golden = load("sigmoid_div_n")
+    swap = attnswap.Sigmoid(bias=0.0, divide_by_n="sqrt")
+    root = torch.arange(1, golden["q"].shape[2] + 1).double().sqrt()[:, None]
+    found = compute({**golden, "dout": golden["dout"] / root}, swap, {}, backend)
+    assert (found["out"] - golden["out"] * root).abs().max() < 1e-12
+    for name in ("dq", "dk", "dv"):
+        assert (found[name] - golden[name]).abs().max() < 1e-12

@@ -111,6 +111,7 @@ def test_layouts_and_ramps(kind, swap, name, ramp):
         attnswap.SSMax(form="anchored", train_length=4),
         attnswap.Sigmoid(bias="learned", bias_log_n=-0.7),
         attnswap.Sigmoid(bias=-1.0, divide_by_n=True),
+        attnswap.Sigmoid(bias=-1.0, divide_by_n="sqrt"),
         attnswap.Sigmoid(bias="predicted", units=8),
         attnswap.Sigmoid(bias="predicted", units=8, keep_lone=True),
         attnswap.Entmax(scale="predicted", units=8),

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -106,7 +107,7 @@ def sigmoid_row(z, bias, keys, f, swap, ramp, own):
     b = 1e3 if swap.keep_lone and len(keys) == 1 else b
     full = damped(0.5 + 0.5 * torch.tanh((z + bias + b) / 2), swap, 1.0)
     if swap.divide_by_n:
-        full = full / len(keys)
+        full = full / (math.sqrt(len(keys)) if swap.divide_by_n == "sqrt" else len(keys))
     return (1 - ramp) * softmax(z + bias) + ramp * full, torch.ones_like(z)
 
 
@@ -411,6 +412,43 @@ def test_the_key_index_of_each_query_is_handed_to_the_swap():
     assert seen[0].position.tolist() == [2, 3, 4]
     assert seen[0].n.flatten().tolist() == [3.0, 4.0, 5.0]
     assert seen[0].n.dtype == torch.float64
+
+
+def define(title: str, bases: tuple[type, ...], **members: Any) -> type:
+    """Defines a swap class, and forgets its name again."""
+    try:
+        return type(title, bases, members)
+    finally:
+        if "name" in members:
+            REGISTRY.pop(members["name"], None)
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {},
+        {"shift_floor": lambda self, p: 0.0},
+        {"bracket": lambda self, top, n, p: (top, top + 1), "threshold": True},
+        {"features": lambda self: {}, "native_ramp": True, "needs_n": True},
+        {"wieght": lambda self, s, shift, p: 0.0 * s},
+    ],
+    ids=["nothing", "a floor", "a threshold", "features", "a slip of the pen"],
+)
+def test_a_named_swap_that_is_softmax_is_an_error(members: dict[str, Any]):
+    with pytest.raises(ConfigError, match="terms, weight, norm, null"):
+        define("Same", (Swap,), name="same-as-softmax", **members)
+    assert "same-as-softmax" not in REGISTRY
+    define("Nameless", (Swap,), **members)
+
+
+def test_a_named_swap_may_inherit_its_maths():
+    """From another swap or a class beside it; helpers of its own are its own."""
+    members = {"helper": lambda self: 1, "size": property(lambda self: 2)}
+    for method in ("terms", "weight", "norm", "null"):
+        mixin = type("Mixin", (), {method: lambda self, *rest: None})
+        assert issubclass(define("Own", (mixin, Swap), name="own-maths", **members), Swap)
+    inherits = define("Renamed", (attnswap.Softpick,), name="softpick-renamed", **members)
+    assert issubclass(inherits, attnswap.Softpick)
 
 
 # --- configs ----------------------------------------------------------------------------------------------------------

@@ -1,13 +1,60 @@
-"""How the operators of our own kernels, native and Triton, tell torch about their gradients."""
+"""How kernels of our own tell torch about their gradients, which are not differentiated again."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attnswap.attention.modes import mode_of
+from attnswap.attention.operands import apart
+from attnswap.errors import DerivativeError
+
 DIFFERENTIABLE = ("row_scale", "row_bias", "key_bias", "sinks", "params")
 """What the backward operators compute on demand, after the gradients of query, key and value."""
+
+
+ONCE = 'this attention kernel is differentiated once, and backward; for {} use backend="dense" or "chunked"'
+
+
+class _Last(torch.autograd.Function):
+    """Passes gradients on, and raises where they are differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Returns the first tensors, which are computed from the others."""
+        return tuple(x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Raises DerivativeError."""
+        raise DerivativeError(ONCE.format("second derivatives"))
+
+
+def refuse_modes(sources: Iterable[Tensor]) -> None:
+    """Raises DerivativeError in a backward pass that is itself transformed or differentiated in forward mode."""
+    mode = mode_of(sources)
+    if mode is not None:
+        raise DerivativeError(ONCE.format(f"{mode} of its backward pass"))
+
+
+def refuse_second(found: Sequence[Tensor | None], sources: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """Makes second derivatives raise, by way of whatever they are asked for.
+
+    Without it autograd would take gradients for constants, and count only what else connects them to the input.
+
+    Args:
+        found: The gradients a backward pass computed.
+        sources: What they were computed from, the output's gradient among it.
+
+    Returns:
+        The same gradients; connected to their sources where a graph of the backward pass is made.
+    """
+    tensors = [x for x in found if x is not None]
+    if not tensors or not torch.is_grad_enabled():
+        return tuple(found)
+    marked = iter(_Last.apply(len(tensors), *tensors, *sources))
+    return tuple(None if x is None else next(marked) for x in found)
 
 
 def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -41,13 +88,16 @@ def gradients(operator: Callable[..., Sequence[Tensor]], order: Sequence[str]) -
         if grad is None:
             return (None,) * len(inputs)
         wanted = [int(ctx.needs_input_grad[order.index(name)]) for name in DIFFERENTIABLE]
-        grad = grad if grad.stride(3) == 1 else grad.contiguous()
-        found = operator(grad, out, shifts, inverses, wanted, *inputs)
+        grad = apart(grad)
+        refuse_modes((grad, *tensors))
+        with torch.no_grad():
+            found = operator(grad, out, shifts, inverses, wanted, *inputs)
         named: dict[str, Tensor] = dict(zip(("query", "key", "value", *DIFFERENTIABLE), found, strict=True))
-        return tuple(
+        asked = [
             named[name].to(x.dtype) if needed and name in named else None
             for name, x, needed in zip(order, inputs, ctx.needs_input_grad, strict=True)
-        )
+        ]
+        return refuse_second(asked, (grad, *tensors))
 
     return backward
 

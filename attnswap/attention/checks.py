@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from attnswap.attention.modes import plain, transformed
 from attnswap.errors import ConfigError
 
 
@@ -19,10 +20,10 @@ def ensure(
     Args:
         holds: The condition; a tensor of one boolean where it depends on values.
         message: The cause and the way out.
-        found: Returns what was found, put after the message; only called in eager mode.
+        found: Returns what was found, put after the message; only called where values can be looked at.
         error: What to raise.
     """
     if isinstance(holds, Tensor) and torch.compiler.is_compiling():
         torch._assert_async(holds, message)
-    elif not bool(holds):
-        raise error(f"{message}{found()}")
+    elif not (bool(plain(holds).all()) if isinstance(holds, Tensor) else holds):
+        raise error(message if transformed() else f"{message}{found()}")

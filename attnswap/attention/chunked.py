@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from attnswap.attention.dense import Block, attend_block, block_root
+from attnswap.attention.modes import mode_of
 from attnswap.attention.problem import Problem
 
 CHUNK_ELEMENTS = 1 << 24
@@ -38,7 +39,8 @@ def by_blocks(
         ahead: Computes what ``rows`` takes beside the block and what is kept for the backward pass.
     """
     blocks = row_blocks(problem)
-    if torch.is_grad_enabled() and len(blocks) > 1:
+    # A block that is computed again would have left the transform, if there is one.
+    if torch.is_grad_enabled() and len(blocks) > 1 and mode_of(problem.tensors()) is None:
         return torch.cat([checkpoint(rows, block, ahead(block), use_reentrant=False) for block in blocks], 2)
     return torch.cat([rows(block, ahead(block)) for block in blocks], 2)
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 from attnswap.attention.chunked import by_blocks
 from attnswap.attention.dense import Block, bias
+from attnswap.attention.modes import mode_of, transformed
 from attnswap.attention.problem import Problem
 
 _LONG = 512  # queries from which it is worth a loop over heads
@@ -23,12 +23,25 @@ def refusal(problem: Problem) -> str | None:
         return "the model caps its scores, which a scale of the query does not go around"
     if problem.sinks is not None and not _on_own_kernel(problem):
         return "the model has sinks, and the stock kernel does not"
-    return None
+    mode = mode_of(problem.tensors())
+    return None if mode is None else f"the stock kernel takes no part in {mode}"
 
 
 def is_stock(problem: Problem) -> bool:
     """Whether a call is what the stock kernel computed before: the same mask, and no bias of the swap's own."""
-    return refusal(problem) is None and problem.terms.key_bias is None
+    return refusal(problem) is None and problem.terms.key_bias is None and not _learns_scale_in_16_bits(problem)
+
+
+def _learns_scale_in_16_bits(problem: Problem) -> bool:
+    """Whether the gradient of a scale is wanted that the stock kernel for the CPU gives too roughly.
+
+    It rounds the scaled tensor, the weights and ``dO . O`` to 16 bits; summed over a row's scores that is up to a tenth
+    of the scale's gradient. Kernels of our own hold all of it in fp32, and take less time there.
+    """
+    if problem.query.dtype == problem.dtype or problem.query.device.type != "cpu":
+        return False
+    scales = (problem.terms.query_scale, problem.terms.value_scale)
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in scales)
 
 
 def _on_own_kernel(problem: Problem) -> bool:
@@ -51,11 +64,13 @@ class _ByHead(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Returns the gradients of query and factor."""
         query, factor = ctx.saved_tensors
         wanted = ctx.needs_input_grad
+        if torch.is_grad_enabled() or transformed():  # which see no tensor that is filled part by part
+            grad = grad.to(factor.dtype)
+            return (grad * factor).to(query.dtype), (grad * query).sum(-1, keepdim=True)
         of_query = torch.empty_like(query) if wanted[0] else None
         of_factor = torch.empty_like(factor) if wanted[1] else None
         for head in range(query.shape[1]):

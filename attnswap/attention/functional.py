@@ -5,7 +5,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from attnswap.attention import folded
 from attnswap.attention.checks import ensure
 from attnswap.attention.dispatch import choose, compute
 from attnswap.attention.problem import Problem, complete_features
@@ -55,11 +54,28 @@ def attention(
             (batch, heads or kv heads, keys), such as ``log_forget`` of the forgetting gate.
 
     Returns:
-        Shape (batch, heads, queries, value_dim), in the dtype of ``value``.
+        Shape (batch, heads, queries, value_dim), in the dtype of ``value``; inside an autocast region query, key and
+        value are cast first, as torch's function casts them.
 
     Raises:
         ConfigError: A shape, feature, swap or backend does not fit; the message says which and what would.
     """
+    if torch.is_autocast_enabled(query.device.type):
+        with torch.autocast(query.device.type, enabled=False):  # the parts of each backend would be cast differently
+            return attention(
+                _as_autocast_would(query),
+                _as_autocast_would(key),
+                _as_autocast_would(value),
+                swap,
+                attn_mask=attn_mask,
+                is_causal=is_causal,
+                scaling=scaling,
+                dropout_p=dropout_p,
+                enable_gqa=enable_gqa,
+                backend=backend,
+                ramp=ramp,
+                **features,
+            )
     config = resolve(swap)
     _check(query, key, value, enable_gqa, dropout_p)
     visibility = _visibility(query, key, attn_mask, is_causal)
@@ -76,10 +92,16 @@ def attention(
     )
 
     def softmax() -> Tensor:
-        return folded.attend(replace(problem, swap=Swap(), features={}, ramp=1.0))
+        plain = replace(problem, swap=Swap(), features={}, ramp=1.0)
+        return choose(plain).attend(plain)
 
     choose(problem, backend)  # refuses an unknown or unfit backend at every point of the ramp
     return compute(problem, softmax, backend)
+
+
+def _as_autocast_would(x: Tensor) -> Tensor:
+    cast = x.is_floating_point() and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(x.device.type)) if cast else x
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, dropout_p: float) -> None:
@@ -90,6 +112,11 @@ def _check(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, dropout_
         raise ConfigError(f"shapes of query, key and value do not go together: {shapes}")
     if not query.shape[2] or not key.shape[2]:
         raise ConfigError(f"{query.shape[2]} queries and {key.shape[2]} keys: give at least one token of each")
+    if not all((query.shape[1], key.shape[1], query.shape[3], value.shape[3])):
+        raise ConfigError(
+            f"{query.shape[1]} query heads of width {query.shape[3]} and {key.shape[1]} key/value heads with values of "
+            f"width {value.shape[3]}: nothing but the batch may be empty"
+        )
     if not query.is_floating_point() or not query.dtype == key.dtype == value.dtype:
         raise ConfigError(
             f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}; give one floating point dtype"
@@ -126,7 +153,7 @@ def _ramp(ramp: float | Tensor, query: Tensor, key: Tensor, swap: Swap) -> float
         ensure(((ramp >= 0) & (ramp <= 1)).all(), "ramp must be in [0, 1]", lambda: f", not {ramp.tolist()}")
         if ramp.ndim:
             _check_shared(ramp, query.shape[1] // key.shape[1], swap)
-        return ramp.to(device=query.device, dtype=torch.float32)
+        return ramp.to(device=query.device, dtype=torch.promote_types(query.dtype, torch.float32))
     if isinstance(ramp, bool) or not isinstance(ramp, int | float) or not 0 <= ramp <= 1:
         raise ConfigError(f"ramp must be in [0, 1], not {ramp!r}")
     return float(ramp)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from attnswap.attention.modes import mode_of
 from attnswap.attention.problem import Problem
 from attnswap.swaps.base import Swap
 
@@ -16,6 +17,8 @@ def refusal(problem: Problem) -> str | None:
     """Says what keeps any of these kernels from computing a call, or None."""
     if problem.dropout:
         return "it has no dropout"
+    if not problem.query.shape[0]:
+        return "the batch is empty"
     if problem.sinks is not None and problem.sinks.ndim > 1:
         return "it takes one sink for each head, and the model has one for each query"
     if problem.swap.shift_gradient:
@@ -25,7 +28,8 @@ def refusal(problem: Problem) -> str | None:
         return f'"{problem.swap.name}" divides by more than the weights, which it takes to sum to one at the threshold'
     if problem.visibility.bias is not None and problem.visibility.bias.requires_grad:
         return "it gives no gradient to an additive mask"
-    return None
+    mode = mode_of(problem.tensors())
+    return None if mode is None else f"it takes no part in {mode}"
 
 
 def kernel_swap(problem: Problem) -> Swap:
@@ -50,6 +54,12 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
 
 
+def apart(x: Tensor) -> Tensor:
+    """Returns a tensor whose rows lie in one piece each and do not overlap, as products of matrices take them."""
+    fits = (x.stride(3) == 1 or x.shape[3] == 1) and x.stride(2) >= x.shape[3]
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
 def whole(x: Tensor, length: int, problem: Problem) -> Tensor:
     """Expands per-query or per-key values to (batch, heads, length)."""
     return x.expand(*problem.query.shape[:2], length).contiguous()
@@ -65,6 +75,6 @@ def numbers(problem: Problem, reads: Callable[[str], bool] = lambda name: True) 
     heads, device = problem.query.shape[1], problem.query.device
     if problem.swap.softmax_weighted:
         return torch.ones(heads, 1, dtype=problem.dtype, device=device)
-    found = {name: torch.as_tensor(x, device=device) for name, x in problem.numbers().items()}
+    found = {name: torch.as_tensor(x, dtype=problem.dtype, device=device) for name, x in problem.numbers().items()}
     used = (x if reads(name) else x.detach() for name, x in found.items())
-    return torch.stack([x.to(problem.dtype).expand(heads) for x in used], 1)
+    return torch.stack([x.expand(heads) for x in used], 1)

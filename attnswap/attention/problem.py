@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attnswap.attention.heads import pick, regular_heads
 from attnswap.attention.lazy import lazy
+from attnswap.attention.modes import differentiated
 from attnswap.attention.visibility import Visibility
 from attnswap.errors import ConfigError, nearest
 from attnswap.swaps.base import Call, Numbers, Swap, Terms
@@ -68,6 +69,11 @@ class Problem:
     def whole(self) -> bool:
         """Whether lambda is the number 1, so that what it would blend with is left out."""
         return isinstance(self.ramp, float) and self.ramp == 1.0
+
+    def tensors(self) -> list[Tensor]:
+        """Returns everything a derivative may be asked by."""
+        given = (self.query, self.key, self.value, self.ramp, self.sinks, self.content, self.visibility.bias)
+        return [x for x in (*given, *self.features.values()) if isinstance(x, Tensor)]
 
     def scaled_value(self) -> Tensor:
         """Returns the values times the swap's own scale of them, in their dtype."""
@@ -130,7 +136,7 @@ class Problem:
         terms = self.swap.terms(self.call())
         bias = terms.key_bias
         # A gate that is shut leaves the stock kernel as it was, bit for bit.
-        if bias is None or bias.requires_grad or torch.compiler.is_compiling():
+        if bias is None or differentiated(bias) or torch.compiler.is_compiling():
             return terms
         open_at_last = bool(bias[..., -1:].any())  # which settles it, in a sum over tokens, without a look at all keys
         return terms if open_at_last or bool(bias.any()) else replace(terms, key_bias=None)
@@ -184,7 +190,8 @@ def complete_features(
         if value is None:
             if feature.per != "head" or feature.initial is None:
                 raise ConfigError(f'swap "{swap.name}" needs the feature "{name}" of shape {shape}: {feature.what}')
-            value = torch.full(shape, feature.initial, device=query.device)
+            dtype = torch.promote_types(query.dtype, torch.float32)
+            value = torch.full(shape, feature.initial, dtype=dtype, device=query.device)
         if not isinstance(value, Tensor):
             raise ConfigError(
                 f'feature "{name}" of swap "{swap.name}" must be a tensor of shape {shape}, not {value!r}'

@@ -7,10 +7,13 @@ import torch
 from torch import Tensor
 from torch._higher_order_ops import while_loop
 
+from attnswap.attention.modes import plain, transformed
 from attnswap.swaps.base import Numbers, Swap
 
 STEPS = 60
 """More than any row takes: safeguarded Newton steps, each of which at worst halves the bracket."""
+ORDERS = 3
+"""How many times in a row a threshold can be differentiated."""
 
 
 def with_sinks(s: Tensor, visible: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -47,8 +50,8 @@ def find_root(swap: Swap, s: Tensor, visible: Tensor, p: Numbers) -> Root:
 def thresholds(swap: Swap, s: Tensor, visible: Tensor, p: Numbers, known: Root | None = None) -> Tensor:
     """Returns the number of each row at which its weights sum to one.
 
-    Differentiable by the scores, sinks and parameters: at the root, one more Newton step is the identity, and its
-    derivative is that of the implicit function.
+    Differentiable by the scores, sinks and parameters, :data:`ORDERS` times: at the root one more Newton step is the
+    identity, and its derivative is that of the implicit function; each further step makes the next derivative right.
 
     Args:
         swap: A swap with ``threshold``.
@@ -61,9 +64,11 @@ def thresholds(swap: Swap, s: Tensor, visible: Tensor, p: Numbers, known: Root |
         Shape (batch, heads, rows, 1); 0 for rows without a key or sink.
     """
     root, slope = find_root(swap, s, visible, p) if known is None else known
-    mass = torch.where(visible, swap.weight(torch.where(visible, s, root), root, p), 0.0).sum(-1, keepdim=True)
-    some = visible.any(-1, keepdim=True)
-    return torch.where(some, root - (mass - 1) / torch.where(slope < 0, slope, -1.0), 0.0)
+    slope = torch.where(slope < 0, slope, -1.0)
+    threshold = root
+    for _ in range(ORDERS):
+        threshold = threshold - (_sum(swap, s, visible, threshold, p) - 1) / slope
+    return torch.where(visible.any(-1, keepdim=True), threshold, 0.0)
 
 
 def _solve(swap: Swap, s: Tensor, visible: Tensor, p: Numbers) -> Tensor:
@@ -86,11 +91,12 @@ def _solve(swap: Swap, s: Tensor, visible: Tensor, p: Numbers) -> Tensor:
         return torch.where(settled, t, new), low, high, settled | near
 
     state = (low, low, high, torch.zeros_like(low, dtype=torch.bool))
-    if torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if compiling and not transformed():  # which a loop of a graph is not
         return _loop_in_graph(advance, state)
     for _ in range(STEPS):
         state = advance(*state)
-        if bool(state[-1].all()):
+        if not compiling and bool(plain(state[-1]).all()):
             break
     return state[0]
 
@@ -112,16 +118,12 @@ def _mass(swap: Swap, s: Tensor, visible: Tensor, t: Tensor, p: Numbers) -> tupl
     """Returns the sum of the weights at a threshold, and its derivative."""
 
     def mass_at(at: Any) -> tuple[Tensor, Tensor]:
-        mass = torch.where(visible, swap.weight(torch.where(visible, s, at), at, p), 0.0).sum(-1, keepdim=True)
+        mass = _sum(swap, s, visible, at, p)
         return mass.sum(), mass
 
-    if (
-        torch.compiler.is_compiling()
-    ):  # torch.compile traces this form of a derivative alone, which is slower in eager mode
-        slope, mass = torch.func.grad(mass_at, has_aux=True)(t)
-        return mass, slope
-    with torch.enable_grad():
-        at = t.detach().requires_grad_()
-        total, mass = mass_at(at)
-        (slope,) = torch.autograd.grad(total, at)
-    return mass.detach(), slope
+    slope, mass = torch.func.grad(mass_at, has_aux=True)(t)  # which also works under torch.inference_mode
+    return mass, slope
+
+
+def _sum(swap: Swap, s: Tensor, visible: Tensor, t: Tensor, p: Numbers) -> Tensor:
+    return torch.where(visible, swap.weight(torch.where(visible, s, t), t, p), 0.0).sum(-1, keepdim=True)

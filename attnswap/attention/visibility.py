@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attnswap.attention.checks import ensure
 from attnswap.attention.lazy import lazy
+from attnswap.attention.modes import differentiated
 from attnswap.errors import ConfigError
 
 
@@ -230,5 +231,5 @@ def split_mask(mask: Tensor, full: tuple[int, int, int, int]) -> tuple[Tensor, T
         lambda: f". The largest is {float(mask[doubtful].max()):g}",
     )
     bias = mask.masked_fill(~visible, 0.0)
-    needed = mask.requires_grad or torch.compiler.is_compiling() or bool(bias.any())
+    needed = differentiated(mask) or torch.compiler.is_compiling() or bool(bias.any())
     return visible, (bias if needed else None)

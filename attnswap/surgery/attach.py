@@ -229,12 +229,22 @@ class Present:
             for word in name.split("."):
                 if word not in WRAPPING:  # which may be put around a layer, and taken off, at any time
                     module = None if module is None else _part(module, word)
-            module = None if module is None else _inside(module)
-            if module is None or KEY not in module._modules:
+            if module is None and _all_connected(model):
+                continue  # a layer was taken out or wrapped: there is no attention without us
+            if module is None or KEY not in _inside(module)._modules:
                 raise UnsupportedModelError(
                     f"{type(model).__name__}.{name} is no longer the attention module that was patched: it was "
                     "replaced, and its swap with it. Unpatch, make the change first, and patch again"
                 )
+
+
+def _all_connected(model: nn.Module) -> bool:
+    """Whether every attention module of the patched kind has our hooks."""
+    entry = _entry(model)
+    if entry is None:
+        return False
+    modules = attention_modules(model, PatchSpec.from_dict(entry).part)
+    return all(enter_of(module) is not None for _, module in modules.values())
 
 
 WRAPPING = ("_checkpoint_wrapped_module", "_orig_mod")

@@ -72,10 +72,11 @@ class SwapModule(nn.Module):
         with torch.autocast(hidden_states.device.type, enabled=False):
             gate_names = self.swap.gate_parameters()
             # FSDP2 hands out 16-bit copies of its fp32 parameters where its policy says so.
-            # By attribute: torch.func.functional_call puts tensors in the place of parameters.
-            features = {k: getattr(self, k).float() for k in self.starts if k not in gate_names}
+            # torch.func.functional_call puts plain tensors in their place.
+            learned: dict[str, Tensor] = {k: getattr(self, k).float() for k in self.starts}
+            features = {k: x for k, x in learned.items() if k not in gate_names}
             if gate_names:
-                gates = {k: getattr(self, k).float() for k in gate_names}
+                gates = {k: learned[k] for k in gate_names}
                 features |= self.swap.gates(hidden_states.float(), gates)
         return {**features, "ramp": self.ramp}
 

@@ -183,6 +183,9 @@ class Numbers:
         raise AttributeError(f'the maths of a swap reads "ramp" and its per-head features, not "{name}"')
 
 
+MATHS = ("terms", "weight", "norm", "null")
+"""The methods without any of which a swap is softmax: a shift or a threshold alone changes no softmax."""
+
 REGISTRY: dict[str, type["Swap"]] = {}
 """Every swap class by name; a class enters when its file is imported."""
 
@@ -212,6 +215,11 @@ class Swap:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "name" in cls.__dict__:
+            if all(getattr(cls, method) is getattr(Swap, method) for method in MATHS):
+                raise ConfigError(
+                    f'the swap "{cls.name}" ({cls.__qualname__}) would compute softmax: override at least one of '
+                    f"{', '.join(MATHS)} (what else it defines only feeds these), or give it no name"
+                )
             known = REGISTRY.get(cls.name)
             # The same class again is a notebook cell or `python -m` on its file; anything else is a clash.
             modules = {cls.__module__, known.__module__} - {"__main__"} if known else set()

@@ -1,6 +1,6 @@
 """Sigmoid attention: every key is weighed on its own, without a row normalizer.
 
-    w_ij = sigmoid(z_ij + b_i) [/ n_i],   b_i = bias + bias_log_n * ln n_i
+    w_ij = sigmoid(z_ij + b_i) [/ n_i or / sqrt(n_i)],   b_i = bias + bias_log_n * ln n_i
 
 The published bias is the constant -ln n of the training length, which keeps a row's total near softmax's at the
 start of training. Put into a pretrained softmax model that start is far off (perplexity explodes). What a pretrained
@@ -52,7 +52,8 @@ class Sigmoid(Swap):
             query's hidden state; the one for pretrained models) or None: minus the logarithm of the model's
             ``max_position_embeddings``, the paper's choice.
         bias_log_n: Coefficient of ln n in the bias; -1 with ``bias=0`` makes it per-row.
-        divide_by_n: Divide each row by its number of visible keys.
+        divide_by_n: Divide each row by its number of visible keys, or with ``"sqrt"`` by the square root of it; the
+            released code has both.
         keep_lone: Give the only key of a row all of its weight, as softmax does; false: as published.
         row_limit: What no row sums to more than, above 1; None: as published, without a limit.
         units: Width of the network that predicts beside a linear map of the hidden state; 0: the map alone.
@@ -61,7 +62,7 @@ class Sigmoid(Swap):
 
     bias: float | Literal["learned", "predicted"] | None = None
     bias_log_n: float = 0.0
-    divide_by_n: bool = False
+    divide_by_n: bool | Literal["sqrt"] = False
     keep_lone: bool = False
     row_limit: float | None = None
     units: int = 128
@@ -187,6 +188,8 @@ class Sigmoid(Swap):
     def null(self, shift: Any, n: Any, p: Numbers) -> Any:
         if self.row_limit is not None:
             return 1.0 - self._damped(p)
+        if self.divide_by_n == "sqrt":
+            return fn.power(n, 0.5)
         return n if self.divide_by_n else 1.0
 
     def _damped(self, p: Numbers) -> Any:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from attnswap.attention import operands
 from attnswap.attention.native import build, ops
-from attnswap.attention.operands import rows, whole
+from attnswap.attention.operands import apart, rows, whole
 from attnswap.attention.problem import Problem
 
 
@@ -40,7 +40,7 @@ def attend(problem: Problem) -> Tensor:
     first, last = visibility.spans
     return ops.forward(
         build.program(swap, problem.whole),
-        *(rows(x) for x in (query, key, value)),
+        *(apart(x) for x in (query, key, value)),
         list(problem.kv_heads or ()),
         first,
         last,

@@ -12,7 +12,7 @@ std::vector<Tensor> backward(const Tensor& grad, const Tensor& out, const Tensor
   using S = typename Products::Held;
   auto c = make_call<F, S>(path, query, key, value, kv_heads, first, last, keep, mask, bias, row_scale, row_bias,
                            key_bias, sinks, params, count, scaling, softcap, tolerance, training);
-  TORCH_CHECK(grad.stride(3) == 1 && out.stride(3) == 1, "attnswap: rows of floats expected");
+  TORCH_CHECK((grad.stride(3) == 1 || grad.size(3) == 1) && (out.stride(3) == 1 || out.size(3) == 1), "attnswap: rows of floats expected");
   const ProgramOf<F>& maths = *c.maths;
   const bool want_scale = wanted[0], want_row = wanted[1], want_key = wanted[2], want_sinks = wanted[3],
              want_params = wanted[4];

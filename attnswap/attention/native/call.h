@@ -126,7 +126,7 @@ Call<F, S> make_call(ARGUMENTS) {
   c.maths = program(path).of<F>();
   TORCH_CHECK(params.size(1) == c.maths->params && params.is_contiguous(), "attnswap: wrong parameters");
   for (const Tensor* x : {&query, &key, &value})
-    TORCH_CHECK(x->scalar_type() == c10::CppTypeToScalarType<S>::value && x->stride(3) == 1, "attnswap: rows of floats expected");
+    TORCH_CHECK(x->scalar_type() == c10::CppTypeToScalarType<S>::value && (x->stride(3) == 1 || x->size(3) == 1), "attnswap: rows of floats expected");
   c.q = query.const_data_ptr<S>(), c.k = key.const_data_ptr<S>(), c.v = value.const_data_ptr<S>();
   c.batch = query.size(0), c.heads = query.size(1), c.kv_heads = key.size(1);
   c.queries = query.size(2), c.keys = key.size(2), c.width = query.size(3), c.value_width = value.size(3);

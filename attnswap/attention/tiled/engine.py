@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnswap.attention.autograd import DIFFERENTIABLE
+from attnswap.attention.autograd import DIFFERENTIABLE, refuse_modes, refuse_second
 from attnswap.attention.codegen import parameters, trace
 from attnswap.attention.tiled.scores import SMALLEST, Inputs, Setup, Tiles
 from attnswap.attention.tiled.tape import Tape
@@ -116,15 +116,18 @@ class Attend(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Computes the gradients of all that wants one."""
         out, shifts, inverses, *tensors = ctx.saved_tensors
         names = ("query", "key", "value", *DIFFERENTIABLE)
         wanted = {name for name, needed in zip(names, ctx.needs_input_grad[1:], strict=True) if needed}
-        found = backward(ctx.setup, Inputs(*tensors), (out, shifts, inverses), grad, wanted)
+        sources = (grad, *(x for x in tensors if x is not None))
+        refuse_modes(sources)
+        with torch.no_grad():
+            found = backward(ctx.setup, Inputs(*tensors), (out, shifts, inverses), grad, wanted)
         given = dict(zip(names, tensors, strict=True))
-        return (None, *(found[n].to(given[n].dtype) if n in wanted else None for n in names))
+        asked = [found[n].to(given[n].dtype) if n in wanted else None for n in names]
+        return (None, *refuse_second(asked, sources))
 
 
 def backward(
