@@ -127,13 +127,15 @@ def test_random_numbers_of_other_threads_are_their_own():
 @pytest.mark.parametrize("inside", ["the patch", "the model too"])
 def test_patching_in_inference_mode(swap, inside, tokens):
     right = tiny()
+    torch.manual_seed(1)
     attnswap.patch(right, swap)
     model = None if inside == "the model too" else tiny()
     with torch.inference_mode():
         model = model or tiny()
+        torch.manual_seed(1)
         attnswap.patch(model, swap)
         found = model(tokens, use_cache=False).logits
-    assert torch.allclose(found, right(tokens, use_cache=False).logits, atol=1e-6)
+    assert torch.allclose(found, right(tokens, use_cache=False).logits, atol=1e-5)
 
 
 def test_hooks_that_transformers_installs_during_the_proof_stay(tokens):
