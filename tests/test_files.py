@@ -101,7 +101,11 @@ def test_what_is_no_plain_text_is_refused_by_name(
     assert name in str(refused.value)
 
 
-@pytest.mark.parametrize("content", [b"not gzip", gzip.compress(b"text" * 99)[:-9], gzip.compress(b"text")[:12] + b"x"])
+@pytest.mark.parametrize(
+    "content",
+    [b"not gzip", gzip.compress(b"text" * 99)[:-9], gzip.compress(b"text")[:12] + b"x"],
+    ids=["no archive", "cut at its end", "damaged inside"],  # an archive begins with the time
+)
 def test_a_damaged_archive_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.txt.gz").write_bytes(content)
     for read in (trained_on, evaluated_on):

@@ -89,7 +89,12 @@ def test_the_other_attention_of_an_encoder_decoder(part):
             bos_token_id=1,
             eos_token_id=2,
             decoder_start_token_id=3,
-            vocab_size=97, d_model=32, num_mel_bins=8, max_source_positions=20, max_target_positions=40, **sizes
+            vocab_size=97,
+            d_model=32,
+            num_mel_bins=8,
+            max_source_positions=20,
+            max_target_positions=40,
+            **sizes,
         )
     ).eval()
     attnswap.patch(model, "softpick", part=part)

@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
 from attnswap.attention.checks import ensure
+from attnswap.attention.modes import plain
 from attnswap.errors import NumericsError
 from attnswap.surgery.spec import Slot
 
@@ -51,25 +51,19 @@ def slot_at(slot: Slot, ramp: Tensor, known: bool = False) -> Slot:
 
 def mark(ramp: Tensor) -> tuple[int, int] | None:
     """Returns what changes when a buffer on an accelerator is written or replaced; None: always read the buffer."""
-    plain = type(ramp) in (Tensor, torch.nn.Buffer, torch.nn.Parameter) and not _wrapped(ramp)
-    if not plain or ramp.device.type in ("cpu", "meta"):
+    if type(ramp) is not Tensor or plain(ramp) is not ramp or ramp.device.type in ("cpu", "meta"):
         return None
     return ramp.data_ptr(), 0 if ramp.is_inference() else ramp._version
 
 
 def numbers(ramp: Tensor) -> list[float] | None:
     """Returns the numbers that a buffer holds; None where there are none (meta and fake tensors)."""
-    while _wrapped(ramp):  # by vmap, grad or jvp: every entry of a batch counts
-        ramp = _functorch.get_unwrapped(ramp)
+    ramp = plain(ramp)  # under vmap every model of a batch counts
     if isinstance(ramp, DTensor):
         ramp = ramp.full_tensor()
     if ramp.is_meta or isinstance(ramp, FakeTensor):
         return None
     return ramp.detach().flatten().tolist()
-
-
-def _wrapped(ramp: Tensor) -> bool:
-    return _functorch.is_functorch_wrapped_tensor(ramp)
 
 
 def _held(slot: Slot) -> list[float]:
