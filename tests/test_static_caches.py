@@ -1,6 +1,7 @@
 """What is not swapped at this moment sees the same keys whatever the cache: a static one moves its counter in place."""
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from transformers import (
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
+from transformers.exporters import DynamoConfig, DynamoExporter
+from transformers.exporters.utils import decompose_prefill_decode
+from transformers.masking_utils import create_causal_mask
 
 import attnswap
 
@@ -143,3 +147,43 @@ def test_compiled_decoding(state, backend, tokens):
     right = model(made.sequences[:, :-1], use_cache=False).logits[:, LENGTH - 1 :]
     assert (torch.stack(made.logits, 1) - right).abs().max() < 1e-4
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    ("swap", "step"),
+    [("softpick", "decode"), pytest.param("softpick", "prefill", marks=pytest.mark.slow)]
+    + [pytest.param(name, "decode", marks=pytest.mark.slow) for name in ("forgetting-gate", "entmax", "ssmax")],
+)
+def test_exported_steps_of_generate(swap, step, tokens):
+    """A static cache and the mask that generate made ahead are inputs of the program, the mask as a tensor."""
+    model = tiny()
+    attnswap.patch(model, swap)
+    move_away(model, LENGTH)
+    settings = copy.deepcopy(model.generation_config)
+    settings.cache_implementation = "static"
+    given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    module, inputs = decompose_prefill_decode(model, given, settings)[step]
+    with torch.no_grad():
+        right = module(**copy.deepcopy(inputs)).logits
+    program = DynamoExporter().export_program(module, copy.deepcopy(inputs), config=DynamoConfig())
+    program = program[0] if isinstance(program, tuple) else program
+    inputs = {name: x for name, x in inputs.items() if not isinstance(x, bool)}
+    found = program.module()(**inputs | {"attention_mask": inputs["attention_mask"].tensor()})
+    assert torch.allclose(found.logits, right, atol=1e-5)
+
+
+def test_masks_in_lists():
+    """Functions of torch find a patched model's mask wherever it stands among their arguments."""
+    model = tiny()
+    attnswap.patch(model, "ssmax")
+    mask = create_causal_mask(
+        config=model.config,
+        inputs_embeds=torch.zeros(2, 5, 32),
+        attention_mask=torch.ones(2, 5, dtype=torch.long),
+        past_key_values=None,
+    )
+    plain = mask.tensor()
+    assert torch.equal(torch.cat([mask, mask], -1), torch.cat([plain, plain], -1))
+    assert torch.equal(torch.stack((mask, plain)), torch.stack((plain, plain)))
+    assert torch.equal(torch.where(mask, plain, ~mask), torch.ones_like(plain))
+    assert torch.equal(torch.nn.functional.pad(input=mask, pad=(0, 1)), torch.nn.functional.pad(plain, (0, 1)))

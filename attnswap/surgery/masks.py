@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import SequenceKey, register_pytree_node, tree_map_only
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     bidirectional_mask_function,
@@ -23,7 +23,7 @@ NEARLY = -50.0
 """A mask of 0 and one number from here down is meant to hide, as some vision models write it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # without a __dict__, into which exporters would write
 class ForwardMask:
     """What a patched model passes to its attention modules in place of a mask tensor.
 
@@ -88,6 +88,16 @@ class ForwardMask:
         if name not in self.made:
             self.made[name] = ALL_MASK_ATTENTION_FUNCTIONS[name](**self.arguments)
         return self.made[name]
+
+
+# Exported programs take masks that generate made ahead as one tensor.
+register_pytree_node(
+    ForwardMask,
+    lambda mask: ([mask.tensor()], None),
+    lambda tensors, context: next(iter(tensors)),
+    serialized_type_name="attnswap.ForwardMask",
+    flatten_with_keys_fn=lambda mask: ([(SequenceKey(0), mask.tensor())], None),
+)
 
 
 @dataclass
