@@ -19,7 +19,9 @@ def check_writable(folder: Path, option: str) -> None:
     if os.path.lexists(folder) and not folder.is_dir():
         raise ConfigError(f'{option}: "{folder}" is a file; name a directory')
     above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK) or above.is_relative_to("/proc"):
+    if not above.is_dir():
+        raise ConfigError(f'{option}: "{above}" is a file; name a directory')
+    if not os.access(above, os.W_OK) or above.is_relative_to("/proc"):
         raise ConfigError(f'{option}: nothing can be written to "{above}"')
 
 

@@ -143,7 +143,7 @@ def test_features_broadcast_and_omitted_ones_take_their_start():
     whole = attnswap.attention(q, k, v, "ssmax", scale=torch.full((4,), 0.3), offset=torch.ones(4))
     assert torch.equal(attnswap.attention(q, k, v, "ssmax", scale=torch.tensor(0.3)), whole)
     paper = attnswap.SSMax(form="scale")
-    start = torch.full((4,), paper.features()["scale"].initial)
+    start = torch.full((4,), paper.features()["scale"].initial, dtype=q.dtype)
     assert torch.equal(attnswap.attention(q, k, v, paper), attnswap.attention(q, k, v, paper, scale=start))
     gate = -torch.rand(1, 4, 7)
     shared = attnswap.attention(q, k, v, "forgetting-gate", is_causal=True, log_forget=gate)

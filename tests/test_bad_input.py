@@ -217,14 +217,17 @@ def test_the_probe_restores_randomness_and_modes():
     assert [m.training for m in model.modules()] == modes
 
 
-def test_changing_the_implementation_afterwards_is_noticed(patched, tokens):
-    """No way back to softmax without saying so."""
+def test_changing_the_implementation_afterwards_changes_what_is_not_swapped(patched, tokens):
+    """No way back to softmax without saying so: the swap stays."""
     model = patched("llama", "softpick")
-    model.set_attn_implementation("sdpa")
-    with pytest.raises(UnsupportedModelError, match="computed attention without attnswap"):
-        model(tokens)
-    model.config._attn_implementation = "eager"
-    with pytest.raises(UnsupportedModelError, match="computed attention without attnswap"):
+    with torch.no_grad():
+        right = model(tokens).logits
+        for name in ("sdpa", "eager"):
+            model.config._attn_implementation = name
+            assert torch.allclose(model(tokens).logits, right, atol=1e-5)
+            assert attnswap.describe(model).before == name
+    model.config._attn_implementation = "paged|sdpa"
+    with pytest.raises((UnsupportedModelError, KeyError), match=r"computed attention without attnswap|paged"):
         model(tokens)
 
 
@@ -306,10 +309,10 @@ print(sorted(changed), added, after[2] == before[2])
 
 
 def test_global_touches_are_the_listed_ones():
-    """Importing attnswap adds one name to two registries and to peft's tables and wraps four methods; no more."""
+    """Importing attnswap adds one name to two registries and to peft's tables and wraps six methods; no more."""
     done = subprocess.run([sys.executable, "-c", GLOBAL_STATE], capture_output=True, text=True, check=True)
     wrapped = [("PreTrainedConfig", "__post_init__"), ("PreTrainedConfig", "to_dict")]
-    wrapped += [("PreTrainedModel", "__init__"), ("PreTrainedModel", "post_init")]
+    wrapped += [("PreTrainedModel", name) for name in ("__init__", "from_pretrained", "post_init", "save_pretrained")]
     names = [*[["attnswap"]] * 2, *[["ATTNSWAP"]] * 4]
     assert done.stdout.splitlines()[-1] == f"{wrapped} {names} True"
 

@@ -204,14 +204,14 @@ def test_only_safetensors_are_written(patched, tmp_path):
     assert {p.suffix for p in tmp_path.iterdir()} <= {".safetensors", ".json"}
 
 
-def test_state_of_another_lambda_is_refused(patched):
-    """lambda has a phase on the host side, so a state dict alone cannot move it."""
-    state = patched("llama", "softpick", ramp=0.5).state_dict()
-    model = patched("llama", "softpick")
-    with pytest.raises(RuntimeError, match=r"attnswap\.set_ramp"):
-        model.load_state_dict(state)
-    attnswap.set_ramp(model, 0.5)
-    model.load_state_dict(state)
+def test_a_state_brings_its_lambda(patched, tokens):
+    """Also one per head, where the model has one for all."""
+    source, model = patched("llama", "softpick", ramp=0.5), patched("llama", "softpick")
+    for ramp in (0.5, [0.0, 0.25, 0.5, 1.0]):
+        attnswap.set_ramp(source, ramp)
+        model.load_state_dict(source.state_dict())
+        assert torch.equal(logits(model, tokens), logits(source, tokens))
+        assert spec_of(model) == spec_of(source)
 
 
 def test_the_whole_model_pickled_by_torch(patched, tokens, tmp_path):

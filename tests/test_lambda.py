@@ -1,6 +1,7 @@
 """lambda has one home, its buffer: whoever writes it, the buffer's value is computed, or the next forward raises."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -215,8 +216,6 @@ def test_a_config_on_meta_is_initialised_whole():
 
 
 def test_config_json_and_weights_that_differ_are_refused(tmp_path):
-    import json
-
     model = tiny()
     attnswap.patch(model, "softpick", ramp=0.5)
     model.save_pretrained(tmp_path)

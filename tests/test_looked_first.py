@@ -29,7 +29,7 @@ RECIPES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "arguments": ({"training": {"bf16": True, "fp16": True}}, "At most one of fp16 and bf16"),
     "optimizer": ({"swap": "softpick", "optimizer": {"freeze": "all_but_swap"}}, "no parameters of its own"),
-    "output": ({"output_dir": "TAKEN/out"}, "nothing can be written"),
+    "output": ({"output_dir": "TAKEN/out"}, "is a file"),
 }
 
 

@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import json
 import subprocess
 import sys
 import textwrap
@@ -165,8 +166,6 @@ def test_a_model_that_was_built_before_the_import(tmp_path):
 @pytest.mark.parametrize("swap", ["softpick", "ssmax"])
 def test_an_entry_that_names_less_than_the_weights_hold_is_refused(swap, tmp_path):
     """By every class: the entry gone, empty, of other layers, or another config given."""
-    import json
-
     base, patched = tmp_path / "base", tmp_path / "patched"
     model = tiny()
     model.save_pretrained(base)
@@ -207,3 +206,33 @@ def test_saving_a_stock_model_is_as_before(tmp_path):
     model = tiny()
     model.save_pretrained(tmp_path)
     assert "attnswap" not in (tmp_path / "config.json").read_text()
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class MineConfig(LlamaConfig):
+    model_type = "mine"
+
+class MineForCausalLM(LlamaForCausalLM):
+    config_class = MineConfig
+"""
+
+
+def test_code_that_comes_with_a_checkpoint_is_trusted_when_the_user_says_so(tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    base, out = tmp_path / "base", tmp_path / "out"
+    tiny().save_pretrained(base)
+    (base / "mine.py").write_text(CODE)
+    values = json.loads((base / "config.json").read_text())
+    values |= {"model_type": "mine", "architectures": ["MineForCausalLM"]}
+    values["auto_map"] = {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.MineForCausalLM"}
+    (base / "config.json").write_text(json.dumps(values))
+    model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=True)
+    attnswap.patch(model, "softpick")
+    model.save_pretrained(out)
+    with pytest.raises(CheckpointError, match="trust_remote_code"):
+        attnswap.from_pretrained(out)
+    again = attnswap.from_pretrained(out, trust_remote_code=True)
+    assert torch.equal(logits(again, tokens), logits(model, tokens))

@@ -98,6 +98,7 @@ def healed(name: str) -> dict[str, Any]:
         "heads": name,
         "tokens": 1,
         "contexts": [entry],
+        "proof_of_use": {"cost_of_bypass": {"1": 0.0}, "used": None},
     }
 
 

@@ -13,7 +13,16 @@ from transformers import PreTrainedModel
 
 from attnswap.adapters.config import AttnSwapConfig
 from attnswap.adapters.fingerprint import check, fingerprint
-from attnswap.adapters.reading import PREFIX, Reading, check_names, check_shapes, low_rank, swap_names
+from attnswap.adapters.reading import (
+    PREFIX,
+    Reading,
+    check_names,
+    check_ramps,
+    check_shapes,
+    low_rank,
+    ramps_of,
+    swap_names,
+)
 from attnswap.adapters.wrapper import Book, SwapAdapters
 from attnswap.errors import CheckpointError, ConfigError, UnsupportedModelError
 from attnswap.surgery import attach
@@ -108,6 +117,8 @@ class AttnSwapModel(LoraModel):
         try:
             check_names(wanted - found.keys(), found.keys() - places.keys())
             check_shapes(places, found, wanted)
+            if reading is not None and reading.saved:
+                check_ramps(ramps_of(model, adapter_name), found)
         except CheckpointError:
             # A PeftModel is loading an adapter it has just added; a model alone was given one before.
             if reading is not None and reading.saved and isinstance(model, PeftModel):

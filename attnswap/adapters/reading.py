@@ -72,6 +72,30 @@ def check_shapes(places: Mapping[str, Tensor], found: Mapping[str, Tensor], name
             )
 
 
+def check_ramps(places: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Compares lambda in the config of an adapter that is being added with lambda in its file.
+
+    Args:
+        places: The adapter's buffers of lambda by name, as its config made them.
+        found: What was read.
+
+    Raises:
+        CheckpointError: They differ.
+    """
+    for name, place in places.items():
+        if not place.is_meta and not torch.equal(place.cpu(), found[name].cpu().to(place.dtype)):
+            raise CheckpointError(
+                f"adapter_config.json says lambda {place.tolist()}, but {name} holds {found[name].tolist()}: one of "
+                "them was edited. Move lambda with attnswap.set_ramp and save again"
+            )
+
+
+def ramps_of(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """Returns copies of an adapter's buffers of lambda by their names in the model."""
+    places = (place for place in swap_names(model, adapter).values() if place.endswith(".ramp"))
+    return {place: model.get_buffer(place).clone() for place in places}
+
+
 def is_ours(name: str) -> bool:
     """Whether a tensor of that name is a swap's or a low-rank weight."""
     return KEY in name.split(".") or LOW_RANK in name
@@ -134,6 +158,7 @@ class Reading:
             CheckpointError: They are not those that the config names. The adapter is taken out again.
         """
         names = swap_names(model, self.adapter)
+        ramps = ramps_of(model, self.adapter)
         renamings = [*(load_config.weight_mapping or []), *(WeightRenaming(*pair) for pair in names.items())]
         self.end()
         try:
@@ -142,6 +167,7 @@ class Reading:
             )
             unread = {*found.missing_keys, *(name for name, *_ in found.mismatched_keys)}
             check_names(unread & {*names.values(), *low_rank(model, self.adapter)}, found.unexpected_keys)
+            check_ramps(ramps, {name: model.get_buffer(name) for name in ramps})
         except BaseException:
             self.take_out()
             model._hf_peft_config_loaded = hasattr(model, "peft_config")

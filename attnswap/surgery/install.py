@@ -87,9 +87,10 @@ def settle(config: Any) -> None:
         CheckpointError: The spec is damaged.
     """
     values = getattr(config, KEY, None)
-    values = values if isinstance(values, dict) else {}
-    spec = PatchSpec.from_dict(values) if values else None
-    if spec is not None and spec.seam == "scores" and config._attn_implementation == KEY:
+    if not isinstance(values, dict):
+        return
+    spec = PatchSpec.from_dict(values)
+    if spec.seam == "scores" and config._attn_implementation == KEY:
         check_implementation(spec.before)
         config._attn_implementation_internal = spec.before
     if values.get(WEIGHTS):
