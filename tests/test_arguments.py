@@ -91,6 +91,45 @@ def test_another_implementation_is_taken_up(swap, layers, name, tokens, tmp_path
     assert model.config._attn_implementation == name
 
 
+@pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention"])
+def test_an_implementation_whose_masks_say_less_is_not_taken_up_on_the_way(name, tokens):
+    """Masks are made before the first layer runs: a flash function's know neither windows nor packing."""
+    model = tiny("mistral")
+    attnswap.patch(model, "sigmoid")
+    model.config._attn_implementation_internal = name
+    with torch.no_grad(), pytest.raises((UnsupportedModelError, ImportError, AttributeError)):
+        model(tokens, use_cache=False)
+    model.config._attn_implementation_internal = "attnswap"
+    model(tokens, use_cache=False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"heads": [0, 1]}, *(pytest.param(x, marks=pytest.mark.slow) for x in ({}, {"layers": [1]}, {"ramp": 0.5}))],
+    ids=str,
+)
+def test_layers_compiled_one_by_one(options, tokens):
+    """In place or wrapped, before or after patching, each a whole graph."""
+    right = tiny()
+    attnswap.patch(right, "ssmax", **options)
+    right = right(tokens, use_cache=False).logits
+    for first in (True, False):
+        for wrapped in (True, False):
+            torch.compiler.reset()
+            model = tiny()
+            if first:
+                attnswap.patch(model, "ssmax", **options)
+            for i, layer in enumerate(model.model.layers):
+                if wrapped:
+                    model.model.layers[i] = torch.compile(layer, backend="eager", fullgraph=True)
+                else:
+                    layer.compile(backend="eager", fullgraph=True)
+            if not first:
+                attnswap.patch(model, "ssmax", **options)
+            assert torch.allclose(model(tokens, use_cache=False).logits, right, atol=1e-5)
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("part", ["cross", "decoder.layers.*.self_attn", "encoder"])
 def test_times_of_tokens(part):
     """Whisper chooses "eager" by itself when it is asked for them."""

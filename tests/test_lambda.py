@@ -2,11 +2,13 @@
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
 from accelerate import dispatch_model
 from conftest import tiny
+from peft import LoraConfig, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel
 
@@ -128,11 +130,54 @@ def test_what_the_buffer_says_is_saved(writer, swap, tokens, tmp_path):
 
 @pytest.mark.parametrize("value", [2.0, -0.1, float("nan")])
 def test_a_buffer_outside_its_range_raises(value, tokens):
+    """At the next forward and when it is saved; the way out that the error names is one."""
     model = tiny()
     attnswap.patch(model, "softpick")
+    right = logits(model, tokens)
     WRITERS["data.fill_"](model, value)
-    with pytest.raises(NumericsError, match="not in \\[0, 1\\]"):
+    with pytest.raises(NumericsError, match=r"not in \[0, 1\].*set_ramp"):
         logits(model, tokens)
+    attnswap.set_ramp(model, 1.0)
+    assert torch.equal(logits(model, tokens), right)
+    WRITERS["data.fill_"](model, value)
+    attnswap.unpatch(model)
+    assert torch.equal(logits(model, tokens), logits(tiny(), tokens))
+
+
+@pytest.mark.parametrize(
+    "buffer",
+    [torch.ones(1), torch.ones(3), torch.ones(2, 2), torch.ones(1, 4), torch.ones(4).long(), torch.tensor(False)],
+    ids=lambda x: f"{tuple(x.shape)} {x.dtype}",
+)
+def test_a_buffer_of_another_form_raises(buffer, tokens):
+    model = tiny()
+    attnswap.patch(model, "softpick")
+    model.model.layers[1].self_attn.attnswap.softpick._buffers["ramp"] = buffer
+    with pytest.raises(NumericsError, match="shape"):
+        logits(model, tokens)
+
+
+def test_heads_that_share_a_value_are_not_written_apart(tokens):
+    model = tiny()
+    attnswap.patch(model, "selective-temperature")
+    attnswap.set_ramp(model, [0.5] * 4)
+    ramps(model)[0].data[1] = 0.25
+    with pytest.raises(NumericsError, match="key/value head"):
+        logits(model, tokens)
+
+
+def test_a_moved_lambda_of_the_base_is_mentioned_when_a_plain_adapter_is_saved(tmp_path):
+    model = tiny()
+    attnswap.patch(model, "softpick", ramp=0.5)
+    model.save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(attnswap.from_pretrained(tmp_path / "base"), LoraConfig(target_modules=["q_proj"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        adapted.save_pretrained(tmp_path / "as it was")
+    attnswap.set_ramp(adapted.get_base_model(), 1.0)
+    with pytest.warns(UserWarning, match="lambda of this model's swaps is not where its checkpoint has it"):
+        adapted.save_pretrained(tmp_path / "moved")
 
 
 def test_one_head_of_many_is_written(tokens):
@@ -155,7 +200,7 @@ def test_set_ramp_writes_the_buffer_that_others_hold():
     assert [float(buffer) for buffer in held] == [0.25, 0.25]
 
 
-@pytest.mark.parametrize("start", [0.0, 1.0])
+@pytest.mark.parametrize("start", [0.0, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_a_compiled_graph_notices_another_phase(start, tokens):
     model = tiny()
     attnswap.patch(model, "softpick", ramp=start)

@@ -11,6 +11,7 @@ import textwrap
 import pytest
 import torch
 from conftest import tiny, tiny_config
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import attnswap
@@ -206,6 +207,58 @@ def test_saving_a_stock_model_is_as_before(tmp_path):
     model = tiny()
     model.save_pretrained(tmp_path)
     assert "attnswap" not in (tmp_path / "config.json").read_text()
+
+
+def test_what_could_not_be_loaded_is_not_saved(tokens, tmp_path):
+    """Layers taken out whose layer_idx stays behind; a state of another lambda, or without one."""
+    model = tiny(layers=3)
+    attnswap.patch(model, "softpick")
+    state = model.state_dict()
+    lacking = {name: x for name, x in state.items() if not name.endswith("ramp")}
+    moved = {name: torch.tensor(0.5) if name.endswith("ramp") else x for name, x in state.items()}
+    for given in (lacking, moved):
+        with pytest.raises(CheckpointError, match="state_dict given"):
+            model.save_pretrained(tmp_path, state_dict=given)
+    del model.model.layers[0]
+    model.config.num_hidden_layers = 2
+    with pytest.raises(CheckpointError, match="layer"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    for place, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = place
+    model.save_pretrained(tmp_path, state_dict=model.state_dict())
+    assert torch.equal(logits(attnswap.from_pretrained(tmp_path), tokens), logits(model, tokens))
+
+
+def test_a_layer_with_a_config_of_its_own_is_refused_by_name(tmp_path):
+    model = tiny()
+    attnswap.patch(model, "softpick")
+    model.model.layers.append(copy.deepcopy(model.model.layers[1]))
+    with pytest.raises(CheckpointError, match="cannot be saved with its swaps"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_swaps_among_the_modules_that_plain_peft_trains(tokens, tmp_path):
+    model = tiny()
+    attnswap.patch(model, "softpick", ramp=0.5)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["attnswap"]))
+    base = adapted.get_base_model()
+    for name, buffer in base.named_buffers():
+        if name.endswith("default.softpick.ramp"):
+            buffer.fill_(0.75)
+    assert "0.75" in str(attnswap.describe(base))
+    with pytest.raises(CheckpointError, match="peft adapters"):
+        base.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_saving_draws_no_random_number(tmp_path):
+    model = tiny()
+    attnswap.patch(model, "forgetting-gate")
+    before = torch.get_rng_state()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 CODE = """

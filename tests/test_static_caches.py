@@ -5,8 +5,10 @@ import copy
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from conftest import WINDOW, move_away, tiny
 from peft import get_peft_model
+from torch.utils._pytree import tree_map
 from transformers import (
     CompileConfig,
     DynamicCache,
@@ -187,3 +189,45 @@ def test_masks_in_lists():
     assert torch.equal(torch.stack((mask, plain)), torch.stack((plain, plain)))
     assert torch.equal(torch.where(mask, plain, ~mask), torch.ones_like(plain))
     assert torch.equal(torch.nn.functional.pad(input=mask, pad=(0, 1)), torch.nn.functional.pad(plain, (0, 1)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "implementation"),
+    [(kind, name) for kind in ("llama", "mistral", "gpt2") for name in ("eager", "sdpa")] + [("gemma2", "eager")],
+)
+@pytest.mark.parametrize("state", STATES)
+@torch.no_grad()
+def test_masks_that_libraries_move_or_take_apart(state, kind, implementation, tokens):
+    """Offloading moves what a layer is given by its method ``to``, and others map a function over it as over a tree."""
+    model = tiny(kind)
+    model.set_attn_implementation(implementation)
+    with STATES[state](model):
+        right = model(tokens, use_cache=False).logits
+        base = model
+        layer = base.transformer.h[1] if kind == "gpt2" else base.model.layers[1]
+        for change in (lambda x: x.to(torch.device("cpu")) if hasattr(x, "to") else x, lambda x: x):
+            handle = layer.register_forward_pre_hook(
+                lambda module, args, kwargs, change=change: tree_map(change, (args, kwargs)), with_kwargs=True
+            )
+            assert torch.allclose(model(tokens, use_cache=False).logits, right, atol=1e-5)
+            handle.remove()
+        if state != "disabled adapter":
+            dispatch_model(model, {"": "cpu"}, force_hooks=True)
+            assert torch.allclose(model(tokens, use_cache=False).logits, right, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_mask_on_another_device_is_the_same_mask():
+    model = tiny()
+    attnswap.patch(model, "ssmax")
+    mask = create_causal_mask(
+        config=model.config,
+        inputs_embeds=torch.zeros(2, 5, 32),
+        attention_mask=torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 1, 1]]),
+        past_key_values=None,
+    )
+    assert mask.to("cpu") is mask
+    moved = mask.to(device="meta", non_blocking=True)
+    assert moved.visibility.key_valid.device.type == moved.tensor().device.type == "meta"
+    assert moved.for_implementation("eager").shape == mask.for_implementation("eager").shape
+    assert torch.equal(mask.to(torch.float32), mask.tensor().float())

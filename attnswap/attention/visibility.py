@@ -4,7 +4,8 @@ Everything counts in key indices: query i sits at key index ``q_offset + i``. A 
 passed one; otherwise masks are built block by block.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,12 @@ class Visibility:
     key_valid: Tensor | None = None
     dense: Tensor | None = None
     bias: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Visibility":
+        """Returns the same description for tensors on another device."""
+        values: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
+        moved: dict[str, Any] = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in values.items()}
+        return Visibility(**moved | {"device": device})
 
     @property
     def plain_causal(self) -> bool:

@@ -83,15 +83,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def spec_of(model: PreTrainedModel) -> PatchSpec | None:
-    """Returns what was done to a model, as its modules hold it now, or None if nothing was."""
+def spec_of(model: PreTrainedModel, read: bool = True) -> PatchSpec | None:
+    """Returns what was done to a model, as its modules hold it now, or None if nothing was.
+
+    Args:
+        model: Any model.
+        read: Whether to read lambda from its buffers; if not, it is as it was read last.
+
+    Raises:
+        NumericsError: A buffer holds no lambda.
+    """
     entry = _entry(model)
     if entry is None:
         return None
     spec = PatchSpec.from_dict(entry)
     modules = attention_modules(model, spec.part)
     swaps = {layer: child_of(module) for layer, (_, module) in modules.items()}
-    found = {layer: child.present_slots() for layer, child in swaps.items() if child is not None}
+    found = {i: child.present_slots() if read else child.slots for i, child in swaps.items() if child is not None}
     layers = {layer: slots for layer, slots in found.items() if slots}
     return replace(spec, before=before_of(modules, spec.before), layers=layers)
 
@@ -123,6 +131,10 @@ def child_of(module: nn.Module) -> LayerSwap | None:
     serving = getattr(child, "serving", None)  # of the adapters on this layer
     if callable(serving):
         return serving()
+    if hasattr(child, "modules_to_save"):  # of plain peft: a frozen original, and a copy for each adapter
+        active: Any = child
+        names = [name for name in active.active_adapters if name in active.modules_to_save]
+        child = active.modules_to_save[names[0]] if names else active.original_module
     while child is not None and not isinstance(child, LayerSwap):
         child = next(iter(child.children()), None)
     return child
@@ -188,10 +200,11 @@ class Saved:
     """The hook before a patched model's state is written: what would reload as softmax is not written.
 
     Args:
-        loaded: The model came with its swaps from a checkpoint, which is the base that its adapters name.
+        loaded: With what swaps the model came from a checkpoint, which is the base that its adapters name; None: it
+            was patched in memory.
     """
 
-    def __init__(self, loaded: bool) -> None:
+    def __init__(self, loaded: PatchSpec | None) -> None:
         self.loaded = loaded
 
     def __call__(self, model: nn.Module, prefix: str, keep_vars: bool) -> None:
@@ -203,12 +216,24 @@ class Saved:
                 "what is saved would reload as softmax. Put the model's own config back, or call attnswap.unpatch"
             )
         adapters = getattr(model, "peft_config", {})
-        if not self.loaded and adapters and not any(config.peft_type == "ATTNSWAP" for config in adapters.values()):
+        if not adapters or any(config.peft_type == "ATTNSWAP" for config in adapters.values()):
+            return
+        if self.loaded is None:
             warnings.warn(
                 "this model was patched in memory, which an adapter of plain peft does not say: on its stock base it "
                 "would load as softmax. Save the patched model as the adapter's base, or use attnswap.AttnSwapConfig",
                 stacklevel=2,
             )
+        elif any(child_of(m) is m._modules[KEY] for m in model.modules() if KEY in m._modules) and self._moved(model):
+            warnings.warn(
+                "lambda of this model's swaps is not where its checkpoint has it, which an adapter of plain peft does "
+                "not say. Save the model as the adapter's base, or use attnswap.AttnSwapConfig",
+                stacklevel=2,
+            )
+
+    def _moved(self, model: Any) -> bool:
+        spec = spec_of(model)
+        return spec is not None and self.loaded is not None and spec.layers != self.loaded.layers
 
 
 class Present:
@@ -260,12 +285,12 @@ def _part(module: nn.Module, word: str) -> nn.Module | None:
     return _inside(module)._modules.get(word)
 
 
-def guard(model: PreTrainedModel, loaded: bool = False) -> None:
+def guard(model: PreTrainedModel, loaded: PatchSpec | None = None) -> None:
     """Makes a patched model check itself when its state is asked for and after its forward; parts leave that to it.
 
     Args:
         model: The model.
-        loaded: It comes with its swaps from a checkpoint.
+        loaded: What a checkpoint says of its swaps, if it comes from one.
     """
     unguard(model, around=False)
     model.register_state_dict_pre_hook(Saved(loaded))

@@ -7,12 +7,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from attnswap.errors import AttnSwapError, CheckpointError
 from attnswap.surgery.attach import patched_modules, spec_of
+from attnswap.surgery.loaded import HUB
 from attnswap.surgery.probe import verify
 from attnswap.surgery.select import owning_config
 from attnswap.surgery.spec import KEY
-
-HUB = ("revision", "code_revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
-"""Arguments of ``from_pretrained`` that say where a config is and how it may be read."""
 
 
 def from_pretrained(path: str | Path, *, auto_class: Any = AutoModelForCausalLM, **kwargs: Any) -> PreTrainedModel:

@@ -50,13 +50,13 @@ def install() -> None:
 
     @functools.wraps(save)
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        with faithful(self):
+        with faithful(self, args[2] if len(args) > 2 else kwargs.get("state_dict")):
             return save(self, *args, **kwargs)
 
     @functools.wraps(load)
     def from_pretrained(cls: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         model, found = load(cls, *args, output_loading_info=True, **kwargs)
-        check_whole(model, found, args[0] if args else kwargs.get("pretrained_model_name_or_path"))
+        check_whole(model, found, args[0] if args else kwargs.get("pretrained_model_name_or_path"), kwargs)
         return (model, found) if output_loading_info else model
 
     @functools.wraps(made)

@@ -6,21 +6,25 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from attnswap.loading import refuse_incomplete, refuse_orphans
 from attnswap.surgery.attach import carrier_of, enters, patched_modules
 from attnswap.surgery.seam import check_loaded
 from attnswap.surgery.spec import KEY
 
+HUB = ("revision", "code_revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
+"""Arguments of ``from_pretrained`` that say where a config is and how it may be read."""
 
-def check_whole(model: PreTrainedModel, found: Mapping[str, Any], path: Any) -> None:
+
+def check_whole(model: PreTrainedModel, found: Mapping[str, Any], path: Any, options: Mapping[str, Any]) -> None:
     """Checks what ``from_pretrained`` loaded; called for every model, patched or not.
 
     Args:
         model: The model.
         found: transformers' account of the tensors: ``missing_keys``, ``unexpected_keys``, ``mismatched_keys``.
-        path: Where it was loaded from, for the message.
+        path: Where it was loaded from.
+        options: The other arguments it was loaded with.
 
     Raises:
         CheckpointError: A tensor of a patched checkpoint is missing or left over, or lambda is not what config.json
@@ -30,7 +34,9 @@ def check_whole(model: PreTrainedModel, found: Mapping[str, Any], path: Any) -> 
     if carrier_of(model.config) is None:
         return
     swaps = [entry for entry in found.get("mismatched_keys", ()) if KEY in entry[0].split(".")]
-    refuse_incomplete({"missing_keys": _lost(model, found.get("missing_keys", ())), "mismatched_keys": swaps}, path)
+    refuse_incomplete(
+        {"missing_keys": _lost(model, found.get("missing_keys", ()), path, options), "mismatched_keys": swaps}, path
+    )
     for _, module in patched_modules(model).values():
         if KEY in module._modules:
             check_loaded(module._modules[KEY])  # type: ignore[arg-type]
@@ -38,15 +44,24 @@ def check_whole(model: PreTrainedModel, found: Mapping[str, Any], path: Any) -> 
         enter.unchecked = False
 
 
-def _lost(model: PreTrainedModel, missing: Iterable[str]) -> list[str]:
+def _lost(model: PreTrainedModel, missing: Iterable[str], path: Any, options: Mapping[str, Any]) -> list[str]:
     """Returns the missing tensors that the saved model had: what a head of another task needs starts anew."""
     names = sorted(missing)
-    saved = next(iter(model.config.architectures or ()), type(model).__name__)
-    kind = getattr(transformers, saved, None)
-    if not names or saved == type(model).__name__ or kind is None:
+    if not names:
         return names
+    try:  # as it was saved: arguments and outer models change a config while they load
+        config = AutoConfig.from_pretrained(path, **{name: x for name, x in options.items() if name in HUB})
+    except Exception:  # a path of None with tensors given, say
+        config = copy.deepcopy(model.config)
+    saved = next(iter(config.architectures or ()), type(model).__name__)
+    if saved == type(model).__name__:
+        return names
+    kind = getattr(transformers, saved, None)
+    if kind is None:  # somebody's own class: its body at least must be whole
+        body = f"{model.base_model_prefix}."
+        return [name for name in names if name.startswith(body) or not hasattr(model, body[:-1])]
     with torch.device("meta"):
-        had = {_bare(kind, name) for name in kind(copy.deepcopy(model.config)).state_dict()}
+        had = {_bare(kind, name) for name in kind(config).state_dict()}
     return [name for name in names if _bare(type(model), name) in had]
 
 

@@ -34,11 +34,13 @@ class ForwardMask:
         visibility: Which keys each query sees.
         arguments: What the mask function was called with, so that the mask of any other implementation can be made.
         made: Masks made so far, by implementation.
+        origin: The mask on another device that this one was moved from.
     """
 
     visibility: Visibility
     arguments: Mapping[str, Any]
     made: dict[str, Any] = field(default_factory=dict)
+    origin: "ForwardMask | None" = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -52,6 +54,8 @@ class ForwardMask:
 
     def tensor(self) -> Tensor:
         """Returns the boolean mask (batch, 1, queries, keys), True where a key is visible."""
+        if "tensor" not in self.made and self.origin is not None:
+            self.made["tensor"] = self.origin.tensor().to(self.visibility.device)
         if "tensor" not in self.made:
             whole = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
             self.made["tensor"] = sdpa_mask(**{**self.arguments, **whole})
@@ -83,8 +87,20 @@ class ForwardMask:
         """Returns itself."""
         return self
 
+    def to(self, *args: Any, **kwargs: Any) -> "ForwardMask | Tensor":
+        """Returns the mask on another device, as libraries that place layers on devices move what layers are given."""
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype not in (None, torch.bool):
+            return self.tensor().to(*args, **kwargs)
+        if device is None or device == self.visibility.device:
+            return self
+        return ForwardMask(self.visibility.to(device), self.arguments, origin=self)
+
     def for_implementation(self, name: str) -> Any:
         """Returns the mask exactly as transformers makes it for another attention implementation."""
+        if name not in self.made and self.origin is not None:
+            mask = self.origin.for_implementation(name)
+            self.made[name] = mask if mask is None else mask.to(self.visibility.device)
         if name not in self.made:
             self.made[name] = ALL_MASK_ATTENTION_FUNCTIONS[name](**self.arguments)
         return self.made[name]

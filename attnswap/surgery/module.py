@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from attnswap.errors import UnsupportedModelError
-from attnswap.surgery.ramps import mark, slot_at
+from attnswap.surgery.ramps import check_form, mark, slot_at
 from attnswap.surgery.spec import Slot
 from attnswap.swaps.base import ModelInfo
 
@@ -149,11 +149,14 @@ class LayerSwap(nn.Module):
         return found
 
     def _slot_at(self, name: str, ramp: Tensor) -> Slot:
+        slot = self.slots[name]
         if torch.compiler.is_compiling():
-            return slot_at(self.slots[name], ramp)
+            return slot_at(slot, ramp)
         module: Any = self._modules[name]
         now = mark(ramp)
-        found = slot_at(self.slots[name], ramp, known=now is not None and now == module.read)
+        found = slot_at(slot, ramp, known=now is not None and now == module.read)
+        if found is not slot or ramp.ndim:
+            check_form(found, ramp, self.info)
         module.read = now
         return found
 

@@ -311,7 +311,7 @@ def _keep_fp32(model: PreTrainedModel) -> None:
 
 
 def _spec(model: PreTrainedModel) -> PatchSpec:
-    spec = attach.spec_of(model)
+    spec = attach.spec_of(model, read=False)
     if spec is None:
         raise ConfigError(f"this {type(model).__name__} is not patched")
     return spec

@@ -137,7 +137,13 @@ class Previous:
         return previous_function(self.module, self.name)(module, query, key, value, mask, **options)
 
     def _mask(self) -> Any:
-        return self.mask.for_implementation(self.name) if isinstance(self.mask, ForwardMask) else self.mask
+        if isinstance(self.mask, ForwardMask):
+            return self.mask.for_implementation(self.name)
+        if self.mask is not None and self.mask.dtype == torch.bool and self.name in ("eager", "flex_attention"):
+            # These add their mask to the scores, to which True and False are 1 and 0.
+            hidden = torch.finfo(self.query.dtype).min
+            return torch.zeros_like(self.mask, dtype=self.query.dtype).masked_fill(~self.mask, hidden)
+        return self.mask
 
     def _whole_module(self) -> Any:
         # The flash functions load the kernel that the config names, which in a patched model is attnswap.

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.func import functional_call
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -55,7 +56,7 @@ def verify(model: PreTrainedModel, config: PreTrainedConfig, modules: Modules, b
     swapped = {i: m for i, (_, m) in modules.items() if child_of(m) is not None}
     connected, every = config._attn_implementation_internal, siblings(model, modules)
     # What is still to be read from a file cannot be compared with the config yet.
-    with torch.inference_mode(False), _quiet(model), _hooked(every, "unchecked", False):
+    with _uncompiled(model), torch.inference_mode(False), _quiet(model), _hooked(every, "unchecked", False):
         run = partial(_forward, model, _learnable(model))
         try:
             config._attn_implementation_internal = before
@@ -163,6 +164,12 @@ def _quiet(model: PreTrainedModel) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
+
+
+def _uncompiled(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Runs layers that ``torch.compile`` wraps without it: the proof changes what a graph takes for constant."""
+    compiled = any(isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in model.modules())
+    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

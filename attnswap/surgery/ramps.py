@@ -13,8 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from attnswap.attention.checks import ensure
 from attnswap.attention.modes import plain
-from attnswap.errors import NumericsError
+from attnswap.errors import ConfigError, NumericsError
 from attnswap.surgery.spec import Slot
+from attnswap.swaps.base import ModelInfo
 
 WAY_OUT = "Move lambda with attnswap.set_ramp(model, value)"
 
@@ -43,10 +44,35 @@ def slot_at(slot: Slot, ramp: Tensor, known: bool = False) -> Slot:
         return slot
     if not all(0 <= value <= 1 for value in values):
         raise NumericsError(
-            f'the buffer of lambda of the swap "{slot.swap.name}" holds {values if len(values) > 1 else values[0]}, '
+            f'the buffer of lambda of the swap "{_name(slot)}" holds {values if len(values) > 1 else values[0]}, '
             f"which is not in [0, 1]. {WAY_OUT}"
         )
     return replace(slot, ramp=values[0] if ramp.ndim == 0 and len(values) == 1 else tuple(values))
+
+
+def check_form(slot: Slot, ramp: Tensor, info: ModelInfo) -> None:
+    """Refuses a buffer that was replaced by one that no checkpoint could hold.
+
+    Args:
+        slot: The slot, at the lambda that the buffer holds.
+        ramp: The buffer.
+        info: The layer's sizes.
+
+    Raises:
+        NumericsError: It has another shape than () and (heads,), is not of floating point, or heads that share a
+            key/value head have lambdas of their own where the swap cannot have that.
+    """
+    heads = slot.count(info.heads)
+    if plain(ramp) is ramp and (ramp.shape not in ((), (heads,)) or not ramp.is_floating_point()):
+        raise NumericsError(
+            f'the buffer of lambda of the swap "{_name(slot)}" has shape {tuple(ramp.shape)} and dtype '
+            f"{ramp.dtype}; it is one number, or one for each of {heads} heads. {WAY_OUT}"
+        )
+    if isinstance(slot.ramp, tuple) and len(slot.ramp) == heads:
+        try:
+            slot.swap.check_shared(slot.ramp, info.heads // info.kv_heads)
+        except ConfigError as error:
+            raise NumericsError(f"a buffer of lambda was written without attnswap.set_ramp: {error}") from error
 
 
 def mark(ramp: Tensor) -> tuple[int, int] | None:
@@ -66,6 +92,10 @@ def numbers(ramp: Tensor) -> list[float] | None:
     return ramp.detach().flatten().tolist()
 
 
+def _name(slot: Slot) -> str:
+    return getattr(slot.swap, "name", type(slot.swap).__name__)
+
+
 def _held(slot: Slot) -> list[float]:
     """Returns a slot's lambda as a buffer of fp32 holds it."""
     return torch.tensor(slot.ramp, dtype=torch.float32).flatten().tolist()
@@ -78,7 +108,7 @@ def _check_phase(slot: Slot, ramp: Tensor) -> None:
     else:
         holds = (ramp == (1.0 if slot.phase == "swap" else 0.0)).all()
     message = (
-        f'the buffer of lambda of the swap "{slot.swap.name}" was written without attnswap.set_ramp, and holds another '
+        f'the buffer of lambda of the swap "{_name(slot)}" was written without attnswap.set_ramp, and holds another '
         f"value than this forward was made for. {WAY_OUT}, or run a forward without torch.compile first"
     )
     if torch.compiler.is_compiling():

@@ -64,7 +64,7 @@ def rebuild(model: PreTrainedModel) -> None:
         if child_of(modules[layer][1]) is None:
             for name, slot in slots.items():
                 add_slot(modules[layer][1], config, name, slot)
-    guard(model, loaded=True)
+    guard(model, loaded=spec)
     model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), KEY}
     if not isinstance(model._init_weights, _InitWeights):
         # An instance attribute: transformers calls it for each module whose weights were not in the checkpoint.

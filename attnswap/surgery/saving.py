@@ -3,25 +3,28 @@
 A model whose config cannot name what its modules compute is refused before anything is written.
 """
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from attnswap.errors import CheckpointError
-from attnswap.surgery.attach import carrier_of, config_of, spec_of, write_spec
+from attnswap.errors import AttnSwapError, CheckpointError, ConfigError, UnsupportedModelError
+from attnswap.surgery.attach import WRAPPING, carrier_of, child_of, config_of, spec_of, write_spec
 from attnswap.surgery.spec import KEY, PatchSpec
 from attnswap.surgery.stacks import attention_modules
 
 
 @contextmanager
-def faithful(model: PreTrainedModel) -> Iterator[None]:
+def faithful(model: PreTrainedModel, state: Mapping[str, Any] | None = None) -> Iterator[None]:
     """The time in which a model's config and weights are written.
 
     Args:
         model: Any model, patched or not.
+        state: The tensors that are written, where they were given.
 
     Raises:
         CheckpointError: What would be written reloads as something else than the model computes.
@@ -34,11 +37,19 @@ def faithful(model: PreTrainedModel) -> Iterator[None]:
     if not holders and carrier is None:
         yield
         return
-    with _valid(_render(model, holders, carrier)):
+    try:
+        config = _render(model, holders, carrier)
+        _check_state(model, holders, state or {})
+        _try(model)
+    except (ConfigError, UnsupportedModelError) as error:
+        raise CheckpointError(f"this {type(model).__name__} cannot be saved with its swaps: {error}") from error
+    with _valid(config):
         yield
 
 
-def _render(model: PreTrainedModel, holders: dict[str, nn.Module], carrier: PreTrainedConfig | None) -> Any:
+def _render(
+    model: PreTrainedModel, holders: dict[str, nn.Module], carrier: PreTrainedConfig | None
+) -> PreTrainedConfig:
     """Brings the entry of a model's config up to what its modules hold, and returns the config that carries it."""
     kind = type(model).__name__
     if carrier is None:
@@ -53,6 +64,7 @@ def _render(model: PreTrainedModel, holders: dict[str, nn.Module], carrier: PreT
             f"{next(iter(holders))} holds a swap, but the config of {kind} has no attnswap entry (was it edited or "
             f"replaced, or is the module another model's?), so what is saved would reload as softmax. {way}"
         )
+    _refuse_adapters(holders)
     spec = spec_of(model)
     assert spec is not None
     served = attention_modules(model, spec.part, None if carrier is model.config else carrier)
@@ -61,9 +73,8 @@ def _render(model: PreTrainedModel, holders: dict[str, nn.Module], carrier: PreT
     if strange is not None:
         raise CheckpointError(
             f"{strange} holds a swap that the attnswap entry of this {kind} cannot name: it is no part of the "
-            f"attention that was patched. Unpatch, build the model first, and patch it then"
+            "attention that was patched. Unpatch, build the model first, and patch it then"
         )
-    _refuse_adapters(holders)
     if not holders and _named(carrier):
         raise CheckpointError(
             f"the config of {kind} names swaps, but none of its modules holds one: it is another model's config, or "
@@ -74,15 +85,66 @@ def _render(model: PreTrainedModel, holders: dict[str, nn.Module], carrier: PreT
     return config
 
 
+def _check_state(model: PreTrainedModel, holders: dict[str, nn.Module], state: Mapping[str, Any]) -> None:
+    """Refuses tensors, given to be written in place of the model's own, that have another lambda or none."""
+    for name in holders if state else ():
+        child = child_of(holders[name])
+        for slot, static in child.present_slots().items() if child is not None else ():
+            key = f"{_plain(name)}.{KEY}.{slot}.ramp"
+            held = state.get(key)
+            if held is None or not torch.equal(torch.as_tensor(held).cpu().float(), torch.tensor(static.ramp)):
+                raise CheckpointError(
+                    f"the state_dict given has {'no' if held is None else 'another'} lambda for {key} than the "
+                    f"{type(model).__name__} itself: take it from the model when it is saved"
+                )
+
+
+def _try(model: PreTrainedModel) -> None:
+    """Builds the model anew from its config, without weights, and compares where swaps are.
+
+    Raises:
+        CheckpointError: Loading would find other swaps in other places, or refuse.
+    """
+    try:
+        with torch.device("meta"):
+            fresh = type(model)(copy.deepcopy(model.config))
+    except AttnSwapError as error:
+        raise CheckpointError(f"what is saved could not be loaded: {error}") from error
+    except Exception:  # a class that takes more than a config: whoever loads it gives the rest
+        return
+    mine, theirs = _swaps(model), _swaps(fresh)
+    for name in sorted(mine.keys() | theirs.keys()):
+        if mine.get(name) != theirs.get(name):
+            raise CheckpointError(
+                f"{name} would be loaded with {theirs.get(name) or 'no swap'}, but holds {mine.get(name) or 'none'}: "
+                "does the config say how many layers there are, and each layer_idx where its layer stands?"
+            )
+
+
+def _swaps(model: PreTrainedModel) -> dict[str, dict[str, tuple[Any, Any]]]:
+    """Returns the swaps and heads of each attention module by its name, as it is without wrappers."""
+    found = {}
+    for name, module in model.named_modules():
+        child = child_of(module) if KEY in module._modules else None
+        if child is not None:
+            found[_plain(name)] = {key: (slot.swap, slot.heads) for key, slot in child.slots.items()}
+    return found
+
+
+def _plain(name: str) -> str:
+    """Returns a module's name without the wrappers of compilers and sharding."""
+    return ".".join(word for word in name.split(".") if word not in (*WRAPPING, "_fsdp_wrapped_module"))
+
+
 def _named(carrier: PreTrainedConfig) -> bool:
     return bool(PatchSpec.from_dict(getattr(carrier, KEY)).layers)
 
 
 def _refuse_adapters(holders: dict[str, nn.Module]) -> None:
-    if any(hasattr(module._modules[KEY], "serving") for module in holders.values()):
+    if any(hasattr(module._modules[KEY], "modules_to_save") for module in holders.values()):
         raise CheckpointError(
-            "the swaps of this model belong to peft adapters, so it cannot be saved as a patched model: save the "
-            "adapter (PeftModel.save_pretrained), or call merge_and_unload() first"
+            "swaps of this model belong to peft adapters, so it cannot be saved as a patched model: save the adapter "
+            "(PeftModel.save_pretrained), or call merge_and_unload() first"
         )
 
 

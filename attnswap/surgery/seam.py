@@ -14,6 +14,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from attnswap.attention.checks import ensure
+from attnswap.attention.lazy import constant
 from attnswap.attention.visibility import Visibility, split_mask
 from attnswap.errors import CheckpointError, UnsupportedModelError
 from attnswap.surgery import combine
@@ -101,7 +102,7 @@ class Enter:
         name = getattr(config, "_attn_implementation", None)
         if not self.route.dispatched or name == KEY or config is None or torch.compiler.is_compiling():
             return
-        if name in ("eager", "sdpa", "flex_attention") or str(name).startswith("flash_attention_"):
+        if name in ("eager", "sdpa"):  # whose masks, made before this hook runs, say all there is to say
             self.route.before, config._attn_implementation_internal = name, KEY  # type: ignore[assignment]
 
 
@@ -303,8 +304,12 @@ def with_bias(visibility: Visibility, bias: Tensor | None) -> Visibility:
 
 def attentions_wanted(kwargs: dict[str, Any]) -> bool:
     """Whether this forward was asked for attention weights."""
-    if kwargs.get("output_attentions"):
-        return True
+    return bool(kwargs.get("output_attentions")) or _collected()
+
+
+@constant
+def _collected() -> bool:
+    """Whether transformers collects the weights of all layers, of which a graph of one layer knows nothing."""
     from transformers.utils import output_capturing
 
     collected = output_capturing._active_collector.get()
