@@ -174,16 +174,19 @@ def test_exported_steps_of_generate(swap, step, tokens):
     assert torch.allclose(found.logits, right, atol=1e-5)
 
 
-def test_masks_in_lists():
-    """Functions of torch find a patched model's mask wherever it stands among their arguments."""
+def padded_mask():
+    """A patched model's mask of two rows, the second left-padded."""
     model = tiny()
     attnswap.patch(model, "ssmax")
-    mask = create_causal_mask(
-        config=model.config,
-        inputs_embeds=torch.zeros(2, 5, 32),
-        attention_mask=torch.ones(2, 5, dtype=torch.long),
-        past_key_values=None,
+    real = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 1, 1]])
+    return create_causal_mask(
+        config=model.config, inputs_embeds=torch.zeros(2, 5, 32), attention_mask=real, past_key_values=None
     )
+
+
+def test_masks_in_lists():
+    """Functions of torch find a patched model's mask wherever it stands among their arguments."""
+    mask = padded_mask()
     plain = mask.tensor()
     assert torch.equal(torch.cat([mask, mask], -1), torch.cat([plain, plain], -1))
     assert torch.equal(torch.stack((mask, plain)), torch.stack((plain, plain)))
@@ -218,14 +221,7 @@ def test_masks_that_libraries_move_or_take_apart(state, kind, implementation, to
 
 @torch.no_grad()
 def test_a_mask_on_another_device_is_the_same_mask():
-    model = tiny()
-    attnswap.patch(model, "ssmax")
-    mask = create_causal_mask(
-        config=model.config,
-        inputs_embeds=torch.zeros(2, 5, 32),
-        attention_mask=torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 1, 1]]),
-        past_key_values=None,
-    )
+    mask = padded_mask()
     assert mask.to("cpu") is mask
     moved = mask.to(device="meta", non_blocking=True)
     assert moved.visibility.key_valid.device.type == moved.tensor().device.type == "meta"

@@ -6,10 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from attnswap.disk import sync
 from attnswap.errors import ConfigError
 from attnswap.folders import check_replaceable, check_writable
 from attnswap.training.config import TrainConfig, as_run
-from attnswap.training.durable import latest_checkpoint, sync
+from attnswap.training.durable import latest_checkpoint
 from attnswap.training.strict import dump_yaml
 
 RESULT, UNFINISHED = ("recipe.yaml", "summary.json"), ("recipe.yaml",)

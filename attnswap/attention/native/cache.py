@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from attnswap.disk import sync
+
 PATIENCE = 1800.0
 """Seconds one compilation may take, and for which other processes wait for it."""
 
@@ -112,18 +114,9 @@ def _write(target: Path, make: Callable[[Path], None]) -> None:
         record.write_text(_digest(made), encoding="ascii")
         for source, place in ((made, target), (record, _record(target))):
             source.chmod(0o600)
-            _flush(source)
+            sync(source)
             os.replace(source, place)
-    _flush(target.parent)
-
-
-def _flush(path: Path) -> None:
-    """Waits until a file or a folder is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(target.parent)
 
 
 @contextlib.contextmanager
