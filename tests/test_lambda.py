@@ -155,6 +155,10 @@ def test_a_buffer_of_another_form_raises(buffer, tokens):
     model.model.layers[1].self_attn.attnswap.softpick._buffers["ramp"] = buffer
     with pytest.raises(NumericsError, match="shape"):
         logits(model, tokens)
+    attnswap.set_ramp(model, 1.0)
+    right = tiny()
+    attnswap.patch(right, "softpick")
+    assert torch.equal(logits(model, tokens), logits(right, tokens))
 
 
 def test_heads_that_share_a_value_are_not_written_apart(tokens):

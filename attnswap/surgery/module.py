@@ -131,7 +131,7 @@ class LayerSwap(nn.Module):
         """Gives a slot another lambda."""
         module, value = self.get_submodule(name), torch.tensor(moved.ramp, dtype=torch.float32)
         ramp = module.get_buffer("ramp")
-        if ramp.shape == value.shape and not ramp.is_inference():
+        if (ramp.shape, ramp.dtype) == (value.shape, value.dtype) and not ramp.is_inference():
             ramp.copy_(value)  # in place: trainers and wrappers hold on to a model's buffers
         else:
             module.register_buffer("ramp", value.to(ramp.device))
@@ -162,6 +162,8 @@ class LayerSwap(nn.Module):
 
     def present_slots(self) -> dict[str, Slot]:
         """Returns the slots at the lambda that the buffers of this module hold now."""
+        for module in self.children():
+            module.read = None  # type: ignore[assignment]  # on an accelerator too, where a forward does not wait
         return self.slots_at({name: {"ramp": self.get_submodule(name).get_buffer("ramp")} for name in self.slots})
 
     def drop(self, name: str) -> None:

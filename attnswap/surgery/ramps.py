@@ -4,6 +4,7 @@ Averaged models, checkpoints that are read in place, merged weights and copies o
 asking. So no number on the host is trusted: the phase of a slot follows from its buffer at each forward.
 """
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -40,7 +41,7 @@ def slot_at(slot: Slot, ramp: Tensor, known: bool = False) -> Slot:
         _check_phase(slot, ramp)
         return slot
     values = numbers(ramp)
-    if values is None or values == _held(slot):
+    if values is None or values == _held(slot.ramp):
         return slot
     if not all(0 <= value <= 1 for value in values):
         raise NumericsError(
@@ -96,9 +97,10 @@ def _name(slot: Slot) -> str:
     return getattr(slot.swap, "name", type(slot.swap).__name__)
 
 
-def _held(slot: Slot) -> list[float]:
-    """Returns a slot's lambda as a buffer of fp32 holds it."""
-    return torch.tensor(slot.ramp, dtype=torch.float32).flatten().tolist()
+@functools.lru_cache(maxsize=4096)
+def _held(ramp: float | tuple[float, ...]) -> list[float]:
+    """Returns a lambda as a buffer of fp32 holds it."""
+    return torch.tensor(ramp, dtype=torch.float32).flatten().tolist()
 
 
 def _check_phase(slot: Slot, ramp: Tensor) -> None:
