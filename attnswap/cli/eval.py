@@ -128,7 +128,7 @@ def _look_first(
     max_tokens: int | None,
     baseline: Evaluation | None,
 ) -> None:
-    """Refuses what can be told from configs, tokenizers and the text, before any model is loaded and measured."""
+    """Refuses what configs, tokenizers and the text already rule out, before any model is loaded and measured."""
     known = None if baseline is None else baseline.protocol
     for reference in references:
         load_config_of(reference)

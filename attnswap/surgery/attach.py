@@ -265,11 +265,9 @@ class Present:
 
 def _all_connected(model: nn.Module) -> bool:
     """Whether every attention module of the patched kind has our hooks."""
-    entry = _entry(model)
-    if entry is None:
+    if not is_patched(model):
         return False
-    modules = attention_modules(model, PatchSpec.from_dict(entry).part)
-    return all(enter_of(module) is not None for _, module in modules.values())
+    return all(enter_of(module) is not None for _, module in patched_modules(model).values())  # type: ignore[arg-type]
 
 
 WRAPPING = ("_checkpoint_wrapped_module", "_orig_mod")
