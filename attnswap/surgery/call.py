@@ -35,8 +35,8 @@ class LayerCall:
         slots: The static part of the layer's swaps by name; empty for a layer that was not selected.
         features: Each slot's features and ramp, of the new tokens.
         cache: The KV cache of this forward, if any.
-        probe: Multiplies each head's output, shape (heads,), while a patch is being verified.
-        alone: No swap runs on the model's own kernel, which would prove nothing of ours.
+        gains: While a patch is being verified: the swaps run, but what attention gives is our own softmax in their
+            place, times one gain for each head, shape (heads,).
         cross: The module attends to another sequence.
         watch: Called with what attention took and gave; see :class:`attnswap.training.watch.Watch`.
         observe: Called with each slot's problem; see :func:`attnswap.training.observing.observing`.
@@ -50,8 +50,7 @@ class LayerCall:
     slots: dict[str, Slot] = field(default_factory=dict)
     features: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     cache: Cache | None = None
-    probe: Tensor | None = None
-    alone: bool = False
+    gains: Tensor | None = None
     cross: bool = False
     watch: "Watching | None" = None
     observe: "Observing | None" = None

@@ -96,6 +96,13 @@ def attend(
     return out, in_order(shares, 1) if weights else None
 
 
+def plainly(slots: dict[str, Slot]) -> tuple[dict[str, Slot], dict[str, dict[str, Tensor]]]:
+    """Returns slots that serve the same heads with our own softmax, and their features."""
+    return {name: Slot(Swap(), slot.heads) for name, slot in slots.items()}, {
+        k: {"ramp": torch.ones(())} for k in slots
+    }
+
+
 def show_idle(
     layer: LayerInputs,
     slots: dict[str, Slot],

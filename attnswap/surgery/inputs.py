@@ -48,9 +48,14 @@ def _tokens(model: PreTrainedModel, ids: str, mask: str, device: torch.device) -
         embeddings: Any = model.get_input_embeddings()
         vocabulary = embeddings.weight.shape[0]
     values = (torch.arange(2 * TOKENS, device=device).reshape(2, TOKENS) * 7 + 3) % vocabulary
-    real = torch.ones_like(values)
+    return {ids: values, mask: real_tokens(device)}
+
+
+def real_tokens(device: torch.device) -> Tensor:
+    """Returns which tokens are no padding, shape (2, :data:`TOKENS`)."""
+    real = torch.ones(2, TOKENS, dtype=torch.long, device=device)
     real[1, :2] = 0
-    return {ids: values, mask: real}
+    return real
 
 
 def _needs_pixels(model: PreTrainedModel) -> bool:

@@ -1,7 +1,8 @@
 """Prove on a tiny forward that a patch does what it says: every selected head of every selected layer reaches us."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -9,40 +10,47 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from attnswap.errors import AttnSwapError, UnsupportedModelError
 from attnswap.surgery.attach import Modules, child_of, dispatches_all, enter_of
-from attnswap.surgery.inputs import tiny_inputs
+from attnswap.surgery.inputs import real_tokens, tiny_inputs
 from attnswap.surgery.scores import Answering
 from attnswap.surgery.seam import Enter
 from attnswap.surgery.spec import Slot
 from attnswap.surgery.stacks import siblings
-from attnswap.swaps.base import Call, Swap, Terms
+from attnswap.swaps.base import Swap
 from attnswap.swaps.sigmoid import Sigmoid
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 """Largest difference allowed between stock softmax and ours, relative to the spread of the outputs."""
 
 
-class Plain(Swap):
-    """Softmax itself, computed by us: shows that nothing else in the call was overlooked."""
+@dataclass
+class Seen:
+    """What one forward gave.
 
+    Attributes:
+        output: The model's output, in fp32; of tokens those that are no padding.
+        parts: The same of each selected attention module, call by call.
+        slopes: The gradients of the gains of each layer's heads; None where there is none.
+    """
 
-class Flat(Swap):
-    """Not an identity: softmax with its scores halved."""
-
-    def terms(self, call: Call) -> Terms:
-        """Halves every score."""
-        return Terms(query_scale=torch.full_like(call.n, 0.5))
+    output: Tensor
+    parts: list[Tensor]
+    slopes: list[Tensor | None] = field(default_factory=list)
 
 
 def verify(model: PreTrainedModel, config: PreTrainedConfig, modules: Modules, before: str) -> None:
     """Checks a freshly connected model.
 
-    Three forwards over a few tokens: the model as it was; with our own softmax in every selected head, which must
-    give the same; with a swap that is no identity, whose output must reach the model's output from every selected
-    head, as shown by the gradient of a gain on each head.
+    Two forwards over a few tokens: the model as it was; and with our own softmax in every selected head, which must
+    give the same, and which must reach the output of its attention module from every selected head, as shown by the
+    gradient of a gain on each. The swaps themselves run beside it, since they may refuse what enters their layer.
+
+    Both run first without the products outside of attention, which take most of the time. Where that does not show
+    it, they run whole.
 
     Args:
         model: The model, with its slots in place.
@@ -54,25 +62,16 @@ def verify(model: PreTrainedModel, config: PreTrainedConfig, modules: Modules, b
         UnsupportedModelError: A selected layer or head does not reach us, or our softmax differs from the model's.
     """
     swapped = {i: m for i, (_, m) in modules.items() if child_of(m) is not None}
-    connected, every = config._attn_implementation_internal, siblings(model, modules)
+    every = siblings(model, modules)
+    both = partial(_both, model, config, every, swapped, before)
     # What is still to be read from a file cannot be compared with the config yet.
     with _uncompiled(model), torch.inference_mode(False), _quiet(model), _hooked(every, "unchecked", False):
-        run = partial(_forward, model, _learnable(model))
         try:
-            config._attn_implementation_internal = before
-            with _muted(every):
-                reference = run()
-            config._attn_implementation_internal = connected
-            with _replaced(swapped, Plain()), _hooked(every, "alone", True):
-                same = run()
-            # On a CPU flex_attention gives no gradient.
-            learns = "eager" if before == "flex_attention" and reference.device.type == "cpu" else before
-            hooked = _before(every, learns)
-            with _replaced(swapped, Flat()), hooked, _gains(swapped) as gains, torch.enable_grad():
-                output = run()
-                weights = torch.linspace(1, 2, output.numel(), device=output.device).view_as(output)
-                slopes = torch.autograd.grad((output * weights).sum(), list(gains.values()), allow_unused=True)
-            run()  # with the swaps themselves, which may refuse
+            if not _shown_hollow(model, every, swapped, both):
+                reference, same = both()
+                _check_outputs(model, [reference.output], [same.output])
+                for (layer, module), slope in zip(swapped.items(), same.slopes, strict=True):
+                    _check_heads(model, layer, module, slope)
             if not dispatches_all(modules):
                 _check_rows(model, every, swapped)
         except AttnSwapError:
@@ -81,17 +80,61 @@ def verify(model: PreTrainedModel, config: PreTrainedConfig, modules: Modules, b
             raise UnsupportedModelError(
                 f"{type(model).__name__} cannot run a forward with attnswap: {type(error).__name__}: {error}"
             ) from error
-        finally:
-            config._attn_implementation_internal = connected
-    spread = float(reference.std()) or 1.0
-    difference = float((same - reference).abs().max())
-    if not difference <= TOLERANCE.get(model.dtype, 0.2) * spread:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} computes more in its attention than softmax over masked scores: served by "
-            f"attnswap's own softmax its output moves by {difference:.2g} (spread {spread:.2g})"
-        )
-    for (layer, module), slope in zip(swapped.items(), slopes, strict=True):
-        _check_heads(model, layer, module, slope)
+
+
+def _both(
+    model: PreTrainedModel, config: PreTrainedConfig, every: list[nn.Module], swapped: dict[int, nn.Module], before: str
+) -> tuple[Seen, Seen]:
+    """Runs the model as it was, and served by our own softmax."""
+    run = partial(_forward, model, _learnable(model))
+    connected = config._attn_implementation_internal
+    try:
+        config._attn_implementation_internal = before
+        with _muted(every), _collected(swapped) as parts:
+            reference = Seen(run(), parts)
+        config._attn_implementation_internal = connected
+        # On a CPU flex_attention gives no gradient.
+        learns = "eager" if before == "flex_attention" and reference.output.device.type == "cpu" else before
+        with _before(every, learns), _gains(swapped) as gains, _collected(swapped, learn=True) as parts:
+            same = Seen(run(), [part.detach() for part in parts])
+    finally:
+        config._attn_implementation_internal = connected
+    sums = [part for part in parts if part.requires_grad]
+    weights = [torch.linspace(1, 2, part.numel(), device=part.device).view_as(part) for part in sums]
+    found = torch.autograd.grad(sums, list(gains.values()), weights, allow_unused=True) if sums else [None] * len(gains)
+    same.slopes = list(found)
+    return reference, same
+
+
+def _shown_hollow(
+    model: PreTrainedModel,
+    every: list[nn.Module],
+    swapped: dict[int, nn.Module],
+    both: Callable[[], tuple[Seen, Seen]],
+) -> bool:
+    """Whether attention alone shows what is to be shown; each module is then compared by itself."""
+    try:
+        with _hollow(model, every):
+            reference, same = both()
+        spread = _check_outputs(model, reference.parts, same.parts)
+        for (layer, module), slope in zip(swapped.items(), same.slopes, strict=True):
+            _check_heads(model, layer, module, slope)
+    except Exception:  # of whatever kind: the whole model says what is wrong, if something is
+        return False
+    return spread > 0
+
+
+def _check_outputs(model: PreTrainedModel, reference: list[Tensor], same: list[Tensor]) -> float:
+    """Returns the smallest spread of outputs that are the same."""
+    pairs = zip(reference, same, strict=True)
+    both = torch.stack([torch.stack([(now - was).abs().max(), was.std()]).cpu() for was, now in pairs])
+    for difference, spread in both.tolist():
+        if not difference <= TOLERANCE.get(model.dtype, 0.2) * (spread or 1.0):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} computes more in its attention than softmax over masked scores: served by "
+                f"attnswap's own softmax its output moves by {difference:.2g} (spread {spread:.2g})"
+            )
+    return float(both[:, 1].min())
 
 
 def _check_rows(model: PreTrainedModel, every: list[nn.Module], swapped: dict[int, nn.Module]) -> None:
@@ -125,12 +168,13 @@ def _prefix_gap(model: PreTrainedModel) -> float:
 def _check_heads(model: PreTrainedModel, layer: int, module: nn.Module, slope: Tensor | None) -> None:
     child = child_of(module)
     assert child is not None
+    reached = [False] * child.info.heads if slope is None else (slope != 0).tolist()
     for slot in child.slots.values():
         for head in range(child.info.heads) if slot.heads is None else slot.heads:
-            if slope is None or not bool(slope[head] != 0):
+            if not reached[head]:
                 raise UnsupportedModelError(
                     f"head {head} of layer {layer} ({type(module).__name__}) of {type(model).__name__} has no effect "
-                    "on the model's output when its attention is served by attnswap"
+                    "on the output of that module when its attention is served by attnswap"
                 )
 
 
@@ -141,13 +185,15 @@ def _learnable(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _forward(model: PreTrainedModel, stand_ins: dict[str, Tensor]) -> Tensor:
-    """Runs two short inputs and returns the outputs in fp32, of tokens those that are no padding."""
+    """Runs two short inputs."""
     inputs = tiny_inputs(model)
-    output = (functional_call(model, stand_ins, kwargs=inputs) if stand_ins else model(**inputs))[0]
-    mask = inputs.get("decoder_attention_mask", inputs.get("attention_mask"))
-    if mask is not None and output.shape[:2] == mask.shape:
-        output = output[mask.bool()]
-    return output.float()
+    return _real((functional_call(model, stand_ins, kwargs=inputs) if stand_ins else model(**inputs))[0])
+
+
+def _real(output: Tensor) -> Tensor:
+    """Returns outputs in fp32, of tokens those that are no padding."""
+    real = real_tokens(output.device)
+    return (output[real.bool()] if output.shape[:2] == real.shape else output).float()
 
 
 @contextlib.contextmanager
@@ -234,7 +280,7 @@ def _before(modules: list[nn.Module], name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _gains(swapped: dict[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
-    """Multiplies each head's output by a gain of 1 that asks for its gradient."""
+    """Has our softmax serve every slot, each head's output times a gain of 1 that asks for its gradient."""
     gains, hooks = {}, []
     for layer, module in swapped.items():
         child = child_of(module)
@@ -243,10 +289,63 @@ def _gains(swapped: dict[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
         gains[layer] = torch.ones(child.info.heads, device=device, requires_grad=True)
         hook = enter_of(module)
         assert hook is not None
-        hook.probe = gains[layer]
+        hook.gains = gains[layer]
         hooks.append(hook)
     try:
         yield gains
     finally:
         for hook in hooks:
-            hook.probe = None
+            hook.gains = None
+
+
+@contextlib.contextmanager
+def _collected(swapped: dict[int, nn.Module], learn: bool = False) -> Iterator[list[Tensor]]:
+    """Collects what the attention modules give.
+
+    Args:
+        swapped: The modules.
+        learn: Turns on gradients within these modules: a backward of the whole model would cost more than a forward.
+    """
+    found: list[Tensor] = []
+
+    def enter(*_: Any) -> None:
+        torch.set_grad_enabled(learn)
+
+    def leave(_: nn.Module, __: Any, output: Any) -> None:
+        found.extend([_real(value) for value in tree_leaves(output) if isinstance(value, Tensor)][:1])
+        torch.set_grad_enabled(False)
+
+    handles = [module.register_forward_pre_hook(enter) for module in swapped.values()]
+    handles += [module.register_forward_hook(leave) for module in swapped.values()]
+    try:
+        with torch.no_grad():  # whose end puts the mode back, wherever a forward ends
+            yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _hollow(model: nn.Module, attention: list[nn.Module]) -> Iterator[None]:
+    """Has linear layers outside of attention hand on numbers of their input, as many as they would give.
+
+    Outputs stay those of different tokens, so that a mask or an order that is wrong still shows.
+    """
+    inside = {id(part) for module in attention for part in module.modules()}
+    replaced = []
+    for module in model.modules():
+        plain = type(module) is nn.Linear and type(module.weight.data) is Tensor  # neither rounded nor sharded
+        if plain and id(module) not in inside and "forward" not in vars(module):
+            replaced.append(module)
+    try:
+        for module in replaced:
+            module.forward = partial(_hand_on, module)  # type: ignore[method-assign]
+        yield
+    finally:
+        for module in replaced:
+            vars(module).pop("forward", None)
+
+
+def _hand_on(module: Any, x: Tensor) -> Tensor:
+    times = -(-module.out_features // x.shape[-1])
+    return x.repeat(*(1 for _ in x.shape[1:]), times)[..., : module.out_features]

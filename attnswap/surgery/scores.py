@@ -22,7 +22,7 @@ from attnswap.errors import UnsupportedModelError
 from attnswap.surgery import combine
 from attnswap.surgery.call import LayerCall
 from attnswap.surgery.masks import refuse_nearly
-from attnswap.surgery.spec import KEY
+from attnswap.surgery.spec import KEY, Slot
 from attnswap.surgery.stacks import code_of
 
 SOFTMAXES = {torch.softmax, Tensor.softmax, torch.nn.functional.softmax, torch.special.softmax}
@@ -101,24 +101,36 @@ class Within(TorchFunctionMode):
             dropout=0.0,
             content=scores.masked_fill(hidden, 0.0),
         )
-        features = self.call.all_features(layer.visibility)
-        result, observed = stock, self.call.observed
-        combine.show_idle(layer, self.call.slots, features, observed)
-        for name, slot in self.call.slots.items():
+        slots, features = self.call.slots, self.call.all_features(layer.visibility)
+        combine.show_idle(layer, slots, features, self.call.observed)
+        result = self._served(layer, slots, features, stock)
+        if self.call.watch is not None:  # scores stand for the query here, and weights for the output
+            self.call.watch(self.call, scores, result, 1)
+        if self.call.gains is None:
+            return result
+        return self._served(layer, *combine.plainly(slots), stock) * self.call.gains[:, None, None]
+
+    def _served(
+        self,
+        layer: combine.LayerInputs,
+        slots: dict[str, Slot],
+        features: dict[str, dict[str, Tensor]],
+        result: Tensor,
+    ) -> Tensor:
+        """Returns weights in which those of the slots' heads are the slots'."""
+        for name, slot in slots.items():
             if slot.phase == "before":
                 continue
             problem = combine.slot_problem(layer, slot, features[name])
-            if observed is not None:
-                observed(name, problem)
+            if self.call.observed is not None:
+                self.call.observed(name, problem)
             _, share = combine.dense_part(problem, problem.query)
             value_scale = problem.regular().terms.value_scale
             if value_scale is not None:
                 share = share * value_scale.repeat_interleave(share.shape[1] // value_scale.shape[1], 1)[..., None, :]
             chosen = torch.tensor(slot.heads or range(self.heads), device=share.device)
             result = result.to(share.dtype).index_copy(1, chosen, share)
-        if self.call.watch is not None:  # scores stand for the query here, and weights for the output
-            self.call.watch(self.call, scores, result, 1)
-        return result if self.call.probe is None else result * self.call.probe[:, None, None]
+        return result
 
     def _by_key_head(self, features: dict[str, dict[str, Tensor]], heads: int) -> dict[str, dict[str, Tensor]]:
         """Repeats what is kept per key/value head where the model repeats keys and values for the heads that share."""
@@ -164,7 +176,10 @@ class Within(TorchFunctionMode):
         out = combine.attend(layer, self.call.slots, features, previous, False, self.call.observed)[0].transpose(1, 2)
         if self.call.watch is not None:
             self.call.watch(self.call, query, out, 1)
-        return out if self.call.probe is None else out * self.call.probe[:, None, None].to(out.dtype)
+        if self.call.gains is None:
+            return out
+        out = combine.attend(layer, *combine.plainly(self.call.slots), previous, False)[0].transpose(1, 2)
+        return out * self.call.gains[:, None, None].to(out.dtype)
 
 
 def _hidden(module: nn.Module, scores: Tensor) -> Tensor:

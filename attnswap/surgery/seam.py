@@ -61,10 +61,9 @@ class Enter:
         self.bypass = False
         self.muted = False
         self.unchecked = unchecked
-        self.probe: Tensor | None = None
+        self.gains: Tensor | None = None
         self.watch: Watching | None = None
         self.observe: Observing | None = None
-        self.alone = False
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -73,7 +72,7 @@ class Enter:
         if self.muted:
             return None
         self._follow(module)
-        call = LayerCall(self.route.before, self.layer, probe=self.probe, alone=self.alone, cross=self.cross)
+        call = LayerCall(self.route.before, self.layer, gains=self.gains, cross=self.cross)
         call.watch, call.observe = self.watch, self.observe
         child = module._modules.get(KEY)
         if child is not None and not self.bypass:
@@ -204,7 +203,7 @@ def attention_forward(
     call.served = True
 
     options = {"scaling": scaling, "dropout": dropout, **kwargs}
-    previous = Previous(module, call.before, query, key, value, attention_mask, options, lends=not call.alone)
+    previous = Previous(module, call.before, query, key, value, attention_mask, options)
     weights_wanted = attentions_wanted(kwargs)
     if not call.slots:
         kept = previous.everything()
@@ -231,7 +230,11 @@ def attention_forward(
     result = combine.attend(layer, call.slots, features, previous, weights_wanted, call.observed)
     if call.watch is not None:
         call.watch(call, query, result[0], 2)
-    return _probed(result, call.probe)
+    if call.gains is None:
+        return result
+    # On the model's own kernel, softmax would prove nothing of ours.
+    out = combine.attend(layer, *combine.plainly(call.slots), replace(previous, lends=False), False)[0]
+    return out * call.gains[:, None].to(out.dtype), None
 
 
 def check_heads(module: nn.Module, call: LayerCall, heads: int) -> None:
@@ -245,10 +248,6 @@ def check_heads(module: nn.Module, call: LayerCall, heads: int) -> None:
             f"{type(module).__name__} attends with {heads} of {call.info.heads} heads here (tensor parallelism?), so "
             "the heads that were chosen for a swap cannot be told; swap all heads, or run without a tp_plan"
         )
-
-
-def _probed(result: tuple[Tensor, Tensor | None], probe: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    return result if probe is None else (result[0] * probe[:, None].to(result[0].dtype), result[1])
 
 
 def as_visibility(

@@ -33,7 +33,8 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
 
 def _copy(attributes: Attributes) -> Saved:
     """Returns names, values, and what the values that are tables or sets hold."""
-    return [(name, x, x.copy() if isinstance(x, dict | set) else None) for name, x in attributes.items()]
+    # Most are empty tables of hooks, of which a model has thousands.
+    return [(name, x, (x and x.copy()) if isinstance(x, dict | set) else None) for name, x in attributes.items()]
 
 
 def _put_back(attributes: Attributes, saved: Saved) -> None:
