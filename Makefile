@@ -23,7 +23,7 @@ test: $(STAMP)  ## the tests, within ten minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-all: $(STAMP)  ## every test, slow ones included; needs Chromium (apt-get install chromium)
-	ATTNSWAP_TEST_BROWSER=required OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "slow or not slow"
+	ATTNSWAP_TEST_BROWSER=required OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "slow or not slow" --hypothesis-profile=whole
 
 results-smoke: $(STAMP)  ## rerun one healing recipe and compare with the committed result, which is of Python 3.11.7
 	rm -rf out/smoke

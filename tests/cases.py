@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from unittest import mock
 
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -24,7 +24,7 @@ from attnswap.attention.problem import Problem, complete_features
 from attnswap.attention.visibility import Visibility
 from attnswap.swaps import ModelInfo, Swap
 
-SETTINGS = settings(deadline=None, derandomize=True, max_examples=40, suppress_health_check=list(HealthCheck))
+SETTINGS = settings()  # of the profile that conftest.py chose, or the command line
 MASKS = ("none", "causal", "bool", "inf", "lowest", "additive", "per head", "one for all", "causal and bool", "padding")
 LEVELS = ("plain", "sharp", "huge", "low")
 MAX_POSITIONS = 16

@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -37,6 +38,21 @@ ARCHITECTURES = ["llama", "mistral", "qwen3", "gemma2", "gpt_oss", "gpt2", "gpt_
 SWAPS = swaps.names()
 VOCABULARY = 97
 WINDOW = 6
+
+settings.register_profile(
+    "whole", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), max_examples=40
+)
+settings.register_profile("quick", settings.get_profile("whole"), max_examples=10)
+settings.load_profile("quick")  # --hypothesis-profile=whole comes after this
+
+
+@pytest.hookimpl(tryfirst=True)  # before what is slow is left out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves all but one of n of a grid's cases to make test-all, so that each value of each axis stays."""
+    for item in items:
+        mark = item.get_closest_marker("thinned")
+        if mark is not None and sum(item.callspec.indices.values()) % mark.args[0]:  # type: ignore[attr-defined]
+            item.add_marker(pytest.mark.slow)
 
 
 def tiny_config(kind: str, layers: int = 2) -> PreTrainedConfig:

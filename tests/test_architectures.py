@@ -193,6 +193,7 @@ OWN = [
 ]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("swap", ["forgetting-gate", "softpick", "selective-temperature", "entmax"])
 @pytest.mark.parametrize("kind", OWN)
 def test_models_that_compute_attention_themselves(kind, swap):

@@ -31,6 +31,7 @@ def logits(model, tokens):
         return model(tokens).logits
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("swap", SWAPS)
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_round_trip_is_exact(kind, swap, patched, tokens, tmp_path):

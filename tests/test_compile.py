@@ -96,6 +96,7 @@ def check_call(swap: Swap, backend: str, case: Case, compiler: str = "aot_eager"
 # --- the function -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("swap", SWAPS, ids=variant_id)
 def test_a_call_is_one_graph(swap: Swap, backend: str):
@@ -104,13 +105,15 @@ def test_a_call_is_one_graph(swap: Swap, backend: str):
     check_call(swap, backend, Case(queries=7, keys=9))
 
 
-@pytest.mark.parametrize("backend", ["chunked", "folded"])
+@pytest.mark.thinned(2)
+@pytest.mark.parametrize("backend", ["folded", "chunked"])
 def test_blocks_that_are_computed_again_are_part_of_the_graph(backend: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 2 * 4 * 9 * 3)
     for swap in (attnswap.Entmax(),) if backend == "chunked" else (attnswap.ForgettingGate(),):
         check_call(swap, backend, Case(queries=9, keys=9))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("mask", ["bool", "additive", "causal and bool"])
 def test_masks_are_part_of_the_graph(mask: str):
     check_call(attnswap.Softpick(), "auto", Case(mask=mask))
@@ -130,6 +133,7 @@ def test_inductor_computes_the_same(swap: Swap, backend: str):
     check_call(swap, backend, Case(queries=20, keys=20, width=8, value_width=8), "inductor")
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("ramp", [0.0, 0.5, torch.tensor(0.3), torch.tensor([0.1, 0.2, 0.3, 0.4])], ids=str)
 def test_every_ramp_is_one_graph(ramp: Any):
     for swap in (attnswap.Softpick(), attnswap.Sigmoid(bias=-1.5)):
@@ -246,6 +250,7 @@ for swap in (attnswap.Softpick(), attnswap.Sigmoid(bias="learned", max_positions
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_a_call_of_the_triton_kernels_is_one_graph():
     """In Triton's interpreter, which is chosen when a process starts."""
@@ -337,6 +342,7 @@ def check_model(model: PreTrainedModel, mask: Tensor | None = None, compiler: st
     assert_equal(found, step(model, model, mask))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("kind", "swap", "ramp", "padded"),
     [
@@ -444,6 +450,7 @@ def test_decoding_is_one_graph(swap: str, kind: str):
     assert counter.frame_count <= (1 if kind == "static" else 2)
 
 
+@pytest.mark.slow
 def test_a_new_cache_gets_its_gates_outside_of_a_graph():
     """A graph cannot make them: in one piece that is refused, and otherwise that forward runs in eager mode."""
     model = patched_model("forgetting-gate")

@@ -51,7 +51,7 @@ def logits(folder: Path) -> torch.Tensor:
 
 
 CASES = [
-    pytest.param("ddp", 2, "forgetting-gate", {}),
+    pytest.param("ddp", 2, "forgetting-gate", {}, marks=pytest.mark.slow),
     pytest.param("fsdp2", 2, "forgetting-gate", {}),
     pytest.param("ddp", 4, "ssmax", {}, marks=pytest.mark.slow),
     pytest.param("fsdp2", 4, "ssmax", {}, marks=pytest.mark.slow),
@@ -110,6 +110,7 @@ def staged(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_stages_train_what_they_train_in_one_process(tmp_path):
     """Attention moves as in one process, but for what a mean over fewer windows makes of it; the rest not at all."""
     path = staged(tmp_path)

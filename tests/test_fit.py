@@ -18,6 +18,7 @@ from attnswap.training import fit, parse_config, train
 from attnswap.training.run import FITTED
 
 
+@pytest.mark.slow
 def test_a_fitted_sigmoid_is_nearer_to_what_the_model_was() -> None:
     model = tiny_llama(hidden_size=64)
     with torch.no_grad():

@@ -64,6 +64,7 @@ def difference(model, tokens, mode, **options):
     return float((torch.stack(made.logits, 1) - full).abs().max())
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("swap", SWAPS)
 @pytest.mark.parametrize("kind", KINDS)
@@ -72,6 +73,7 @@ def test_generation_equals_the_full_forward(kind, swap, mode, tokens):
     assert difference(build(kind, swap), tokens[:1] if one_row else tokens, mode) < TOLERANCE
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("mode", ["dynamic", "static", "chunked prefill"])
 @pytest.mark.parametrize("swap", SWAPS)
 @pytest.mark.parametrize("kind", KINDS)
@@ -130,6 +132,7 @@ def test_a_shifted_n_would_be_noticed(swap, tokens, monkeypatch):
     assert difference(model, tokens, "dynamic") > TOLERANCE
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("swap", SWAPS)
 def test_compiled_decoding_with_a_static_cache(swap, tokens):
     model = build("llama", swap)
@@ -151,6 +154,7 @@ def test_quantized_caches(swap, tokens):
     assert 0 < rough < 10 * usual
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("mode", ["static", "chunked prefill", "beam", "prompt lookup"])
 @pytest.mark.parametrize("swap", ["softpick", "forgetting-gate", "ssmax"])
 @pytest.mark.parametrize("kind", ["bloom", "falcon", "gptj", "codegen", "xglm"])

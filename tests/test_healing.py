@@ -52,6 +52,7 @@ def run(tmp_path: Path, *extra: str) -> int:
     return int(stopped.value.code or 0)
 
 
+@pytest.mark.slow
 def test_an_experiment_measures_every_control_and_is_not_done_twice(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -246,6 +247,7 @@ def test_a_swap_that_overflows_untrained_is_left_out_of_the_result(
     assert title({**result, "heads": [0, 1], "layers": 0}).startswith("softpick, heads [0, 1] of layers 0 of")
 
 
+@pytest.mark.slow
 def test_a_recipe_that_fits_its_swap_first_is_measured_fitted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -97,6 +97,7 @@ WRITERS = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("target", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("start", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("swap", SWAPS)

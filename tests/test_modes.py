@@ -70,6 +70,7 @@ def there(interpreted: Callable[..., Any], backend: str, check: Callable[..., No
         check(*args, backend)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("name", "backend"),
     [

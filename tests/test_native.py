@@ -1,6 +1,5 @@
 """The native CPU kernels against the dense oracle in fp64, in fp32 and at the edges, and what happens without them."""
 
-import itertools
 import math
 import os
 import subprocess
@@ -123,14 +122,10 @@ def layouts() -> dict[str, Visibility]:
     }
 
 
-LAYOUTS = [  # a third of them in every run, each swap and each layout among it
-    pytest.param(swap, name, marks=() if (i + j) % 3 == 0 else pytest.mark.slow, id=f"{swap}-{name}")
-    for (i, swap), (j, name) in itertools.product(enumerate(SWAPS), enumerate(layouts()))
-]
-
-
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("backend", [pytest.param(native, marks=needs_compiler), tiled], ids=["native", "tiled"])
-@pytest.mark.parametrize(("swap", "name"), LAYOUTS)
+@pytest.mark.parametrize("name", layouts())
+@pytest.mark.parametrize("swap", SWAPS, ids=str)
 def test_every_layout_in_fp64(swap: Swap, name: str, backend: Any, monkeypatch):
     """Outputs and all gradients, to rounding, for grouped keys, caps, sinks and ramps."""
     visibility = layouts()[name]
@@ -152,7 +147,9 @@ def test_every_layout_in_fp64(swap: Swap, name: str, backend: Any, monkeypatch):
 
 
 @needs_compiler
-@pytest.mark.parametrize(("swap", "name"), LAYOUTS)
+@pytest.mark.thinned(10)
+@pytest.mark.parametrize("name", layouts())
+@pytest.mark.parametrize("swap", SWAPS, ids=str)
 def test_every_layout_in_bf16(swap: Swap, name: str):
     """Within 2e-2 of fp64 on the same rounded inputs, by products of bf16 where the processor has them.
 

@@ -32,6 +32,7 @@ def logits(model, batch):
         return model(**batch).logits[batch["attention_mask"].bool()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("swap", SWAPS)
 def test_identity_ramp_and_unpatch(model, batch, swap):
     """An identity start and lambda 0 change no logit; away from it they change; unpatching gives back every bit."""
@@ -70,6 +71,7 @@ def test_gguf_model_is_patched_trained_and_saved(batch, tmp_path):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), batch), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("swap", ["forgetting-gate", "softpick"])
 def test_generation_with_and_without_a_cache(model, batch, swap):
     attnswap.patch(model, swap)

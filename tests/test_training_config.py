@@ -340,6 +340,7 @@ def test_accelerate_reads_its_configs(path):
     assert set(getattr(config, "deepspeed_config", {}) or {}) <= known
 
 
+@pytest.mark.slow
 def test_the_scaling_page_shows_what_its_script_prints():
     printed = subprocess.run(
         [sys.executable, "recipes/scaling.py"], cwd=ROOT, capture_output=True, text=True, check=True

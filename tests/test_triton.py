@@ -75,6 +75,7 @@ class EveryWord(Swap):
         return (n * p.ramp + fn.where(p.beta < n, 1.0 + p.alpha * p.alpha, 2.0)) * fn.exp(-shift)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("width", [64, 96, 128])
 @pytest.mark.parametrize("swap", SWAPS, ids=variant_id)
 def test_outputs_and_gradients(interpreted: Worker, swap: Swap, width: int):
@@ -83,12 +84,11 @@ def test_outputs_and_gradients(interpreted: Worker, swap: Swap, width: int):
     check(interpreted, swap, case)
 
 
-SLOW_MASKS = [
-    pytest.param(mask, marks=pytest.mark.slow) for mask in ("inf", "lowest", "one for all", "causal and bool")
-]
+MASKS = ("none", "bool", "additive", "per head", "padding", "inf", "lowest", "one for all", "causal and bool")
 
 
-@pytest.mark.parametrize("mask", ["none", "bool", "additive", "per head", "padding", *SLOW_MASKS])
+@pytest.mark.thinned(3)
+@pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("swap", [SWAPS[0], SWAPS[2], SWAPS[5]], ids=variant_id)
 def test_masks(interpreted: Worker, swap: Swap, mask: str):
     """Dense masks hold a row that sees nothing and one that sees one key."""
@@ -123,6 +123,7 @@ def test_scores_of_ten_thousand(interpreted: Worker, swap: Swap, level: str):
     compare(found, wanted, allowed, 4 * allowed, level)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("swap", SWAPS, ids=variant_id)
 def test_half_precision(interpreted: Worker, swap: Swap, dtype: torch.dtype):
@@ -164,6 +165,7 @@ def test_a_wrong_sign_in_a_slope_is_caught(interpreted: Worker):
 # --- calls as they come from a model ----------------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(9)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("swap", [SWAPS[0], SWAPS[2], SWAPS[3], SWAPS[5]], ids=variant_id)
 def test_calls_of_a_model(interpreted: Worker, swap: Swap, kind: str):

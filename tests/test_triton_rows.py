@@ -1,7 +1,6 @@
 """Row swaps, decayed tiles, NaN and half precision on the Triton kernels, in Triton's interpreter (see test_triton)."""
 
 import importlib.util
-import itertools
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -78,17 +77,9 @@ def name_of(swap: Swap) -> str:
     return variant_id(swap) if "name" in type(swap).__dict__ else type(swap).__name__
 
 
-def slow(*values: Any) -> Any:
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
-WIDTHS = [
-    pytest.param(swap, width, marks=() if width == 64 + 32 * (i % 3) else pytest.mark.slow)
-    for (i, swap), width in itertools.product(enumerate(SWAPS), (64, 96, 128))
-]
-
-
-@pytest.mark.parametrize(("swap", "width"), WIDTHS, ids=lambda x: name_of(x) if isinstance(x, Swap) else str(x))
+@pytest.mark.thinned(3)
+@pytest.mark.parametrize("width", [64, 96, 128])
+@pytest.mark.parametrize("swap", SWAPS, ids=name_of)
 def test_outputs_and_gradients(interpreted: Worker, swap: Swap, width: int):
     """Two tiles each way, shared key/value heads, and values of another width."""
     value_width = 64 if width == 96 else width
@@ -96,21 +87,22 @@ def test_outputs_and_gradients(interpreted: Worker, swap: Swap, width: int):
     check(interpreted, swap, case)
 
 
-@pytest.mark.parametrize("mask", ["none", "bool", "per head", "padding", slow("additive"), slow("causal and bool")])
-@pytest.mark.parametrize("swap", [LEARNED, slow(Cubes()), slow(SWAPS[1])], ids=name_of)
+@pytest.mark.thinned(8)
+@pytest.mark.parametrize("mask", ["none", "bool", "per head", "padding", "additive", "causal and bool"])
+@pytest.mark.parametrize("swap", [LEARNED, Cubes(), SWAPS[1]], ids=name_of)
 def test_masks(interpreted: Worker, swap: Swap, mask: str):
     check(interpreted, swap, Case(kv_heads=1, queries=9, keys=70, width=16, value_width=24, mask=mask, seed=5))
 
 
-@pytest.mark.parametrize(
-    "kind", [kind if kind in ("sinks", "soft cap", "holes") else slow(kind) for kind in KINDS if kind != "square"]
-)
-@pytest.mark.parametrize("swap", [SWAPS[0], slow(LEARNED)], ids=name_of)
+@pytest.mark.thinned(12)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "square"])
+@pytest.mark.parametrize("swap", [SWAPS[0], LEARNED], ids=name_of)
 def test_calls_of_a_model(interpreted: Worker, swap: Swap, kind: str):
     wanted = solve(swap, "dense", torch.float64, kind)
     compare(interpreted(solve, swap, "triton", torch.float32, kind), wanted, 4e-6, 1.6e-5, kind)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("swap", [SWAPS[0], LEARNED, Cubes()], ids=name_of)
 def test_half_precision(interpreted: Worker, swap: Swap, dtype: torch.dtype):
@@ -118,6 +110,7 @@ def test_half_precision(interpreted: Worker, swap: Swap, dtype: torch.dtype):
     check(interpreted, swap, case, dtype)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "ramp", [0.25, 2.0**-20, torch.tensor([0.25, 1.0, 0.5, 0.75])], ids=["number", "next to softmax", "per head"]
 )
@@ -126,6 +119,7 @@ def test_the_ramp_and_its_gradient(interpreted: Worker, ramp: Any):
     check(interpreted, SWAPS[0], case, ramp=ramp)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("level", ["huge", "low"])
 def test_scores_of_ten_thousand(interpreted: Worker, level: str):
     case = Case(queries=9, keys=12, width=64, value_width=16, level=level, seed=2)
@@ -137,6 +131,7 @@ def test_scores_of_ten_thousand(interpreted: Worker, level: str):
     compare(found, wanted, allowed, 4 * allowed, level)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("function", ["weight_slope", "weight_by_shift"])
 def test_a_wrong_sign_is_caught(interpreted: Worker, function: str):
     """The output is right (bounds alone find the threshold) and the gradients of the scores are not."""
@@ -252,6 +247,7 @@ def test_decayed_tiles_are_not_read(interpreted: Worker):
         compare(rows_of(found, early), {name: wanted[name][:, :, early]}, 2e-6, 8e-6, "gradients")
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("decay", "options"), [(0.01, {}), (0.5, {"softcap": 30.0})], ids=["weak", "soft cap"])
 def test_tiles_that_may_matter_are_read(interpreted: Worker, decay: float, options: dict[str, Any]):
     """A weak gate leaves every tile; under a soft cap the bound does not hold, so no tile is left out."""

@@ -127,6 +127,7 @@ def test_resized_embeddings(swap, patched, tokens, tmp_path):
     assert torch.equal(logits(again, tokens), logits(model, tokens))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("swap", SWAPS)
 def test_patching_and_unpatching_a_compiled_model(swap, tokens):
     model = tiny()
@@ -178,6 +179,7 @@ def test_continuous_batching_is_refused(swap, patched, tokens):
         model.generate_batch(tokens.tolist(), max_new_tokens=2)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("swap", SWAPS)
 def test_exported_programs(swap, patched, tokens):
     model = patched("llama", swap)
@@ -197,11 +199,8 @@ class Logits(torch.nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "swap",
-    ["softpick", "forgetting-gate"]
-    + [pytest.param(name, marks=pytest.mark.slow) for name in ("ssmax", "sigmoid", "selective-temperature")],
-)
+@pytest.mark.thinned(5)
+@pytest.mark.parametrize("swap", ["softpick", "forgetting-gate", "ssmax", "sigmoid", "selective-temperature"])
 def test_onnx(swap, patched, tokens, tmp_path):
     """What is exported computes the swap, by plain operations."""
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -214,6 +213,7 @@ def test_onnx(swap, patched, tokens, tmp_path):
     assert not torch.allclose(torch.tensor(found), logits(tiny("llama"), tokens), atol=1e-2)
 
 
+@pytest.mark.slow
 def test_onnx_refuses_what_it_has_no_form_for(patched, tokens):
     with pytest.raises(torch.onnx.errors.OnnxExporterError, match="convert"):
         torch.onnx.export(Logits(patched("llama", "entmax")), (tokens,), dynamo=True, verbose=False)
