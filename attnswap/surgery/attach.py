@@ -407,5 +407,6 @@ def add_slot(module: nn.Module, config: PreTrainedConfig, name: str, slot: Slot)
         child = LayerSwap(layer_info(config, module))
         child.train(module.training)
         module.add_module(KEY, child)
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    # Under a meta device context some models make a few parameters elsewhere; the first need not be among the rest.
+    device = min((p.device for p in module.parameters()), key=lambda d: d.type != "meta", default=torch.device("cpu"))
     child.add(name, slot, device)

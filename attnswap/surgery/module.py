@@ -58,7 +58,7 @@ class SwapModule(nn.Module):
         for name, (initial, std) in self.starts.items():
             (fill or _fill)(self.get_parameter(name), initial, std)
         if not self.ramp.is_meta:
-            self.ramp.copy_(torch.tensor(self.initial_ramp, dtype=torch.float32))
+            self.ramp.copy_(torch.tensor(self.initial_ramp, dtype=torch.float32, device="cpu"))
 
     def forward(self, hidden_states: Tensor) -> dict[str, Tensor]:
         """Computes the slot's features.

@@ -107,7 +107,7 @@ class PatchSpec:
             for entry in values["swaps"]:
                 slot, name = _read_slot(entry), entry["slot"]
                 check_slot_name(name)
-                for layer in _indices(entry["layers"], "layers"):
+                for layer in _indices(entry["layers"], "layers", lowest=-1):  # Zamba 2 numbers a shared layer so
                     present = layers.setdefault(layer, {})
                     _check_free(layer, name, slot, present)
                     present[name] = slot
@@ -163,9 +163,9 @@ def _read_slot(entry: Any) -> Slot:
     )
 
 
-def _indices(values: Any, what: str) -> tuple[int, ...]:
-    """Returns whole numbers of which none is negative or given twice, at least one."""
-    fine = isinstance(values, list) and values and all(type(x) is int and x >= 0 for x in values)
+def _indices(values: Any, what: str, lowest: int = 0) -> tuple[int, ...]:
+    """Returns whole numbers of which none is too low or given twice, at least one."""
+    fine = isinstance(values, list) and values and all(type(x) is int and x >= lowest for x in values)
     _require(fine and len(set(values)) == len(values), f"{what} are {values!r}")
     return tuple(values)
 
