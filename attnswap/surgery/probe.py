@@ -203,14 +203,15 @@ def _quiet(model: PreTrainedModel) -> Iterator[None]:
 
     The generators of random numbers are left alone: they are the process's, and other threads draw from them.
     """
-    modes = [(m, m.training) for m in model.modules()]
+    training = [module for module in model.modules() if module.training]
     with torch.no_grad():
-        model.eval()
+        if training:
+            model.eval()
         try:
             yield
         finally:
-            for module, training in modes:
-                module.training = training
+            for module in training:
+                module.training = True
 
 
 def _uncompiled(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
