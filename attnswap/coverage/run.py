@@ -11,7 +11,7 @@ import transformers
 
 from attnswap.coverage.columns import AFTER, dispatch, identity, logits, undo
 from attnswap.coverage.tiny import tiny_model
-from attnswap.errors import UnsupportedModelError
+from attnswap.errors import ConfigError, UnsupportedModelError
 from attnswap.surgery.attach import spec_of
 
 SWAPS = ("forgetting-gate", "softpick")
@@ -64,7 +64,7 @@ def cover(model_type: str, swap: str) -> Row:
             found["identity"] = _outcome(lambda: identity(model, stock))
             dispatch(model, stock, swap)
             found["dispatch"] = "pass"
-    except UnsupportedModelError as error:
+    except (ConfigError, UnsupportedModelError) as error:
         return Row(model_type, name, swap, reason=f"refused: {error}")
     except Exception as error:
         return Row(model_type, name, swap, columns={**found, "dispatch": _short(error)})
