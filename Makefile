@@ -27,7 +27,7 @@ test-all: $(STAMP)  ## every test, slow ones included; needs Chromium (apt-get i
 
 results-smoke: $(STAMP)  ## rerun one healing recipe and compare with the committed result, which is of Python 3.11.7
 	rm -rf out/smoke
-	$(BIN)/attnswap heal recipes/smoke/softpick.yaml --contexts 512,1k --max-tokens 8k --dtype fp32 --check recipes/results/smoke/result.json
+	$(BIN)/attnswap heal recipes/smoke/softpick.yaml --contexts 512,1k --max-tokens 8k --dtype fp32 --check results/smoke/result.json
 
 check: $(STAMP)  ## style and types
 	$(BIN)/ruff check .

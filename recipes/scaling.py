@@ -1,4 +1,4 @@
-"""Works out what training a 7B and a 70B model needs; prints the table of recipes/scaling.md.
+"""Works out what training a 7B and a 70B model needs; prints the table of docs/scaling.md.
 
     python recipes/scaling.py
 

@@ -282,7 +282,7 @@ def test_what_cannot_be_measured_is_refused_before_the_training(
     assert not (tmp_path / "out").exists()
 
 
-FOUND = sorted((ROOT / "recipes" / "results").glob("*/result.json"))
+FOUND = sorted((ROOT / "results").glob("*/result.json"))
 
 
 @pytest.mark.parametrize("width", [80, 60, 30])

@@ -24,7 +24,7 @@ def test_table_of_swaps():
 
 
 def test_demo_table_is_the_committed_result():
-    results = ROOT / "recipes" / "results" / "demo"
+    results = ROOT / "results" / "demo"
     shown, rows = block("demo"), json.loads((results / "demo.json").read_text())["rows"]
     assert (results / "demo.md").read_text().strip() in shown
     for row in rows:
@@ -36,21 +36,21 @@ def test_demo_table_is_the_committed_result():
 
 
 def test_the_demo_lowers_held_out_loss_by_two_standard_errors():
-    rows = json.loads((ROOT / "recipes" / "results" / "demo" / "demo.json").read_text())["rows"]
+    rows = json.loads((ROOT / "results" / "demo" / "demo.json").read_text())["rows"]
     for row in rows:
         assert -row["log_ratio_to_original"] > 2 * row["standard_error"]
 
 
 def test_table_of_healed_models_is_the_committed_results():
-    results = read_results(ROOT / "recipes" / "results")
+    results = read_results(ROOT / "results")
     whole = {name: result for name, result in results.items() if name == result["swap"]["name"]}
     for name in results.keys() - {"smoke"}:  # which begins with its swap's name, or the table would lose it
         assert name.startswith(results[name]["swap"]["name"])
-    assert table(whole, link="recipes/results/", contexts=(512, 2048, 8192)) == block("healing")
+    assert table(whole, link="results/", contexts=(512, 2048, 8192)) == block("healing")
 
 
 def test_figures_of_coverage_and_speed_are_the_committed_ones():
-    results, text = ROOT / "recipes" / "results", " ".join(README.split())
+    results, text = ROOT / "results", " ".join(README.split())
     coverage = json.loads((results / "coverage" / "coverage.json").read_text())
     assert f"{coverage['passing']} of {coverage['types']} types pass" in text
     failing = {row["type"] for row in coverage["rows"] if not row["passes"]}
@@ -73,7 +73,7 @@ def test_figures_of_coverage_and_speed_are_the_committed_ones():
     assert f"a training pass {least:.1f} to {most:.1f} times" in text
 
 
-@pytest.mark.parametrize("path", re.findall(r"`((?:recipes|notebooks|tests)/[\w./-]+)`", README))
+@pytest.mark.parametrize("path", re.findall(r"`((?:recipes|results|docs|notebooks|tests)/[\w./-]+)`", README))
 def test_paths_exist(path):
     assert (ROOT / path).exists()
 

@@ -21,7 +21,8 @@ from attnswap.healing.report import markdown
 from attnswap.healing.rerun import check_rerun, read_committed, within
 from attnswap.training.config import as_run, load_config, parse_config
 
-RESULTS = Path(__file__).parent.parent / "recipes" / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "results"
 FOUND = read_results(RESULTS)
 RATIO = {
     "type": "object",
@@ -49,7 +50,7 @@ SCHEMA = {
 
 
 def test_every_swap_of_the_recipes_has_a_result() -> None:
-    recipes = {path.stem for path in (RESULTS.parent / "heal").glob("*.yaml")}
+    recipes = {path.stem for path in (ROOT / "recipes" / "heal").glob("*.yaml")}
     assert recipes <= {name for name, result in FOUND.items() if name == result["swap"]["name"]}
 
 
@@ -109,21 +110,22 @@ def numbers(value: Any) -> list[float]:
     return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
 
 
-OTHERS = sorted(str(path.relative_to(RESULTS.parent)) for path in RESULTS.rglob("README.md"))
+HEALING = "docs/healing.md"
+OTHERS = sorted(str(path.relative_to(ROOT)) for path in RESULTS.rglob("README.md"))
 UNITS = (1.0, 1e3, 1e-6, 2**-20)
 """Seconds are shown as milliseconds too, bytes as MB and MiB."""
 
 
-@pytest.mark.parametrize("page", ["healing.md", *OTHERS])
+@pytest.mark.parametrize("page", [HEALING, *OTHERS])
 def test_figures_in_prose_are_committed(page: str) -> None:
     """Those of a result's page are its own, those of a paragraph of healing.md of the results that it names."""
-    file = RESULTS.parent / page
+    file = ROOT / page
     whole = re.sub(r"```.*?```|^    .*?$", "", file.read_text(), flags=re.S | re.M)
-    healed = page == "healing.md" or file.parent.name in FOUND
+    healed = page == HEALING or file.parent.name in FOUND
     whole = re.sub(r"^\|.*?$", "", whole, flags=re.M) if healed else whole  # tables are compared above
-    for part in re.split(r"\n\n|\n(?=- )", whole) if page == "healing.md" else [whole]:
-        named = [RESULTS / name for name in re.findall(r"recipes/results/([\w-]+)/", part)]
-        folders = named if page == "healing.md" else [file.parent]
+    for part in re.split(r"\n\n|\n(?=- )", whole) if page == HEALING else [whole]:
+        named = [RESULTS / name for name in re.findall(r"results/([\w-]+)/", part)]
+        folders = named if page == HEALING else [file.parent]
         known = [abs(x) for folder in folders for path in folder.rglob("*.json") for x in numbers(read(path))]
         text = re.sub(r"`[^`]*`|\]\([^)]*\)", "", part)
         figures = re.findall(r"(\d+\.\d+(?:e-?\d+)?)( ?%| percent)?", text)
@@ -192,5 +194,5 @@ def test_a_rerun_of_something_else_is_refused_before_it_is_trained(tmp_path: Pat
 
 
 def test_the_recipe_that_results_smoke_runs_is_the_committed_one() -> None:
-    ran = load_config(RESULTS.parent / "smoke" / "softpick.yaml")
+    ran = load_config(ROOT / "recipes" / "smoke" / "softpick.yaml")
     assert not differences(as_run(ran), FOUND["smoke"]["recipe"])

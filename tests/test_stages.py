@@ -191,7 +191,7 @@ def test_stages_work_as_a_callback_of_a_plain_trainer(tmp_path: Path) -> None:
 
 
 def test_the_example_of_the_page_runs(tmp_path: Path) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "recipes" / "healing.md").read_text(), re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "healing.md").read_text(), re.DOTALL)
     options = {"max_steps": 300, "report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
     args = TrainingArguments(str(tmp_path), remove_unused_columns=False, logging_steps=1, **options)
     names: dict[str, Any] = {"model": tiny_llama(), "args": args, "rows": Tokens()}

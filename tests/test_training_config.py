@@ -345,4 +345,4 @@ def test_the_scaling_page_shows_what_its_script_prints():
     printed = subprocess.run(
         [sys.executable, "recipes/scaling.py"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert printed.stdout.strip() in (ROOT / "recipes" / "scaling.md").read_text()
+    assert printed.stdout.strip() in (ROOT / "docs" / "scaling.md").read_text()

@@ -1,7 +1,7 @@
 """The Triton kernels in Triton's interpreter, against the dense reference in fp64: outputs and all gradients.
 
 The interpreter is chosen when triton is imported, so everything runs in a process of its own; what is compared here
-comes back from it. The same kernels compiled for GPUs are in ``recipes/results/triton/``.
+comes back from it. The same kernels compiled for GPUs are in ``results/triton/``.
 """
 
 import importlib.util
@@ -266,7 +266,7 @@ def test_importing_attnswap_leaves_triton_alone():
 
 def committed() -> dict[str, Any]:
     """What the ahead-of-time check found."""
-    return json.loads((Path(__file__).parents[1] / "recipes/results/triton/aot.json").read_text(encoding="utf-8"))
+    return json.loads((Path(__file__).parents[1] / "results/triton/aot.json").read_text(encoding="utf-8"))
 
 
 def test_the_committed_table_is_of_the_sizes_that_are_launched():

@@ -58,7 +58,7 @@ def write_coverage(report: dict[str, Any], out: Path) -> None:
 
 TEXT = """# Which model types can be patched
 
-    attnswap coverage --out recipes/results/coverage
+    attnswap coverage --out results/coverage
 
 Transformers {transformers}: of {types} types with a causal language model, {passing} pass every column, on a tiny
 random model of each with {swaps}. The columns: a swap that starts as softmax changes nothing;

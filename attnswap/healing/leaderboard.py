@@ -1,6 +1,6 @@
 """The page that sets all committed experiments beside each other, made from their JSON files.
 
-python -m attnswap.healing.leaderboard recipes/results
+python -m attnswap.healing.leaderboard results
 """
 
 import json
@@ -63,7 +63,7 @@ def page(results: dict[str, dict[str, Any]]) -> str:
     """Returns the leaderboard as Markdown."""
     return f"""# Healed models beside their controls
 
-Made by `python -m attnswap.healing.leaderboard recipes/results` from the `result.json` of each folder; do not edit.
+Made by `python -m attnswap.healing.leaderboard results` from the `result.json` of each folder; do not edit.
 
 Each experiment is one recipe and its control, the same recipe without the swap: without the stages that teach the swap
 alone, and the original itself where nothing is left to learn. Tokens count those trained on, and those that a start was

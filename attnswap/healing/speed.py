@@ -1,6 +1,6 @@
 """What a step of each stage of a recipe costs beside a step of plain distillation of the unpatched model.
 
-python -m attnswap.healing.speed recipes/results/healing-speed recipes/heal/*.yaml training.bf16=false
+python -m attnswap.healing.speed results/healing-speed recipes/heal/*.yaml training.bf16=false
 
 The two take turns, so that whatever else a machine does falls on both.
 """

@@ -1,7 +1,7 @@
 """The Triton backend: any elementwise or row swap in tiles on NVIDIA and AMD GPUs, forward and backward.
 
 The kernels are checked against the fp64 reference in Triton's interpreter and compiled ahead of time for sm_80, sm_90,
-sm_100 and gfx942 (``recipes/results/triton/``). They have not run on a GPU: their speed has not been measured.
+sm_100 and gfx942 (``results/triton/``). They have not run on a GPU: their speed has not been measured.
 """
 
 import functools

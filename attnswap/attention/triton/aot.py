@@ -195,7 +195,7 @@ def table(rows: list[Row]) -> str:
 def main() -> None:
     """Compiles everything and writes ``aot.json`` and ``README.md``."""
     parser = argparse.ArgumentParser(description="Compile the Triton kernels for every target, without a GPU.")
-    parser.add_argument("--out", type=Path, default=Path("recipes/results/triton"), help="where the table goes")
+    parser.add_argument("--out", type=Path, default=Path("results/triton"), help="where the table goes")
     out = parser.parse_args().out
     rows = []
     for arguments in everything():

@@ -54,7 +54,7 @@ TABLE: dict[tuple[str, int, int], tuple[Tiles, Tiles, Tiles, Tiles]] = {
 """By target, bytes of a number and head width: the sizes for each of :data:`KERNELS`.
 
 They were found by compiling: the first of a list of sizes, large ones first, at which the swaps spilled no registers
-and shared memory fitted; ``recipes/results/triton/`` names those that spill a little nonetheless. They were not timed,
+and shared memory fitted; ``results/triton/`` names those that spill a little nonetheless. They were not timed,
 since no GPU was at hand. Exact fp32 products use no tensor cores on NVIDIA and hold their operands in registers, which
 asks for smaller tiles and more warps.
 """
