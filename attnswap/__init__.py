@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from attnswap.adapters.register import installed, register
+from attnswap.adapters.kind import installed
+from attnswap.adapters.register import register
 from attnswap.attention import attention
 from attnswap.errors import AttnSwapError, CheckpointError, ConfigError, NumericsError, UnsupportedModelError
 from attnswap.surgery import (

@@ -65,3 +65,9 @@ def nearest(name: str, choices: list[str]) -> str:
 def first_line(error: BaseException) -> str:
     """Returns the first line of an error's message, or its type where it says nothing."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ConfigError with a message unless a condition holds."""
+    if not condition:
+        raise ConfigError(message)

@@ -9,7 +9,7 @@ from typing import Any, Self
 from peft import LoraConfig
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
-from attnswap.adapters.register import peft_type
+from attnswap.adapters.kind import peft_type
 from attnswap.errors import ConfigError
 from attnswap.surgery.patch import check_one_ramp
 from attnswap.surgery.select import whole_numbers

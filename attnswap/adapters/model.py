@@ -27,7 +27,8 @@ from attnswap.adapters.wrapper import Book, SwapAdapters
 from attnswap.errors import CheckpointError, ConfigError, UnsupportedModelError
 from attnswap.surgery import attach
 from attnswap.surgery.module import LayerSwap, SwapModule
-from attnswap.surgery.patch import patch, swap_parameters, unpatch
+from attnswap.surgery.parameters import swap_parameters
+from attnswap.surgery.patch import patch, unpatch
 from attnswap.surgery.probe import verify
 from attnswap.surgery.rebuild import Unresolved, rebuild
 from attnswap.surgery.select import layer_info, owning_config

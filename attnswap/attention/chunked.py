@@ -1,7 +1,9 @@
 """Any swap in bounded memory: rows are computed in chunks and recomputed in the backward pass."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -9,7 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from attnswap.attention.dense import Block, attend_block, block_root
 from attnswap.attention.modes import mode_of
-from attnswap.attention.problem import Problem
+
+if TYPE_CHECKING:
+    from attnswap.attention.problem import Problem  # which gives its logsumexp by way of this module
 
 CHUNK_ELEMENTS = 1 << 24
 """Scores held at once (64 MiB in fp32)."""

@@ -3,15 +3,19 @@
 Run in fp64 it is the oracle of every other backend. The chunked backend calls the same block of rows at a time.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from attnswap.attention.problem import Problem
 from attnswap.attention.threshold import Root, find_root, thresholds, with_sinks
 from attnswap.swaps.base import Numbers, Terms
+
+if TYPE_CHECKING:
+    from attnswap.attention.problem import Problem  # which gives its logsumexp by way of this module
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,18 @@
 """The logsumexp of each query's scores: softmax's normalizer, which sigmoid attention has to do without."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from attnswap.attention.chunked import row_blocks
 from attnswap.attention.dense import scores, sink_column
-from attnswap.attention.problem import Problem
 from attnswap.swaps.base import Terms
+
+if TYPE_CHECKING:
+    from attnswap.attention.problem import Problem  # which gives its logsumexp by way of this module
 
 
 @torch.no_grad()

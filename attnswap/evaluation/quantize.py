@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from attnswap.errors import ConfigError, UnsupportedModelError
 from attnswap.surgery.attach import base_of
-from attnswap.surgery.patch import swap_parameters
+from attnswap.surgery.parameters import swap_parameters
 
 GROUP = 64
 """Weights that share a scale, along the input dimension, where it divides by it."""

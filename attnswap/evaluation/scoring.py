@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from attnswap.errors import ConfigError, UnsupportedModelError, non_finite
 from attnswap.evaluation.windows import Window
-from attnswap.surgery.attach import base_of, body_of, evaluating
+from attnswap.modes import evaluating
+from attnswap.surgery.attach import base_of, body_of
 from attnswap.surgery.stacks import SENSES
 
 CHUNK_ELEMENTS = 1 << 24

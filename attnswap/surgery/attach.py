@@ -2,8 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -69,18 +68,6 @@ def enters(model: PreTrainedModel) -> list[Enter]:
 def enter_of(module: nn.Module) -> Enter | None:
     """Returns the pre-forward hook of an attention module, if it has ours."""
     return next((hook for hook in module._forward_pre_hooks.values() if isinstance(hook, Enter)), None)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; the training mode of every module is restored afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def spec_of(model: PreTrainedModel, read: bool = True) -> PatchSpec | None:

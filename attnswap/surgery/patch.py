@@ -5,13 +5,12 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from attnswap.errors import CheckpointError, ConfigError, UnsupportedModelError
 from attnswap.loading import clear_dequantized_flags
 from attnswap.surgery import attach
-from attnswap.surgery.module import SwapModule
 from attnswap.surgery.owners import outermost
 from attnswap.surgery.probe import verify
 from attnswap.surgery.report import PatchReport, build_report
@@ -206,39 +205,6 @@ def follow(model: PreTrainedModel, other: PatchSpec) -> None:
             for child in attach.children_of(modules[layer][1]):
                 child.set_ramp(name, slot)
     attach.write_spec(model, attach.config_of(model), spec)
-
-
-def swap_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns the parameters that patching added, by their names in the model."""
-    found: dict[str, nn.Parameter] = {}
-    for prefix, module in model.named_modules():
-        if isinstance(module, SwapModule):
-            found |= {f"{prefix}.{name}": p for name, p in module.named_parameters()}
-    return found
-
-
-def parameter_groups(
-    model: nn.Module, *, lr: float = 1e-4, weight_decay: float = 0.0, swap_lr_multiplier: float = 10.0
-) -> list[dict[str, Any]]:
-    """Returns optimizer groups in which the swaps' parameters move faster and do not decay.
-
-    Args:
-        model: A model, patched or not.
-        lr: Learning rate of the model's own weights.
-        weight_decay: Decay of the model's own matrices; vectors (norms, biases) do not decay.
-        swap_lr_multiplier: How much faster the swaps' parameters move.
-
-    Returns:
-        Groups for a ``torch`` optimizer, each with a ``"name"``; frozen parameters and empty groups are left out.
-    """
-    ours = {id(p) for p in swap_parameters(model).values()}
-    free = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        ("matrices", [p for p in free if id(p) not in ours and p.ndim > 1], lr, weight_decay),
-        ("vectors", [p for p in free if id(p) not in ours and p.ndim <= 1], lr, 0.0),
-        ("swap", [p for p in free if id(p) in ours], lr * swap_lr_multiplier, 0.0),
-    ]
-    return [{"name": n, "params": p, "lr": rate, "weight_decay": d} for n, p, rate, d in groups if p]
 
 
 def check_ramp(ramp: Any) -> float | tuple[float, ...]:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from attnswap.errors import AttnSwapError, UnsupportedModelError
+from attnswap.modes import evaluating
 from attnswap.surgery.attach import Modules, child_of, dispatches_all, enter_of
 from attnswap.surgery.inputs import real_tokens, tiny_inputs
 from attnswap.surgery.scores import Answering
@@ -65,7 +66,14 @@ def verify(model: PreTrainedModel, config: PreTrainedConfig, modules: Modules, b
     every = siblings(model, modules)
     both = partial(_both, model, config, every, swapped, before)
     # What is still to be read from a file cannot be compared with the config yet.
-    with _uncompiled(model), torch.inference_mode(False), _quiet(model), _hooked(every, "unchecked", False):
+    # The generators of random numbers are left alone: they are the process's, and other threads draw from them.
+    with (
+        _uncompiled(model),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        evaluating(model),
+        _hooked(every, "unchecked", False),
+    ):
         try:
             if not _shown_hollow(model, every, swapped, both):
                 with _replaced(swapped, Swap()):  # first, since it says more of the model than a swap's error does
@@ -195,23 +203,6 @@ def _real(output: Tensor) -> Tensor:
     """Returns outputs in fp32, of tokens those that are no padding."""
     real = real_tokens(output.device)
     return (output[real.bool()] if output.shape[:2] == real.shape else output).float()
-
-
-@contextlib.contextmanager
-def _quiet(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode without gradients; each module's mode is put back.
-
-    The generators of random numbers are left alone: they are the process's, and other threads draw from them.
-    """
-    training = [module for module in model.modules() if module.training]
-    with torch.no_grad():
-        if training:
-            model.eval()
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
 
 
 def _uncompiled(model: nn.Module) -> contextlib.AbstractContextManager[Any]:

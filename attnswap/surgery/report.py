@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from attnswap.surgery.attach import Modules
+from attnswap.surgery.parameters import swap_parameters
+from attnswap.surgery.select import layer_info, owning_config
 from attnswap.surgery.spec import PatchSpec, Slot
 from attnswap.visible import visible
 
@@ -82,9 +84,6 @@ class PatchReport:
 
 def build_report(model: PreTrainedModel, modules: Modules, spec: PatchSpec, notes: list[str]) -> PatchReport:
     """Builds the report of a model's present state."""
-    from attnswap.surgery.patch import swap_parameters
-    from attnswap.surgery.select import layer_info, owning_config
-
     config = owning_config(model, modules)
     rows = []
     for index, (name, module) in modules.items():

@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
+from torch import nn
+
 from attnswap.errors import AttnSwapError, CheckpointError, ConfigError
-from attnswap.swaps import ModelInfo, Swap, resolve
+from attnswap.swaps import Swap, resolve
 
 FORMAT = 2
 """Version of the layout below. A reader accepts every version up to its own.
@@ -142,12 +144,14 @@ def check_slot_name(name: Any) -> None:
         )
 
 
+_OWN = ("add", "drop", "info", "present_slots", "set_ramp", "slots", "slots_at", "_slot_at")
+"""Attributes of the module that holds slots, beside those of every module."""
+
+
 @functools.cache
 def _taken() -> frozenset[str]:
     """Returns the attributes of the module that holds slots, and of peft's wrapper around it."""
-    from attnswap.surgery.module import LayerSwap  # which imports this module
-
-    return frozenset(dir(LayerSwap(ModelInfo(1, 1, 1, None)))) | {"original_module", "modules_to_save"}
+    return frozenset({*dir(nn.Module()), *_OWN, "original_module", "modules_to_save"})
 
 
 def _read_slot(entry: Any) -> Slot:

@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_
 import torch
 from torch import Tensor
 
-from attnswap.errors import ConfigError, nearest
+from attnswap.errors import ConfigError, nearest, require
 from attnswap.swaps import expression as fn
 
 LONE = 1e3
@@ -437,12 +437,6 @@ def _spell(hint: Any) -> str:
     return {int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}.get(
         hint, hint.__name__
     )
-
-
-def require(condition: bool, message: str) -> None:
-    """Raises ConfigError with ``message`` unless the condition holds."""
-    if not condition:
-        raise ConfigError(message)
 
 
 def resolve_init(init: str | None, identity_allowed: bool, name: str) -> str:

@@ -27,9 +27,10 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from attnswap.errors import require
 from attnswap.swaps import expression as fn
 from attnswap.swaps import predicted
-from attnswap.swaps.base import Call, Feature, Numbers, Observed, Parameter, Swap, Terms, require
+from attnswap.swaps.base import Call, Feature, Numbers, Observed, Parameter, Swap, Terms
 
 LARGEST = 2.0
 """Upper bound of the logarithm of a predicted scale; those that are fitted lie below 0."""

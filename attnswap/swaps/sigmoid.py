@@ -37,10 +37,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from attnswap.errors import ConfigError
+from attnswap.errors import ConfigError, require
 from attnswap.swaps import expression as fn
 from attnswap.swaps import predicted
-from attnswap.swaps.base import LONE, Call, Feature, ModelInfo, Numbers, Observed, Parameter, Swap, Terms, require
+from attnswap.swaps.base import LONE, Call, Feature, ModelInfo, Numbers, Observed, Parameter, Swap, Terms
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from attnswap.errors import require
 from attnswap.swaps import expression as fn
-from attnswap.swaps.base import LONE, Call, Numbers, Swap, Terms, require
+from attnswap.swaps.base import LONE, Call, Numbers, Swap, Terms
 
 
 @dataclass(frozen=True)

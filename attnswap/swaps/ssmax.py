@@ -19,7 +19,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
-from attnswap.swaps.base import Call, Feature, ModelInfo, Swap, Terms, require, resolve_init
+from attnswap.errors import require
+from attnswap.swaps.base import Call, Feature, ModelInfo, Swap, Terms, resolve_init
 
 LATE_START = 0.168
 """The published start of ``s`` for a swap after pretraining: 1 / mean of ln n for n up to 1024."""

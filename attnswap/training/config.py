@@ -9,10 +9,10 @@ from typing import Any, Literal, get_type_hints
 from transformers import TrainingArguments
 
 from attnswap import swaps
-from attnswap.errors import ConfigError
+from attnswap.errors import ConfigError, require
 from attnswap.loading import EMBEDDED
 from attnswap.training.sections import FitSection, StageSection
-from attnswap.training.strict import coerce, from_mapping, join, parse_value, read_yaml, require, show, unknown_key
+from attnswap.training.strict import coerce, from_mapping, join, parse_value, read_yaml, show, unknown_key
 
 RESERVED = {
     "output_dir": "set output_dir at the top of the recipe",

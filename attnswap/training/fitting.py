@@ -12,7 +12,8 @@ import attnswap
 from attnswap.attention.logsumexp import logsumexp
 from attnswap.attention.problem import Problem
 from attnswap.errors import ConfigError
-from attnswap.surgery.attach import body_of, child_of, evaluating, patched_modules, spec_of
+from attnswap.modes import evaluating
+from attnswap.surgery.attach import body_of, child_of, patched_modules, spec_of
 from attnswap.surgery.call import LayerCall
 from attnswap.surgery.patch import follow
 from attnswap.surgery.seam import Enter

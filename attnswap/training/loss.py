@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from attnswap.errors import ConfigError, UnsupportedModelError
+from attnswap.modes import evaluating
 from attnswap.processes import place, share
 from attnswap.surgery.attach import body_name, body_of
 from attnswap.training.head import IGNORED, CrossEntropy, RowLoss, head_loss
@@ -234,19 +235,16 @@ def chunked_loss(model: PreTrainedModel, *, chunk: int = CHUNK, objective: Objec
 @torch.no_grad()
 def _prove(model: PreTrainedModel) -> None:
     """Checks on four tokens that head after decoder gives exactly the model's logits."""
-    training = model.training
-    model.eval()
+    ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
     try:
-        ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
-        expected = model(input_ids=ids, use_cache=False).logits
-        outputs = body_of(model)(input_ids=ids, use_cache=False)
-        actual = head_logits(model, outputs, outputs.last_hidden_state)
+        with evaluating(model):
+            expected = model(input_ids=ids, use_cache=False).logits
+            outputs = body_of(model)(input_ids=ids, use_cache=False)
+            actual = head_logits(model, outputs, outputs.last_hidden_state)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UnsupportedModelError(
             f"{type(model).__name__}: its head cannot be run apart from its decoder, as the training loss does: {error}"
         ) from error
-    finally:
-        model.train(training)
     if not torch.allclose(actual, expected, rtol=1e-4, atol=1e-5):
         raise UnsupportedModelError(
             f"{type(model).__name__}: its head gives other logits apart from its decoder, so the loss would be wrong"

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from attnswap.errors import UnsupportedModelError
+from attnswap.modes import evaluating
 
 IGNORED = -100
 """The label of a position that is not learned."""
@@ -101,14 +102,9 @@ def check_separation(model: PreTrainedModel) -> None:
     device = next(model.parameters()).device
     ids = torch.arange(3, 19, device=device)[None] % model.config.get_text_config().vocab_size
     positions = torch.arange(8, device=device).repeat(2)[None]
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 8:]
-            alone = model(input_ids=ids[:, 8:], use_cache=False).logits
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad():
+        packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 8:]
+        alone = model(input_ids=ids[:, 8:], use_cache=False).logits
     if (packed - alone).abs().max() > 0.05 * alone.float().std():
         raise UnsupportedModelError(
             f"{type(model).__name__} lets packed documents see each other (its mask ignores position ids); set "

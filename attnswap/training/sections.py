@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from attnswap.training.strict import require
+from attnswap.errors import require
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import attnswap
 from attnswap.errors import ConfigError
 from attnswap.processes import place
 from attnswap.surgery.attach import base_of, patched_modules, spec_of
-from attnswap.surgery.patch import swap_parameters
+from attnswap.surgery.parameters import swap_parameters
 from attnswap.training.config import TrainConfig
 from attnswap.training.distill import Distillation, check_looked_into
 from attnswap.training.loss import chunked_loss

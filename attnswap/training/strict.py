@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-from attnswap.errors import ConfigError, nearest
+from attnswap.errors import ConfigError, nearest, require
 
 MAX_BYTES = 1 << 15
 """A recipe has two kilobytes; what is longer costs time before anything can be said of it."""
@@ -60,12 +60,6 @@ def _construct_number(loader: Any, node: yaml.ScalarNode) -> int | float:
 
 _Loader.add_constructor(_INT, _construct_number)
 _Loader.add_constructor(_FLOAT, _construct_number)
-
-
-def require(condition: bool, message: str) -> None:
-    """Raises ConfigError with a message unless a condition holds."""
-    if not condition:
-        raise ConfigError(message)
 
 
 def read_yaml(path: str | Path) -> Any:

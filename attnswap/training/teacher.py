@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from attnswap.errors import ConfigError
-from attnswap.surgery.attach import base_of, body_of, evaluating, spec_of
+from attnswap.modes import evaluating
+from attnswap.surgery.attach import base_of, body_of, spec_of
 from attnswap.surgery.bypass import bypassed
-from attnswap.surgery.patch import swap_parameters, unpatch
+from attnswap.surgery.parameters import swap_parameters
+from attnswap.surgery.patch import unpatch
 from attnswap.training.config import TrainConfig
 from attnswap.training.loss import head_logits
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from attnswap.processes import share
 from attnswap.surgery.attach import enters
-from attnswap.surgery.patch import swap_parameters
+from attnswap.surgery.parameters import swap_parameters
 
 FORWARD = ("query", "output")
 BACKWARD = ("gradient of the output", "gradient of the query")

@@ -17,7 +17,7 @@ from attnswap.attention.triton import program
 from attnswap.attention.triton.decay import centred, key_bounds, query_bounds
 from attnswap.attention.triton.forward import forward as forward_kernel
 from attnswap.attention.triton.forward_rows import forward_rows as rows_kernel
-from attnswap.attention.triton.ops import has_mean
+from attnswap.attention.triton.saved import has_mean
 from attnswap.attention.triton.tiles import Tiles, padded, tiles_of
 
 
@@ -53,7 +53,7 @@ def forward(call: Mapping[str, Any]) -> tuple[Launch, tuple[Tensor, Tensor, Tens
     Returns:
         The launch, and what it fills: output (batch, heads, queries, value_dim), laid out (batch, queries, heads, ...);
         shift and 1 / Z of each row, fp32 (batch, heads, queries); and what the backward reads for the output, see
-        :func:`ops.has_mean`.
+        :func:`has_mean`.
     """
     query, value = call["query"], call["value"]
     batch, heads, queries, _ = query.shape

@@ -1,12 +1,12 @@
 """The operators as torch sees them: what they compute, their shapes, and the gradient of one by the other."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnswap.attention.autograd import DIFFERENTIABLE, empty_gradients, gradients, save_inputs
+from attnswap.attention.triton.saved import has_mean
 
 ORDER = (
     *("program", "shifted", "threshold", "query", "key", "value", "first", "last", "keep", "mask", "bias", "row_scale"),
@@ -18,16 +18,6 @@ keys); an additive mask; a_i in fp32 and b_i in fp64, (batch, heads, queries); c
 (heads,); the numbers of each head, (heads, numbers); n as (batch or 1, heads or 1, queries); the scaling; the soft cap,
 0 where there is none; the part of a row that decayed tiles may be left out for, 0 for none; whether a gradient will be
 asked for."""
-
-
-def has_mean(call: Mapping[str, Any]) -> bool:
-    """Whether the forward stores an fp32 tensor of the output's shape for the backward.
-
-    Row swaps need the mean under the slopes there. Others need the output as it was before it was rounded to half
-    precision: dO . O is the sum of many weights' shares, and the rounding of O would weigh on each of them. To keep O
-    in fp32 while training costs four bytes a number; to sum O again from the weights would cost a pass over all keys.
-    """
-    return bool(call["training"] and (call["threshold"] or call["query"].dtype != torch.float32))
 
 
 @torch.library.custom_op("attnswap_triton::forward", mutates_args=())

@@ -1,0 +1,65 @@
+"""The shape of the package itself."""
+
+import ast
+import graphlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import tiny
+from transformers import PreTrainedModel
+
+from attnswap.modes import evaluating
+from attnswap.surgery.module import LayerSwap
+from attnswap.surgery.spec import _taken
+from attnswap.swaps import ModelInfo
+from attnswap.training.loss import _prove
+from attnswap.training.packing import check_separation
+
+ROOT = Path(__file__).parent.parent
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): ast.parse(path.read_text())
+    for path in ROOT.glob("attnswap/**/*.py")
+}
+
+
+def imports(node: ast.AST) -> Iterator[str]:
+    """The package's modules that one of them imports, in functions too, but for types alone."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+            continue
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            named = {alias.name: f"{child.module}.{alias.name}" for alias in child.names}
+            yield from (full if full in MODULES else str(child.module) for full in named.values())
+        yield from imports(child)
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    graph = {name: {x for x in imports(tree) if x in MODULES and x != name} for name, tree in MODULES.items()}
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(MODULES)
+
+
+def test_files_have_at_most_600_lines() -> None:
+    long = {str(p) for p in ROOT.glob("attnswap/**/*.py") if len(p.read_text().splitlines()) > 600}
+    assert not long
+
+
+def test_no_slot_can_have_the_name_of_what_its_module_has() -> None:
+    assert _taken() >= frozenset(dir(LayerSwap(ModelInfo(1, 1, 1, None))))
+
+
+def score(model: PreTrainedModel) -> None:
+    with evaluating(model):
+        assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("use", [check_separation, _prove, score])
+def test_a_frozen_layer_stays_in_evaluation_mode(use: Callable[[PreTrainedModel], None]) -> None:
+    """Trials of a model put back the mode of each module, not one mode for all."""
+    model = tiny("llama").train()
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    use(model)
+    assert [module.training for module in model.modules()] == before
