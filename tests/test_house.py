@@ -41,6 +41,20 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
     assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(MODULES)
 
 
+LAYERS = ("swaps", "attention", "surgery", "adapters evaluation", "training bench coverage", "healing", "cli")
+"""Packages from the lowest up, as DESIGN.md lists them; those of one layer do not know each other."""
+
+
+def test_packages_import_downward_only() -> None:
+    level = {package: i for i, layer in enumerate(LAYERS) for package in layer.split()}
+    assert set(level) == {path.parent.name for path in ROOT.glob("attnswap/*/__init__.py")}
+    for name, tree in MODULES.items():
+        package = name.split(".")[1] if name != "attnswap" else "cli"
+        for other in {x.split(".")[1] for x in imports(tree) if x in MODULES and "." in x} - {package}:
+            if other in level:
+                assert package in level and level[other] < level[package], f"{name} imports attnswap.{other}"
+
+
 def test_files_have_at_most_600_lines() -> None:
     long = {str(p) for p in ROOT.glob("attnswap/**/*.py") if len(p.read_text().splitlines()) > 600}
     assert not long
