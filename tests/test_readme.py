@@ -10,29 +10,30 @@ from attnswap.cli.show import table_of_swaps
 from attnswap.healing.leaderboard import read_results, table
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+README = PAGES["README.md"]
 
 
-def block(name: str) -> str:
-    found = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", README, re.DOTALL)
-    assert found, f"the README has lost its {name} block"
+def block(name: str, page: str) -> str:
+    found = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", PAGES[page], re.DOTALL)
+    assert found, f"{page} has lost its {name} block"
     return found.group(1).strip()
 
 
 def test_table_of_swaps():
-    assert block("swaps") == table_of_swaps()
+    assert block("swaps", "README.md") == table_of_swaps()
 
 
 def test_demo_table_is_the_committed_result():
     results = ROOT / "results" / "demo"
-    shown, rows = block("demo"), json.loads((results / "demo.json").read_text())["rows"]
+    shown, rows = block("demo", "evaluation.md"), json.loads((results / "demo.json").read_text())["rows"]
     assert (results / "demo.md").read_text().strip() in shown
     for row in rows:
         line = next(line for line in shown.splitlines() if line.startswith(f"| {row['context']} |"))
         for name in ("original", "control", "ssmax"):
             assert f"{row[name]:.3f}" in line
     for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", shown):
-        assert (ROOT / picture).is_file()
+        assert (ROOT / "docs" / picture).is_file()
 
 
 def test_the_demo_lowers_held_out_loss_by_two_standard_errors():
@@ -46,11 +47,11 @@ def test_table_of_healed_models_is_the_committed_results():
     whole = {name: result for name, result in results.items() if name == result["swap"]["name"]}
     for name in results.keys() - {"smoke"}:  # which begins with its swap's name, or the table would lose it
         assert name.startswith(results[name]["swap"]["name"])
-    assert table(whole, link="results/", contexts=(512, 2048, 8192)) == block("healing")
+    assert table(whole, link="../results/", contexts=(512, 2048, 8192)) == block("healing", "healing.md")
 
 
 def test_figures_of_coverage_and_speed_are_the_committed_ones():
-    results, text = ROOT / "results", " ".join(README.split())
+    results, text = ROOT / "results", " ".join(" ".join(PAGES.values()).split())
     coverage = json.loads((results / "coverage" / "coverage.json").read_text())
     assert f"{coverage['passing']} of {coverage['types']} types pass" in text
     failing = {row["type"] for row in coverage["rows"] if not row["passes"]}
@@ -73,12 +74,25 @@ def test_figures_of_coverage_and_speed_are_the_committed_ones():
     assert f"a training pass {least:.1f} to {most:.1f} times" in text
 
 
-@pytest.mark.parametrize("path", re.findall(r"`((?:recipes|results|docs|notebooks|tests)/[\w./-]+)`", README))
-def test_paths_exist(path):
-    assert (ROOT / path).exists()
+def test_figures_of_the_first_screen_are_the_committed_ones():
+    contexts = json.loads((ROOT / "results" / "softpick" / "result.json").read_text())["contexts"]
+    ratios = {row["context"]: f"{row['ratio_to_control']['ratio']:.4f}" for row in contexts}
+    assert f"{ratios[512]} of its control's perplexity at 512 tokens, {ratios[8192]} at 8192" in README
+    coverage = json.loads((ROOT / "results" / "coverage" / "coverage.json").read_text())
+    assert f"{coverage['passing']} of {coverage['types']} types pass" in README
+    assert "entmax up to 1.7 times that" in README and "entmax up to 1.7 times that" in PAGES["speed.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_paths_and_links_lead_somewhere(page):
+    folder = ROOT if page == "README.md" else ROOT / "docs"
+    for path in re.findall(r"`((?:recipes|results|docs|notebooks|tests)/[\w./-]+)`", PAGES[page]):
+        assert (ROOT / path).exists(), path
+    for link in re.findall(r"\]\(([^)#\s]+)(?:#[\w-]+)?\)", PAGES[page]):
+        assert link.startswith("https://") or (folder / link).exists(), link
 
 
 def test_shell_commands_name_real_files_and_options():
-    for command in re.findall(r"^(?:accelerate|attnswap) .*$", README, re.MULTILINE):
+    for command in re.findall(r"^ *(?:accelerate|attnswap) .*$", "\n".join(PAGES.values()), re.MULTILINE):
         for path in re.findall(r"recipes/[\w./-]+", command):
             assert (ROOT / path).exists()
