@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, St
 import attnswap
 from attnswap.attention import chunked, native
 from attnswap.attention.autograd import DIFFERENTIABLE
+from attnswap.attention.checks import ensure
 from attnswap.attention.native import build
 from attnswap.attention.problem import Problem
 from attnswap.attention.visibility import Visibility
@@ -200,6 +201,19 @@ def test_checks_of_values_go_with_the_graph(compiler: str):
             compiled(mask + bad, ramp)
     with pytest.raises(RuntimeError, match="ramp must be in"):
         compiled(mask, ramp + 1)
+
+
+def test_messages_go_into_generated_code_whatever_they_quote():
+    """Inductor writes them into a string of C++ as they stand."""
+
+    def call(x: Tensor) -> Tensor:
+        ensure((x >= 0).all(), 'the swap "a" in C:\\swaps\nis below 0')
+        return x + 1
+
+    compiled, _ = whole(call, "inductor")
+    assert torch.equal(compiled(torch.zeros(3)), torch.ones(3))
+    with pytest.raises(RuntimeError, match="the swap 'a' in C:/swaps is below 0"):
+        compiled(-torch.ones(3))
 
 
 def test_a_gate_over_time_still_refuses_to_see_the_future():

@@ -24,6 +24,14 @@ def ensure(
         error: What to raise.
     """
     if isinstance(holds, Tensor) and torch.compiler.is_compiling():
-        torch._assert_async(holds, message)
+        ensure_later(holds, message)
     elif not (bool(plain(holds).all()) if isinstance(holds, Tensor) else holds):
         raise error(message if transformed() else f"{message}{found()}")
+
+
+def ensure_later(holds: Tensor, message: str) -> None:
+    """Raises RuntimeError when the operation runs: in a compiled graph, or on an accelerator.
+
+    Inductor writes the message into a string of C++ as it stands.
+    """
+    torch._assert_async(holds, message.replace('"', "'").replace("\\", "/").replace("\n", " "))

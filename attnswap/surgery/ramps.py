@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
-from attnswap.attention.checks import ensure
+from attnswap.attention.checks import ensure, ensure_later
 from attnswap.attention.modes import plain
 from attnswap.errors import ConfigError, NumericsError
 from attnswap.surgery.spec import Slot
@@ -116,4 +116,4 @@ def _check_phase(slot: Slot, ramp: Tensor) -> None:
     if torch.compiler.is_compiling():
         ensure(holds, message, error=NumericsError)
     else:
-        torch._assert_async(holds, message)
+        ensure_later(holds, message)
