@@ -79,17 +79,7 @@ def attention(
     config = resolve(swap)
     _check(query, key, value, enable_gqa, dropout_p)
     visibility = _visibility(query, key, attn_mask, is_causal)
-    problem = Problem(
-        swap=config,
-        query=query,
-        key=key,
-        value=value,
-        visibility=visibility,
-        features=complete_features(config, features, query, key),
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        ramp=_ramp(ramp, query, key, config),
-        dropout=dropout_p,
-    )
+    problem = _problem(config, query, key, value, visibility, features, scaling, ramp, dropout_p)
 
     def softmax() -> Tensor:
         plain = replace(problem, swap=Swap(), features={}, ramp=1.0)
@@ -134,6 +124,31 @@ def _visibility(query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal:
     full = (query.shape[0], query.shape[1], q_length, k_length)
     dense, bias = (None, None) if attn_mask is None else split_mask(attn_mask, full)
     return Visibility(q_length, k_length, query.device, is_causal, q_offset=k_length - q_length, dense=dense, bias=bias)
+
+
+def _problem(
+    swap: Swap,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visibility: Visibility,
+    features: dict[str, Tensor],
+    scaling: float | None,
+    ramp: float | Tensor,
+    dropout: float,
+) -> Problem:
+    """Puts checked tensors into the form that backends take, with what was left out at its default."""
+    return Problem(
+        swap=swap,
+        query=query,
+        key=key,
+        value=value,
+        visibility=visibility,
+        features=complete_features(swap, features, query, key),
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        ramp=_ramp(ramp, query, key, swap),
+        dropout=dropout,
+    )
 
 
 def _check_shared(ramp: Tensor, groups: int, swap: Swap) -> None:

@@ -2,10 +2,11 @@
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from transformers import PreTrainedTokenizerBase
 
@@ -56,27 +57,32 @@ def eval_command(
         raise ConfigError(f'--suite "{suite}" does not exist; there is "long"')
     check_folder(out)
     shared = join(device)
-    chosen_dtype, chosen_device = parse_dtype(dtype), shared or parse_device(device)
-    lengths = [parse_size(part) for part in contexts.split(",")]
-    documents: str | list[str] | None = read_text(text) if text else read_dataset(dataset) if dataset else None
-    chosen_stride = parse_size(stride) if stride else None
-    limit = parse_size(max_tokens) if max_tokens else None
+    measurement = _Measurement(
+        dtype=parse_dtype(dtype),
+        device=shared or parse_device(device),
+        contexts=[parse_size(part) for part in contexts.split(",")],
+        text=read_text(text) if text else read_dataset(dataset) if dataset else None,
+        corpus_id=text.name if text else dataset,
+        stride=parse_size(stride) if stride else None,
+        max_tokens=parse_size(max_tokens) if max_tokens else None,
+        batch_size=batch_size,
+        seed=seed,
+    )
     if suite:
-        if chosen_stride is not None or shared is not None or batch_size > 1:
+        if measurement.stride is not None or shared is not None or batch_size > 1:
             raise ConfigError(
                 "--suite runs in one process and on its own windows, one at a time: leave out --stride and --batch-size"
             )
         from attnswap.cli.suite import run_suite
 
-        options = SuiteOptions(contexts=tuple(lengths), prompts=prompts, seed=seed)
         return run_suite(
             model,
             baseline,
-            options=options if limit is None else replace(options, max_tokens=limit),
-            dtype=chosen_dtype,
-            device=chosen_device,
-            text=documents,
-            corpus_id=text.name if text else dataset,
+            options=measurement.suite_options(prompts),
+            dtype=measurement.dtype,
+            device=measurement.device,
+            text=measurement.text,
+            corpus_id=measurement.corpus_id,
             out=out,
             as_json=as_json,
         )
@@ -84,56 +90,72 @@ def eval_command(
     is_report = baseline is not None and Path(baseline).suffix == ".json"
     reference = Evaluation.load(baseline) if baseline is not None and is_report else None
     against = baseline if reference is None else None
-    _look_first([model] if against is None else [against, model], documents, lengths, chosen_stride, limit, reference)
-
-    def measure(reference: str, against: Evaluation | None) -> Evaluation:
-        loaded = load_model(reference, dtype=chosen_dtype, device=chosen_device)
-        tokenizer: PreTrainedTokenizerBase = load_tokenizer(reference)
-        return evaluate_perplexity(
-            loaded,
-            tokenizer,
-            text=documents,
-            contexts=lengths,
-            stride=chosen_stride,
-            max_tokens=limit,
-            batch_size=batch_size,
-            baseline=against,
-            model_id=reference,
-            corpus_id=text.name if text else dataset,
-            seed=seed,
-        )
-
+    measurement.look_first([model] if against is None else [against, model], reference)
     if against is not None:
-        reference = measure(against, None)
-    found = measure(model, reference)
+        reference = measurement.run(against, None)
+    found = measurement.run(model, reference)
     first = place()[0] == 0
     leave()
-    if not first:
-        return
-    if out and reference is not None and not is_report:
-        write_report(reference, out, name="baseline")
+    if first:
+        if out and reference is not None and not is_report:
+            write_report(reference, out, name="baseline")
+        _report(found, reference, out, as_json)
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """What is measured of every model that the command names: on which text, by which protocol, loaded how."""
+
+    dtype: torch.dtype | None
+    device: str | None
+    contexts: list[int]
+    text: str | list[str] | None
+    corpus_id: str | None
+    stride: int | None
+    max_tokens: int | None
+    batch_size: int
+    seed: int
+
+    def suite_options(self, prompts: int) -> SuiteOptions:
+        options = SuiteOptions(contexts=tuple(self.contexts), prompts=prompts, seed=self.seed)
+        return options if self.max_tokens is None else replace(options, max_tokens=self.max_tokens)
+
+    def look_first(self, references: list[str], baseline: Evaluation | None) -> None:
+        """Refuses what configs, tokenizers and the text already rule out, before any model is loaded and measured."""
+        known = None if baseline is None else baseline.protocol
+        for reference in references:
+            load_config_of(reference)
+            tokenizer = load_tokenizer(reference)
+            corpus = load_corpus(tokenizer, self.text)
+            protocol = plan(corpus, tokenizer, self.contexts, self.stride, self.max_tokens)
+            if known is not None:
+                check_comparable(protocol, known)
+            known = protocol
+
+    def run(self, reference: str, baseline: Evaluation | None) -> Evaluation:
+        """Loads a model and measures its perplexity."""
+        model = load_model(reference, dtype=self.dtype, device=self.device)
+        tokenizer: PreTrainedTokenizerBase = load_tokenizer(reference)
+        return evaluate_perplexity(
+            model,
+            tokenizer,
+            text=self.text,
+            contexts=self.contexts,
+            stride=self.stride,
+            max_tokens=self.max_tokens,
+            batch_size=self.batch_size,
+            baseline=baseline,
+            model_id=reference,
+            corpus_id=self.corpus_id,
+            seed=self.seed,
+        )
+
+
+def _report(found: Evaluation, baseline: Evaluation | None, out: Path | None, as_json: bool) -> None:
+    """Writes an evaluation into a directory, if there is one, and prints it as JSON or as a table."""
     if out:
-        write_report(found, out, baseline=reference)
+        write_report(found, out, baseline=baseline)
     if as_json:
-        sys.stdout.write(json.dumps(full_report(found, reference), indent=2, allow_nan=False) + "\n")
+        sys.stdout.write(json.dumps(full_report(found, baseline), indent=2, allow_nan=False) + "\n")
     else:
-        Terminal().print(table(found, reference))
-
-
-def _look_first(
-    references: list[str],
-    text: str | list[str] | None,
-    contexts: list[int],
-    stride: int | None,
-    max_tokens: int | None,
-    baseline: Evaluation | None,
-) -> None:
-    """Refuses what configs, tokenizers and the text already rule out, before any model is loaded and measured."""
-    known = None if baseline is None else baseline.protocol
-    for reference in references:
-        load_config_of(reference)
-        tokenizer = load_tokenizer(reference)
-        protocol = plan(load_corpus(tokenizer, text), tokenizer, contexts, stride, max_tokens)
-        if known is not None:
-            check_comparable(protocol, known)
-        known = protocol
+        Terminal().print(table(found, baseline))

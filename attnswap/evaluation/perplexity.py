@@ -5,6 +5,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from attnswap.errors import ConfigError, NumericsError
@@ -93,47 +95,78 @@ def evaluate_perplexity(
     notes = _notes(scorer.model, protocol, baseline)
     with scorer.ready():
         scorer.check(corpus.ids, protocol.contexts)
-        rank, count = place(scorer.model)
-        batches = {job: list(enumerate(_batches(windows, batch_size))) for job, windows in jobs.items()}
-        mine = {job: every[rank::count] for job, every in batches.items()}
-        everything = [window for every in mine.values() for _, batch in every for window in batch]
-        everything = everything or [window for windows in jobs.values() for window in windows]  # none is left for us
-        with one_fate():
-            forecast = estimate(scorer, corpus.ids, everything, protocol.prefix_id, batch_size)
-        quiet = quiet or rank > 0
-        if not quiet:
-            print(visible("\n".join([str(forecast), *notes])), file=sys.stderr)
-        progress = Progress(everything, forecast.window_seconds, show=not quiet and sys.stderr.isatty())
-        losses: dict[str, list[np.ndarray]] = {}
-        seconds: dict[str, float] = {}
-        try:
-            with peak_memory(scorer.device) as peak:
-                for job, every in mine.items():
-                    started = time.perf_counter()
-                    found: dict[int, np.ndarray] = {}
-                    with one_fate():
-                        for index, batch in every:
-                            found[index] = scorer.score(corpus.ids, batch, protocol.prefix_id).numpy()
-                            progress.advance(job, batch)
-                    found = gather(found, count)
-                    losses[job] = [nll for index in sorted(found) for nll in found[index]]
-                    seconds[job] = time.perf_counter() - started
-        finally:
-            progress.close()
-    scored = {length: np.concatenate(losses[str(length)]) for length in protocol.contexts}
+        run = _score(scorer, corpus.ids, protocol.prefix_id, jobs, batch_size, notes, quiet)
+    scored = {length: np.concatenate(run.losses[str(length)]) for length in protocol.contexts}
     return Evaluation(
         protocol=protocol,
         metrics=[_metrics(length, scored[length], protocol, block, seed) for length in protocol.contexts],
         nll=scored,
-        position_nll=_by_position(jobs["positions"], losses["positions"]) if positions else [],
+        position_nll=_by_position(jobs["positions"], run.losses["positions"]) if positions else [],
         model=_describe_model(scorer.model, model_id),
         swap=getattr(scorer.model.config.get_text_config(), "attnswap", None),
         corpus=corpus.describe(),
         env=_environment(scorer, block, seed),
-        cost=_cost(jobs, seconds, peak.bytes, forecast, batch_size),
+        cost=_cost(jobs, run, batch_size),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         notes=notes,
     )
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """Losses and what they took.
+
+    Attributes:
+        losses: The NLL of the scored tokens, an array for each window, by job.
+        seconds: By job.
+        peak_bytes: Peak memory while scoring.
+        forecast: What was expected.
+    """
+
+    losses: dict[str, list[np.ndarray]]
+    seconds: dict[str, float]
+    peak_bytes: int
+    forecast: Estimate
+
+
+def _score(
+    scorer: Scorer,
+    ids: Tensor,
+    prefix_id: int | None,
+    jobs: dict[str, list[Window]],
+    batch_size: int,
+    notes: list[str],
+    quiet: bool,
+) -> _Scored:
+    """Scores the windows of every job, shared between the processes, after an estimate of what that takes."""
+    rank, count = place(scorer.model)
+    batches = {job: list(enumerate(_batches(windows, batch_size))) for job, windows in jobs.items()}
+    mine = {job: every[rank::count] for job, every in batches.items()}
+    everything = [window for every in mine.values() for _, batch in every for window in batch]
+    everything = everything or [window for windows in jobs.values() for window in windows]  # none is left for us
+    with one_fate():
+        forecast = estimate(scorer, ids, everything, prefix_id, batch_size)
+    quiet = quiet or rank > 0
+    if not quiet:
+        print(visible("\n".join([str(forecast), *notes])), file=sys.stderr)
+    progress = Progress(everything, forecast.window_seconds, show=not quiet and sys.stderr.isatty())
+    losses: dict[str, list[np.ndarray]] = {}
+    seconds: dict[str, float] = {}
+    try:
+        with peak_memory(scorer.device) as peak:
+            for job, every in mine.items():
+                started = time.perf_counter()
+                found: dict[int, np.ndarray] = {}
+                with one_fate():
+                    for index, batch in every:
+                        found[index] = scorer.score(ids, batch, prefix_id).numpy()
+                        progress.advance(job, batch)
+                found = gather(found, count)
+                losses[job] = [nll for index in sorted(found) for nll in found[index]]
+                seconds[job] = time.perf_counter() - started
+    finally:
+        progress.close()
+    return _Scored(losses, seconds, peak.bytes, forecast)
 
 
 def _batches(windows: list[Window], size: int) -> Iterator[list[Window]]:
@@ -220,17 +253,15 @@ def _environment(scorer: Scorer, block: int, seed: int) -> dict[str, Any]:
     }
 
 
-def _cost(
-    jobs: dict[str, list[Window]], seconds: dict[str, float], peak: int, forecast: Estimate, batch_size: int
-) -> dict[str, Any]:
+def _cost(jobs: dict[str, list[Window]], run: _Scored, batch_size: int) -> dict[str, Any]:
     tokens = {job: sum(window.fed for window in windows) for job, windows in jobs.items()}
-    total = sum(seconds.values())
+    total = sum(run.seconds.values())
     return {
         "seconds": total,
         "tokens_read": sum(tokens.values()),
         "tokens_per_second": sum(tokens.values()) / total,
-        "by_context": [{"context": job, "tokens": tokens[job], "seconds": seconds[job]} for job in jobs],
+        "by_context": [{"context": job, "tokens": tokens[job], "seconds": run.seconds[job]} for job in jobs],
         "batch_size": batch_size,
-        "peak_bytes": peak,
-        "estimate": {"seconds": forecast.seconds, "peak_bytes": forecast.memory_bytes},
+        "peak_bytes": run.peak_bytes,
+        "estimate": {"seconds": run.forecast.seconds, "peak_bytes": run.forecast.memory_bytes},
     }

@@ -179,8 +179,21 @@ def profile(
     with counting(WINDOWS * window, show) as advance:
         structure = measure_structure(model, tokenizer, text=joined, window=window, advance=advance)
     say("rounded weights")
+    quantized, share = _measure_rounded(model, tokenizer, options, common)
+    fidelity = None
+    if reference is not None:
+        say("divergence from the original")
+        with counting(WINDOWS * context, show) as advance:
+            fidelity = measure_fidelity(model, reference, tokenizer, text=joined, context=context, advance=advance)
+    return Profile(evaluation, retrieval, structure, quantized, share, options, fidelity)
+
+
+def _measure_rounded(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, options: SuiteOptions, common: dict[str, Any]
+) -> tuple[dict[str, np.ndarray], float]:
+    """Returns the losses by the bits of the weights, "full" first, and the share of the parameters that was rounded."""
     plain: dict[str, Any] = {
-        "contexts": (min(options.quantized_context, longest),),
+        "contexts": (min(options.quantized_context, max(options.contexts)),),
         "max_tokens": min(options.max_tokens or ROUNDED_TOKENS, ROUNDED_TOKENS),
         "positions": False,
         **common,
@@ -191,9 +204,4 @@ def profile(
         with rounded(model, bits) as count, suppress(NumericsError):  # what rounding broke has no losses
             share = count / sum(p.numel() for p in model.parameters())
             (quantized[f"int{bits}"],) = evaluate_perplexity(model, tokenizer, **plain).nll.values()
-    fidelity = None
-    if reference is not None:
-        say("divergence from the original")
-        with counting(WINDOWS * context, show) as advance:
-            fidelity = measure_fidelity(model, reference, tokenizer, text=joined, context=context, advance=advance)
-    return Profile(evaluation, retrieval, structure, quantized, share, options, fidelity)
+    return quantized, share

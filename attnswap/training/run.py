@@ -32,13 +32,14 @@ from attnswap.training.config import TrainConfig
 from attnswap.training.data import Data
 from attnswap.training.distill import Distillation
 from attnswap.training.fitting import fit
-from attnswap.training.inputs import gather_inputs
+from attnswap.training.inputs import Inputs, gather_inputs
 from attnswap.training.lora import add_lora
 from attnswap.training.loss import chunked_loss
 from attnswap.training.movement import Moved, as_json, start_from
 from attnswap.training.packing import IGNORED, check_separation
 from attnswap.training.protect import protect
 from attnswap.training.rest import at_rest
+from attnswap.training.signals import StopOnSignal
 from attnswap.training.stages import Stage, Stages, left_alone
 from attnswap.training.summary import summarise
 from attnswap.training.teacher import frozen_teacher, matrix_dtype, teacher_of
@@ -91,48 +92,22 @@ def train(config: TrainConfig) -> TrainResult:
     with _whole_models(args):
         model = load_model(config.model.reference, dtype=getattr(torch, config.model.dtype))
     use_cache = model.config.use_cache
-    set_seed(args.seed)  # gates may start from noise: the same in every process and on resuming
-    if config.swap is not None:
-        ramp = next((s.section.ramp.start for s in plan if s.section.ramp is not None), config.ramp)
-        attnswap.patch(model, config.swap, part=config.part, layers=config.layers, heads=config.heads, ramp=ramp)
-    if config.data.pack:
-        check_separation(model)
-    fitted, fit_seconds = output.partial / FITTED, None
+    _patch(model, config, plan, args.seed)
+    fitted = output.partial / FITTED
     known = Path(args.resume_from_checkpoint).absolute().with_name(FITTED) if args.resume_from_checkpoint else None
-    if shown is not None and known is not None and known.is_file():
-        start_from(model, known)
-    elif shown is not None:
-        started = time.monotonic()
-        fit_swaps(model, config, shown, args)
-        fit_seconds = time.monotonic() - started
+    fit_seconds = _start_swaps(model, inputs, known)
     if config.optimizer.freeze == "all_but_swap":
         freeze_all_but_swap(model)
     adapters = add_lora(model, config.lora) if config.lora else None
 
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if not trainable:
-        raise ConfigError("nothing would be trained: every weight is frozen, and the swap has no parameters of its own")
-    for stage in plan:
-        left_alone(model, stage.section)  # refuses one that trains nothing, which else would be seen when it begins
+    trainable = _count_trainable(model, plan)
     if args.process_index == 0:
         output.prepare(config, args.resume_from_checkpoint)
     steps = StepLog(output.partial / "steps.jsonl")
     if fit_seconds is not None and args.process_index == 0:
         steps.note({"fit_runtime": fit_seconds})
     with learning(model, config, plan) as switch:
-        trainer = SwapTrainer(
-            model=model,
-            args=args,
-            data_collator=default_data_collator,
-            train_dataset=data.train,
-            eval_dataset=data.held_out,
-            processing_class=inputs.tokenizer,
-            callbacks=[*switch, steps],
-            swap_lr_multiplier=config.optimizer.swap_lr_multiplier,
-            stages=plan,
-            windows=data.sizes if plan else (),
-            rest=at_rest(config, plan, args),
-        )
+        trainer = _trainer(model, inputs, [*switch, steps])
         if shown is not None and args.process_index == 0 and not (known == fitted and fitted.is_file()):
             trainer.movement.save(fitted)
         protection = protect(trainer)
@@ -140,15 +115,7 @@ def train(config: TrainConfig) -> TrainResult:
             trained = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         finally:
             protection.stop.restore()
-        if protection.stop.step is not None and protection.stop.received is not None:
-            raise StoppedError(
-                f"stopped by {protection.stop.received.name} after step {protection.stop.step}; "
-                + (
-                    "its checkpoint cannot be resumed (training.save_only_model), so start anew with overwrite=true"
-                    if args.save_only_model
-                    else "go on with training.resume_from_checkpoint=latest"
-                )
-            )
+        _raise_if_stopped(protection.stop, args)
         after = _held_out_after(trainer)
     movement = trainer.movement.measure(model)
     if adapters is not None:
@@ -188,6 +155,38 @@ def _whole_models(args: TrainingArguments) -> Iterator[None]:
             os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = efficient
         if args.deepspeed_plugin is not None:
             args.deepspeed_plugin.set_deepspeed_weakref()
+
+
+def _patch(model: PreTrainedModel, config: TrainConfig, plan: list[Stage], seed: int) -> None:
+    """Swaps what a recipe swaps, at the start of its ramp, in a model that must keep packed documents apart."""
+    set_seed(seed)  # gates may start from noise: the same in every process and on resuming
+    if config.swap is not None:
+        ramp = next((s.section.ramp.start for s in plan if s.section.ramp is not None), config.ramp)
+        attnswap.patch(model, config.swap, part=config.part, layers=config.layers, heads=config.heads, ramp=ramp)
+    if config.data.pack:
+        check_separation(model)
+
+
+def _start_swaps(model: PreTrainedModel, inputs: Inputs, known: Path | None) -> float | None:
+    """Gives swaps that are fitted the start that is known, or fits them and returns the seconds it took."""
+    if inputs.shown is None:
+        return None
+    if known is not None and known.is_file():
+        start_from(model, known)
+        return None
+    started = time.monotonic()
+    fit_swaps(model, inputs.config, inputs.shown, inputs.args)
+    return time.monotonic() - started
+
+
+def _count_trainable(model: PreTrainedModel, plan: list[Stage]) -> int:
+    """Counts the parameters that are trained, and refuses a recipe or a stage that trains none."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not trainable:
+        raise ConfigError("nothing would be trained: every weight is frozen, and the swap has no parameters of its own")
+    for stage in plan:
+        left_alone(model, stage.section)  # refuses one that trains nothing, which else would be seen when it begins
+    return trainable
 
 
 @contextmanager
@@ -257,6 +256,36 @@ def freeze_all_but_swap(model: PreTrainedModel) -> None:
     model.requires_grad_(False)
     for parameter in own.values():
         parameter.requires_grad_(True)
+
+
+def _trainer(model: PreTrainedModel, inputs: Inputs, callbacks: list[TrainerCallback]) -> SwapTrainer:
+    config, plan, data = inputs.config, inputs.plan, inputs.data
+    return SwapTrainer(
+        model=model,
+        args=inputs.args,
+        data_collator=default_data_collator,
+        train_dataset=data.train,
+        eval_dataset=data.held_out,
+        processing_class=inputs.tokenizer,
+        callbacks=callbacks,
+        swap_lr_multiplier=config.optimizer.swap_lr_multiplier,
+        stages=plan,
+        windows=data.sizes if plan else (),
+        rest=at_rest(config, plan, inputs.args),
+    )
+
+
+def _raise_if_stopped(stop: StopOnSignal, args: TrainingArguments) -> None:
+    """Raises StoppedError, which says how to go on, where a signal ended training before its last step."""
+    if stop.step is not None and stop.received is not None:
+        raise StoppedError(
+            f"stopped by {stop.received.name} after step {stop.step}; "
+            + (
+                "its checkpoint cannot be resumed (training.save_only_model), so start anew with overwrite=true"
+                if args.save_only_model
+                else "go on with training.resume_from_checkpoint=latest"
+            )
+        )
 
 
 def _held_out_after(trainer: SwapTrainer) -> dict[str, float] | None:

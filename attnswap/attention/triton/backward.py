@@ -13,12 +13,63 @@ from attnswap.attention.triton.tile import (
     add_product,
     first_needed,
     load_rows,
+    load_spans,
     product,
     rows_norm,
     rows_slack,
     store_rows,
     tile_scores,
 )
+
+
+@triton.jit
+def content_gradient(ds, content, scale, softcap, CAPPED: tl.constexpr):
+    """The gradients of the scaled dot products from those of the scores: through the row scale and the cap."""
+    if scale is not None:
+        ds = ds * scale
+    if CAPPED:
+        ds = ds * (1.0 - (content / softcap) * (content / softcap))
+    return ds
+
+
+@triton.jit
+def add_number_gradients(
+    sums, which, s, seen, dots, reference, delta, inverse, p, TILE_SLOPES_BY: tl.constexpr, READ: tl.constexpr,
+    NUMBERS: tl.constexpr,
+):  # fmt: skip
+    """Adds to the rows' gradients of the head's numbers what comes through the scores of a tile."""
+    for number in tl.static_range(NUMBERS):
+        if READ >> number & 1:
+            w_by, d_by = TILE_SLOPES_BY(s, reference[:, None], p, number)
+            part = tl.sum(tl.where(seen, w_by * dots - d_by * delta[:, None], 0.0), 1) * inverse
+            sums += tl.where(which == number, part[:, None], 0.0)
+    return sums
+
+
+@triton.jit
+def store_head_gradients(
+    dsinks, dnumbers, part, number_sums, which, sinks, h, count, i, inside, reference, delta, inverse, p,
+    TILE_SLOPES: tl.constexpr, TILE_SLOPES_BY: tl.constexpr, ROW_NULL_BY: tl.constexpr, NUMBERS: tl.constexpr,
+    NUMBERS_PADDED: tl.constexpr,
+):  # fmt: skip
+    """Stores the part of a block of rows in the gradients of the head's sink and numbers.
+
+    To what the numbers got through scores it adds what they get through the null term and the sink of Z.
+    """
+    if dsinks is not None:
+        _, _, slope = TILE_SLOPES(tl.load(sinks + h), reference, p)
+        tl.store(dsinks + part, tl.sum(tl.where(inside, -slope * delta * inverse, 0.0), 0))
+    if dnumbers is not None:
+        n = tl.load(count + i, mask=inside, other=1.0)
+        for number in tl.static_range(NUMBERS):
+            rest = ROW_NULL_BY(reference, n, p, number)
+            if sinks is not None:
+                _, d_by = TILE_SLOPES_BY(tl.load(sinks + h), reference, p, number)
+                rest = rest + d_by
+            got = tl.where(inside, -rest * delta * inverse, 0.0)
+            number_sums += tl.where(which == number, got[:, None], 0.0)
+        place = dnumbers + part * NUMBERS_PADDED + tl.arange(0, NUMBERS_PADDED)
+        tl.store(place, tl.sum(number_sums, 0))
 
 
 @triton.jit(do_not_specialize=["queries", "keys"])
@@ -40,11 +91,7 @@ def backward_queries(
     b, h = task // heads, task % heads
     i = block * ROWS + tl.arange(0, ROWS)
     inside = i < queries
-    from_key = tl.load(first + b * span_batch + i, mask=inside, other=0)
-    to_key = tl.load(last + b * span_batch + i, mask=inside, other=0)
-    some = to_key > from_key
-    lowest = tl.min(tl.where(some, from_key, keys), 0)
-    highest = tl.max(tl.where(some, to_key, 0), 0)
+    from_key, to_key, lowest, highest = load_spans(first, last, b * span_batch, i, inside, keys)
     at = task * queries + i
     q_tile = load_rows(q + b * q_batch + h * q_head, i, q_row, queries, WIDTH, PADDED)
     grad_tile = load_rows(grad + b * grad_batch + h * grad_head, i, grad_row, queries, VALUE_WIDTH, VALUE_PADDED)
@@ -82,21 +129,16 @@ def backward_queries(
         s = tl.where(seen, s, reference[:, None])
         dots = product(grad_tile, tl.trans(v_tile))
         if dnumbers is not None:
-            for number in tl.static_range(NUMBERS):
-                if READ >> number & 1:
-                    w_by, d_by = TILE_SLOPES_BY(s, reference[:, None], p, number)
-                    part = tl.sum(tl.where(seen, w_by * dots - d_by * delta[:, None], 0.0), 1) * inverse
-                    number_sums += tl.where(which == number, part[:, None], 0.0)
+            number_sums = add_number_gradients(
+                number_sums, which, s, seen, dots, reference, delta, inverse, p, TILE_SLOPES_BY, READ, NUMBERS
+            )
         _, w_slope, d_slope = TILE_SLOPES(s, reference[:, None], p)
         ds = tl.where(seen, (w_slope * dots - d_slope * delta[:, None]) * inverse[:, None], 0.0)
         if drow_bias is not None:
             bias_sum += tl.sum(ds, 1)
         if drow_scale is not None:
             scale_sum += tl.sum(ds * content, 1)
-        if scale is not None:
-            ds = ds * scale
-        if CAPPED:
-            ds = ds * (1.0 - (content / softcap) * (content / softcap))
+        ds = content_gradient(ds, content, scale, softcap, CAPPED)
         acc = add_product(ds.to(k_tile.dtype), k_tile, acc)
 
     store_rows(dq + b * dq_batch + h * dq_head, i, dq_row, queries, acc * scaling, WIDTH, PADDED)
@@ -104,20 +146,11 @@ def backward_queries(
         tl.store(drow_scale + at, scale_sum, mask=inside)
     if drow_bias is not None:
         tl.store(drow_bias + at, bias_sum, mask=inside)
-    if dsinks is not None:
-        _, _, slope = TILE_SLOPES(tl.load(sinks + h), reference, p)
-        tl.store(dsinks + task * blocks + block, tl.sum(tl.where(inside, -slope * delta * inverse, 0.0), 0))
-    if dnumbers is not None:
-        n = tl.load(count + b * count_batch + h * count_head + i, mask=inside, other=1.0)
-        for number in tl.static_range(NUMBERS):
-            rest = ROW_NULL_BY(reference, n, p, number)
-            if sinks is not None:
-                _, d_by = TILE_SLOPES_BY(tl.load(sinks + h), reference, p, number)
-                rest = rest + d_by
-            part = tl.where(inside, -rest * delta * inverse, 0.0)
-            number_sums += tl.where(which == number, part[:, None], 0.0)
-        place = dnumbers + (task * blocks + block) * NUMBERS_PADDED + tl.arange(0, NUMBERS_PADDED)
-        tl.store(place, tl.sum(number_sums, 0))
+    store_head_gradients(
+        dsinks, dnumbers, task * blocks + block, number_sums, which, sinks, h,
+        count + b * count_batch + h * count_head, i, inside, reference, delta, inverse, p, TILE_SLOPES,
+        TILE_SLOPES_BY, ROW_NULL_BY, NUMBERS, NUMBERS_PADDED,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -205,10 +238,7 @@ def backward_keys(
             ds = tl.where(seen, (w_slope * dots - d_slope * delta) * inverse, 0.0)
             if dkey_bias is not None:
                 bias_sum += tl.sum(ds, 0)
-            if scale is not None:
-                ds = ds * scale
-            if CAPPED:
-                ds = ds * (1.0 - (content / softcap) * (content / softcap))
+            ds = content_gradient(ds, content, scale, softcap, CAPPED)
             dk_sum = add_product(tl.trans(ds.to(q_tile.dtype)), q_tile, dk_sum)
         if dkey_bias is not None:
             tl.store(dkey_bias + task * keys + j, bias_sum, mask=j < keys)

@@ -7,11 +7,32 @@ from attnswap.attention.triton.tile import (
     add_product,
     first_needed,
     load_rows,
+    load_spans,
     rows_norm,
     rows_slack,
     store_rows,
     tile_scores,
 )
+
+
+@triton.jit
+def first_shift(p, sinks, h, ROW_FLOOR: tl.constexpr, SHIFTED: tl.constexpr, ROWS: tl.constexpr):
+    """The shift of rows that have seen no key yet: the swap's floor and the head's sink, or 0 where it has no shift."""
+    shift = tl.zeros([ROWS], tl.float32)
+    if SHIFTED:
+        shift += ROW_FLOOR(p)
+        if sinks is not None:
+            shift = tl.maximum(shift, tl.load(sinks + h))
+    return shift
+
+
+@triton.jit
+def inverse_norm(total, reference, n, sinks, h, p, ROW_NULL: tl.constexpr, TILE_NORM: tl.constexpr):
+    """1 / Z of rows: the sum over their keys, the null term and the sink; 0 where that is not positive."""
+    total += ROW_NULL(reference, n, p)
+    if sinks is not None:
+        total += TILE_NORM(tl.load(sinks + h), reference, p)
+    return tl.where(total > 0.0, 1.0 / tl.where(total > 0.0, total, 1.0), total * 0.0)  # NaN stays NaN
 
 
 @triton.jit(do_not_specialize=["queries", "keys"])
@@ -34,22 +55,15 @@ def forward(
     b, h = task // heads, task % heads
     i = block * ROWS + tl.arange(0, ROWS)
     inside = i < queries
-    from_key = tl.load(first + b * span_batch + i, mask=inside, other=0)
-    to_key = tl.load(last + b * span_batch + i, mask=inside, other=0)
+    from_key, to_key, lowest, highest = load_spans(first, last, b * span_batch, i, inside, keys)
     some = to_key > from_key
-    lowest = tl.min(tl.where(some, from_key, keys), 0)
-    highest = tl.max(tl.where(some, to_key, 0), 0)
     at = task * queries + i
     q_tile = load_rows(q + b * q_batch + h * q_head, i, q_row, queries, WIDTH, PADDED)
     k_base, v_base = k + b * k_batch + h // groups * k_head, v + b * v_batch + h // groups * v_head
     scale = None if row_scale is None else tl.load(row_scale + at, mask=inside, other=0.0)[:, None]
     p = LOAD_NUMBERS(numbers + h * NUMBERS)
 
-    shift = tl.zeros([ROWS], tl.float32)
-    if SHIFTED:
-        shift += ROW_FLOOR(p)
-        if sinks is not None:
-            shift = tl.maximum(shift, tl.load(sinks + h))
+    shift = first_shift(p, sinks, h, ROW_FLOOR, SHIFTED, ROWS)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
     begin, end = lowest // KEYS, tl.cdiv(highest, KEYS)
@@ -89,10 +103,7 @@ def forward(
 
     reference = tl.where(shift == float("-inf"), 0.0, shift)
     n = tl.load(count + b * count_batch + h * count_head + i, mask=inside, other=1.0)
-    total += ROW_NULL(reference, n, p)
-    if sinks is not None:
-        total += TILE_NORM(tl.load(sinks + h), reference, p)
-    inverse = tl.where(total > 0.0, 1.0 / tl.where(total > 0.0, total, 1.0), total * 0.0)  # NaN stays NaN
+    inverse = inverse_norm(total, reference, n, sinks, h, p, ROW_NULL, TILE_NORM)
     tl.store(shifts + at, reference, mask=inside)
     tl.store(inverses + at, inverse, mask=inside)
     acc = acc * inverse[:, None]

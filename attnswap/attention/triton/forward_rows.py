@@ -10,7 +10,7 @@ U_i is the mean of the values under the slopes dw/dt, the backward kernels serve
 import triton
 import triton.language as tl
 
-from attnswap.attention.triton.tile import add_product, load_rows, store_rows, tile_scores
+from attnswap.attention.triton.tile import add_product, load_rows, load_spans, store_rows, tile_scores
 
 STEPS = tl.constexpr(32)
 """Sweeps of the solver at most: halving alone would bring the bounds of any row within fp32's rounding of each other.
@@ -34,6 +34,50 @@ def newton(t, low, high, mass, slope, power):
     return tl.where(sound & (new >= low) & (new <= high), new, 0.5 * (low + high))
 
 
+@triton.jit
+def solve(
+    top, n, sink, p, q_tile, k_base, k_row, begin, end, i, task, at, inside, from_key, to_key, b, h, keep, keep_batch,
+    mask, mask_batch, mask_head, mask_row, mask_key, bias, bias_batch, bias_head, bias_row, bias_key, scale, row_bias,
+    centre, near, far_apart, keys, scaling, softcap,
+    ROW_BRACKET: tl.constexpr, ROW_POWER: tl.constexpr, TILE_MASS: tl.constexpr, CAPPED: tl.constexpr, WIDTH:
+    tl.constexpr, PADDED: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """The threshold of each row, from its largest score and its number of keys, and how fast its mass falls there."""
+    zeros = tl.zeros_like(top)
+    some = top > float("-inf")
+    low, high = ROW_BRACKET(tl.where(some, top, 0.0), tl.maximum(n, 1.0), p)
+    low, high, power = low + zeros, high + zeros, ROW_POWER(p)
+    t, slope = tl.where(some, low, 0.0), zeros - 1.0
+    moving = some.to(tl.int32)
+    step, open = 0, tl.max(moving, 0)
+    while (step < STEPS) & (open > 0):
+        mass, fall = zeros, zeros
+        for tile in range(begin, end):
+            j = tile * KEYS + tl.arange(0, KEYS)
+            k_tile = load_rows(k_base, j, k_row, keys, WIDTH, PADDED)
+            _, s, seen = tile_scores(
+                q_tile, k_tile, i, j, tile, task, at, inside, from_key, to_key, b, h, keep, keep_batch, mask,
+                mask_batch, mask_head, mask_row, mask_key, bias, bias_batch, bias_head, bias_row, bias_key, scale,
+                row_bias, centre, near, far_apart, keys, scaling, softcap, CAPPED, KEYS,
+            )  # fmt: skip
+            w, by = TILE_MASS(tl.where(seen, s, t[:, None]), t[:, None], p)
+            mass += tl.sum(tl.where(seen, w, 0.0), 1)
+            fall += tl.sum(tl.where(seen, by, 0.0), 1)
+        if sink is not None:
+            sink_mass, sink_fall = TILE_MASS(sink, t, p)
+            mass += sink_mass
+            fall += sink_fall
+        low, high = tl.where(mass >= 1.0, t, low), tl.where(mass > 1.0, high, t)
+        new = newton(t, low, high, mass, fall, power)
+        new = tl.where(tl.abs(mass - 1.0) <= 2 * EPSILON, t, new)  # what is left may be rounding of the sum
+        far = tl.abs(new - t) > 2 * EPSILON * tl.maximum(tl.abs(t), 1.0)
+        # A row takes no step more because of others in its block: its result depends on nothing but itself.
+        t, slope = tl.where(moving > 0, new, t), tl.where(moving > 0, fall, slope)
+        moving = tl.where(far, moving, 0)
+        step, open = step + 1, tl.max(moving, 0)
+    return t, slope
+
+
 @triton.jit(do_not_specialize=["queries", "keys"])
 def forward_rows(
     q, k, v, out, mean, shifts, inverses, first, last, keep, mask, bias, row_scale, row_bias, centre, near, sinks,
@@ -51,10 +95,8 @@ def forward_rows(
     b, h = task // heads, task % heads
     i = block * ROWS + tl.arange(0, ROWS)
     inside = i < queries
-    from_key = tl.load(first + b * span_batch + i, mask=inside, other=0)
-    to_key = tl.load(last + b * span_batch + i, mask=inside, other=0)
-    begin = tl.min(tl.where(to_key > from_key, from_key, keys), 0) // KEYS
-    end = tl.cdiv(tl.max(tl.where(to_key > from_key, to_key, 0), 0), KEYS)
+    from_key, to_key, lowest, highest = load_spans(first, last, b * span_batch, i, inside, keys)
+    begin, end = lowest // KEYS, tl.cdiv(highest, KEYS)
     at = task * queries + i
     q_tile = load_rows(q + b * q_batch + h * q_head, i, q_row, queries, WIDTH, PADDED)
     k_base, v_base = k + b * k_batch + h // groups * k_head, v + b * v_batch + h // groups * v_head
@@ -78,37 +120,12 @@ def forward_rows(
     if sinks is not None:
         n += 1.0
         top = tl.maximum(top, sink)
-    some = top > float("-inf")
-    low, high = ROW_BRACKET(tl.where(some, top, 0.0), tl.maximum(n, 1.0), p)
-    low, high, power = low + zeros, high + zeros, ROW_POWER(p)
-    t, slope = tl.where(some, low, 0.0), zeros - 1.0
-    moving = some.to(tl.int32)
-    step, open = 0, tl.max(moving, 0)
-    while (step < STEPS) & (open > 0):
-        mass, fall = zeros, zeros
-        for tile in range(begin, end):
-            j = tile * KEYS + tl.arange(0, KEYS)
-            k_tile = load_rows(k_base, j, k_row, keys, WIDTH, PADDED)
-            _, s, seen = tile_scores(
-                q_tile, k_tile, i, j, tile, task, at, inside, from_key, to_key, b, h, keep, keep_batch, mask,
-                mask_batch, mask_head, mask_row, mask_key, bias, bias_batch, bias_head, bias_row, bias_key, scale,
-                row_bias, centre, near, far_apart, keys, scaling, softcap, CAPPED, KEYS,
-            )  # fmt: skip
-            w, by = TILE_MASS(tl.where(seen, s, t[:, None]), t[:, None], p)
-            mass += tl.sum(tl.where(seen, w, 0.0), 1)
-            fall += tl.sum(tl.where(seen, by, 0.0), 1)
-        if sinks is not None:
-            sink_mass, sink_fall = TILE_MASS(sink, t, p)
-            mass += sink_mass
-            fall += sink_fall
-        low, high = tl.where(mass >= 1.0, t, low), tl.where(mass > 1.0, high, t)
-        new = newton(t, low, high, mass, fall, power)
-        new = tl.where(tl.abs(mass - 1.0) <= 2 * EPSILON, t, new)  # what is left may be rounding of the sum
-        far = tl.abs(new - t) > 2 * EPSILON * tl.maximum(tl.abs(t), 1.0)
-        # A row takes no step more because of others in its block: its result depends on nothing but itself.
-        t, slope = tl.where(moving > 0, new, t), tl.where(moving > 0, fall, slope)
-        moving = tl.where(far, moving, 0)
-        step, open = step + 1, tl.max(moving, 0)
+    t, slope = solve(
+        top, n, sink, p, q_tile, k_base, k_row, begin, end, i, task, at, inside, from_key, to_key, b, h, keep,
+        keep_batch, mask, mask_batch, mask_head, mask_row, mask_key, bias, bias_batch, bias_head, bias_row, bias_key,
+        scale, row_bias, centre, near, far_apart, keys, scaling, softcap, ROW_BRACKET, ROW_POWER, TILE_MASS, CAPPED,
+        WIDTH, PADDED, KEYS,
+    )  # fmt: skip
 
     shrink = tl.where(slope < 0.0, 1.0 / tl.where(slope < 0.0, slope, -1.0), -1.0)  # keeps slopes in half's range
     # The output, and then the mean: one accumulator at a time, as two would not stay in registers.

@@ -52,6 +52,17 @@ def store_rows(base, rows, stride, limit, tile, WIDTH: tl.constexpr, PADDED: tl.
 
 
 @triton.jit
+def load_spans(first, last, spans_at, i, inside, keys):
+    """The first and one past the last key that each row sees, and the lowest and highest of them over all rows."""
+    from_key = tl.load(first + spans_at + i, mask=inside, other=0)
+    to_key = tl.load(last + spans_at + i, mask=inside, other=0)
+    some = to_key > from_key
+    lowest = tl.min(tl.where(some, from_key, keys), 0)
+    highest = tl.max(tl.where(some, to_key, 0), 0)
+    return from_key, to_key, lowest, highest
+
+
+@triton.jit
 def visible(i, j, from_key, to_key, keys, keep, keep_at, mask, mask_at, mask_row, mask_key):
     """Which keys ``j`` the queries ``i`` see: the row's span, less what ``keep`` and ``mask`` hide."""
     seen = (j >= from_key) & (j < to_key)
