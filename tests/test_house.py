@@ -60,6 +60,14 @@ def test_files_have_at_most_600_lines() -> None:
     assert not long
 
 
+def test_functions_have_at_most_80_lines() -> None:
+    """From ``def`` to the last line, docstring included."""
+    found = [(name, node) for name, tree in MODULES.items() for node in ast.walk(tree)]
+    found = [(name, node) for name, node in found if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    assert len(found) > 1000
+    assert not [f"{name}.{node.name}" for name, node in found if node.end_lineno - node.lineno >= 80]
+
+
 def test_no_slot_can_have_the_name_of_what_its_module_has() -> None:
     assert _taken() >= frozenset(dir(LayerSwap(ModelInfo(1, 1, 1, None))))
 
