@@ -69,7 +69,8 @@ def test_functions_have_at_most_80_lines() -> None:
 
 
 def test_no_slot_can_have_the_name_of_what_its_module_has() -> None:
-    assert _taken() >= frozenset(dir(LayerSwap(ModelInfo(1, 1, 1, None))))
+    own = {name for name in dir(LayerSwap(ModelInfo(1, 1, 1, None))) if not name.startswith("___")}  # torch.compile's
+    assert _taken() >= own
 
 
 def score(model: PreTrainedModel) -> None:
