@@ -78,9 +78,7 @@ def verify(model: PreTrainedModel, config: PreTrainedConfig, modules: Modules, b
             if not _shown_hollow(model, every, swapped, both):
                 with _replaced(swapped, Swap()):  # first, since it says more of the model than a swap's error does
                     reference, same = both()
-                _check_outputs(model, [reference.output], [same.output])
-                for (layer, module), slope in zip(swapped.items(), same.slopes, strict=True):
-                    _check_heads(model, layer, module, slope)
+                _check(model, swapped, [reference.output], [same.output], same.slopes)
                 _forward(model, _learnable(model))
             if not dispatches_all(modules):
                 _check_rows(model, every, swapped)
@@ -126,16 +124,21 @@ def _shown_hollow(
     try:
         with _hollow(model, every):
             reference, same = both()
-        _check_outputs(model, reference.parts, same.parts)
-        for (layer, module), slope in zip(swapped.items(), same.slopes, strict=True):
-            _check_heads(model, layer, module, slope)
+        _check(model, swapped, reference.parts, same.parts, same.slopes)
         # Tokens that are all alike would be so under any mask.
         return all(bool(p.flatten(0, -2).std(0).max() > 1e-3 * p.abs().max()) for p in reference.parts)
     except Exception:  # of whatever kind: the whole model says what is wrong, if something is
         return False
 
 
-def _check_outputs(model: PreTrainedModel, reference: list[Tensor], same: list[Tensor]) -> None:
+def _check(
+    model: PreTrainedModel,
+    swapped: dict[int, nn.Module],
+    reference: list[Tensor],
+    same: list[Tensor],
+    slopes: list[Tensor | None],
+) -> None:
+    """Refuses outputs that are not the same, and heads whose gain has no gradient."""
     pairs = zip(reference, same, strict=True)
     both = torch.stack([torch.stack([(now - was).abs().max(), was.std()]).cpu() for was, now in pairs])
     for difference, spread in both.tolist():
@@ -144,6 +147,8 @@ def _check_outputs(model: PreTrainedModel, reference: list[Tensor], same: list[T
                 f"{type(model).__name__} computes more in its attention than softmax over masked scores: served by "
                 f"attnswap's own softmax its output moves by {difference:.2g} (spread {spread:.2g})"
             )
+    for (layer, module), slope in zip(swapped.items(), slopes, strict=True):
+        _check_heads(model, layer, module, slope)
 
 
 def _check_rows(model: PreTrainedModel, every: list[nn.Module], swapped: dict[int, nn.Module]) -> None:
