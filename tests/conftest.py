@@ -31,8 +31,8 @@ from transformers import (
 
 import attnswap
 from attnswap import swaps
-from attnswap.surgery.attach import child_of
-from attnswap.surgery.stacks import attention_modules
+from attnswap.surgery.module import child_of
+from attnswap.surgery.stacks import find_stack
 
 ARCHITECTURES = ["llama", "mistral", "qwen3", "gemma2", "gpt_oss", "gpt2", "gpt_neox"]
 SWAPS = swaps.names()
@@ -110,7 +110,7 @@ def move_away(model: nn.Module, length: int, seed: int = 1) -> None:
     def noise(like: Tensor, scale: float) -> Tensor:
         return torch.randn(like.shape, generator=generator) * scale
 
-    for _, module in attention_modules(model).values():
+    for _, module in find_stack(model).modules.values():
         child = child_of(module)
         if child is None:
             continue

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 import attnswap
 from attnswap import AttnSwapConfig
 from attnswap.errors import CheckpointError, ConfigError
-from attnswap.surgery.attach import spec_of
+from attnswap.surgery.patched import spec_of
 
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGen
 import attnswap
 from attnswap import AttnSwapConfig
 from attnswap.errors import ConfigError, UnsupportedModelError
-from attnswap.surgery.attach import spec_of
+from attnswap.surgery.patched import spec_of
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 

@@ -41,8 +41,8 @@ import attnswap
 from attnswap.coverage import SWAPS, cover, model_types, tiny_model
 from attnswap.coverage.columns import move_away, oracle
 from attnswap.errors import ConfigError, UnsupportedModelError
-from attnswap.surgery.attach import patched_modules
 from attnswap.surgery.inputs import tiny_inputs
+from attnswap.surgery.patched import stacks_of
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 TOKENS = {"vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -131,7 +131,7 @@ def test_every_part_is_served_exactly(kind, part, layers, tmp_path):
         model.save_pretrained(tmp_path / swap)
         again = type(model).from_pretrained(tmp_path / swap)
         assert torch.equal(run(again), moved)
-        assert patched_modules(again).keys() == patched_modules(model).keys()
+        assert stacks_of(again)[0].modules.keys() == stacks_of(model)[0].modules.keys()
         attnswap.unpatch(model)
     assert torch.equal(run(model), stock) and torch.equal(run(untouched), stock)
 
@@ -256,7 +256,8 @@ def test_a_decoder_whose_modules_hold_no_config(tmp_path):
     attnswap.patch(model, "softpick")
     model.save_pretrained(tmp_path)
     again = LEDForConditionalGeneration.from_pretrained(tmp_path)
-    assert [name for name, _ in patched_modules(again).values()] == [n for n, _ in patched_modules(model).values()]
+    names = [[name for name, _ in stacks_of(one)[0].modules.values()] for one in (again, model)]
+    assert names[0] == names[1]
     assert torch.equal(run(again), run(model))
 
 

@@ -18,8 +18,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import attnswap
 from attnswap.errors import UnsupportedModelError
 from attnswap.surgery import arguments
-from attnswap.surgery.attach import enter_of
-from attnswap.surgery.stacks import attention_modules
+from attnswap.surgery.seam import gate_hook_of
+from attnswap.surgery.stacks import find_stack
 
 SWAPS = ["softpick", "ssmax", "forgetting-gate"]
 
@@ -84,7 +84,7 @@ def test_another_implementation_is_taken_up(swap, layers, name, tokens, tmp_path
         model.set_attn_implementation(name)
         for _ in range(2):
             assert torch.allclose(model(tokens, use_cache=False).logits, right, atol=1e-5)
-    assert {enter_of(module).route.before for _, module in attention_modules(model).values()} == {name}
+    assert {gate_hook_of(module).route.before for _, module in find_stack(model).modules.values()} == {name}
     model.save_pretrained(tmp_path)
     assert attnswap.describe(attnswap.from_pretrained(tmp_path)).before == name
     attnswap.unpatch(model)

@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 import attnswap
 from attnswap.errors import ConfigError, UnsupportedModelError
-from attnswap.surgery.stacks import attention_modules
+from attnswap.surgery.stacks import find_stack
 
 MISTAKES = [
     ({"swap": "sofpick"}, 'Did you mean "softpick"'),
@@ -233,7 +233,7 @@ def test_changing_the_implementation_afterwards_changes_what_is_not_swapped(patc
 
 def test_lost_hooks_are_noticed(patched, tokens):
     model = patched("llama", "softpick")
-    for _, module in attention_modules(model).values():
+    for _, module in find_stack(model).modules.values():
         module._forward_pre_hooks.clear()
         module._forward_hooks.clear()
     with pytest.raises(UnsupportedModelError, match="hooks are missing"):

@@ -21,7 +21,7 @@ from transformers import (
 
 import attnswap
 from attnswap.errors import CheckpointError
-from attnswap.surgery.attach import spec_of
+from attnswap.surgery.patched import spec_of
 
 FIXTURE = Path(__file__).parent / "fixtures" / "format1"
 

@@ -11,7 +11,8 @@ from transformers import BartConfig, BartForConditionalGeneration, PreTrainedMod
 
 import attnswap
 from attnswap.errors import ConfigError
-from attnswap.surgery.attach import body_of, patched_modules
+from attnswap.surgery.body import body_of
+from attnswap.surgery.patched import stacks_of
 from attnswap.training import (
     Distillation,
     LossSection,
@@ -201,7 +202,7 @@ def test_transfer_compares_each_layer_on_the_teachers_input() -> None:
             ),
             with_kwargs=True,
         )
-        for layer, (_, module) in patched_modules(teacher.model).items()
+        for layer, (_, module) in stacks_of(teacher.model)[0].modules.items()
     ]
     teacher.hidden(inputs_of(values))
     for handle in handles:
@@ -210,7 +211,7 @@ def test_transfer_compares_each_layer_on_the_teachers_input() -> None:
     visible = torch.ones(40, 40).tril().bool()[None, None]
     lasts = [max((i for i, label in enumerate(row) if label != -100), default=-1) for row in values["labels"].tolist()]
     text = torch.tensor([[i <= last for i in range(40)] for last in lasts])
-    for layer, (_, module) in patched_modules(model).items():
+    for layer, (_, module) in stacks_of(model)[0].modules.items():
         hidden, output, rotary = seen[layer]
         ours = module(hidden_states=hidden, position_embeddings=rotary, attention_mask=visible)[0]
         expected.append((ours - output)[text].square().sum() / output[text].square().sum())

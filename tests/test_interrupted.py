@@ -9,7 +9,7 @@ import torch
 from conftest import tiny
 
 import attnswap
-from attnswap.surgery.attach import spec_of
+from attnswap.surgery.patched import spec_of
 
 
 def state(model):

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import attnswap
 from attnswap.errors import AttnSwapError, CheckpointError, NumericsError
-from attnswap.surgery.attach import spec_of
+from attnswap.surgery.patched import spec_of
 from attnswap.surgery.ramps import slot_at
 from attnswap.surgery.spec import Slot
 

@@ -11,8 +11,8 @@ from transformers import DataCollatorWithFlattening, StaticCache
 import attnswap
 from attnswap.attention import chunked
 from attnswap.errors import UnsupportedModelError
-from attnswap.surgery.attach import child_of
-from attnswap.surgery.stacks import attention_modules
+from attnswap.surgery.module import child_of
+from attnswap.surgery.stacks import find_stack
 
 GATED = ["forgetting-gate", "selective-temperature"]
 
@@ -83,7 +83,7 @@ def test_per_head_masks_go_with_their_heads(tokens):
     mask = causal & ((torch.rand(2, 4, LENGTH, LENGTH, generator=generator) > 0.5) | torch.eye(LENGTH).bool())
     with torch.no_grad(), recording(model) as calls:
         model(tokens, attention_mask=mask)
-    for layer, (_, module) in attention_modules(model).items():
+    for layer, (_, module) in find_stack(model).modules.items():
         call = calls[layer]
         for swap, heads, _, parameters in slots_of(module):
             for place, head in enumerate(heads):
@@ -117,7 +117,7 @@ def test_masks_without_a_diagonal(swap, patched, tokens):
     strict = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril(-1)[None, None].expand(2, 1, -1, -1)
     with torch.no_grad(), recording(model) as calls:
         model(tokens, attention_mask=strict, use_cache=False)
-    module = attention_modules(model)[0][1]
+    module = find_stack(model).modules[0][1]
     call, child = calls[0], child_of(module)
     features = child(torch.tensor(call.hidden).float())[swap.replace("-", "_")]
     features = {k: v.double() for k, v in features.items() if k != "ramp"}

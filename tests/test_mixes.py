@@ -18,7 +18,7 @@ from attnswap.attention import folded
 from attnswap.errors import UnsupportedModelError
 from attnswap.surgery import combine
 from attnswap.surgery.previous import Previous
-from attnswap.surgery.stacks import attention_modules
+from attnswap.surgery.stacks import find_stack
 
 ODD = [4, 0, 7, 5]
 """Of eight heads that share four key/value heads two by two: every pair but the last is parted, in no order."""
@@ -43,8 +43,8 @@ def eight_heads(kind="llama", seed=0):
 
 def implementation_of(model):
     """Where the function of a patched model's previous implementation is kept, and under which name."""
-    name = attnswap.surgery.attach.spec_of(model).before
-    module = attention_modules(model)[0][1]
+    name = attnswap.surgery.patched.spec_of(model).before
+    module = find_stack(model).modules[0][1]
     eager = vars(sys.modules[type(module).__module__])
     return (eager, "eager_attention_forward") if name == "eager" else (AttentionInterface._global_mapping, name)
 
@@ -170,7 +170,7 @@ def test_an_eager_function_that_reads_more_of_its_module_computes_all_heads(coun
     """Only what is known to be the same for every head may be read of the module; the sinks are cut to the heads."""
     model = eight_heads("gpt_oss")
     place, name = eager = (
-        vars(sys.modules[type(attention_modules(model)[0][1]).__module__]),
+        vars(sys.modules[type(find_stack(model).modules[0][1]).__module__]),
         "eager_attention_forward",
     )
     original = place[name]

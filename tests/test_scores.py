@@ -8,8 +8,8 @@ import attnswap
 from attnswap.coverage import tiny_model
 from attnswap.coverage.columns import move_away
 from attnswap.errors import UnsupportedModelError
-from attnswap.surgery.attach import enters
-from attnswap.surgery.stacks import attention_modules
+from attnswap.surgery.patched import gate_hooks
+from attnswap.surgery.stacks import find_stack
 
 KINDS = ["bloom", "falcon", "gptj", "mpt", "gpt_neo", "openai-gpt"]
 
@@ -17,10 +17,10 @@ KINDS = ["bloom", "falcon", "gptj", "mpt", "gpt_neo", "openai-gpt"]
 def counted(model, tokens, **options):
     """How many keys each query of each head is found to see."""
     seen = []
-    enters(model)[0].observe = lambda call, name, problem: seen.append(problem.visibility.n)
+    gate_hooks(model)[0].observe = lambda call, name, problem: seen.append(problem.visibility.n)
     with torch.no_grad():
         model(tokens, **options)
-    enters(model)[0].observe = None
+    gate_hooks(model)[0].observe = None
     return seen[-1]
 
 
@@ -60,7 +60,7 @@ def test_a_forward_without_hooks_is_refused(kind, swap):
     model = tiny_model(kind).eval()
     attnswap.patch(model, swap)
     move_away(model)
-    module = next(iter(attention_modules(model).values()))[1]
+    module = next(iter(find_stack(model).modules.values()))[1]
     seen = {}
     handle = module.register_forward_pre_hook(lambda m, a, k: seen.update(a=a, k=k), with_kwargs=True, prepend=True)
     tokens = torch.randint(3, 30, (2, 9))

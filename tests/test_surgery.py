@@ -10,9 +10,10 @@ from oracle import expected, recording
 from transformers import AutoModel, AutoModelForCausalLM
 
 import attnswap
-from attnswap.surgery.attach import child_of, spec_of
+from attnswap.surgery.module import child_of
+from attnswap.surgery.patched import spec_of
 from attnswap.surgery.select import select_layers
-from attnswap.surgery.stacks import attention_modules
+from attnswap.surgery.stacks import find_stack
 
 LENGTH = 20
 
@@ -63,7 +64,7 @@ def check_layers(model, name, tolerance=1e-5):
     given, mask, documents = layout(name)
     with torch.no_grad(), recording(model) as calls:
         logits = model(**given).logits
-    for layer, (_, module) in attention_modules(model).items():
+    for layer, (_, module) in find_stack(model).modules.items():
         out, _ = expected(calls[layer], slots_of(module), mask, documents, window_of(model, layer))
         worst = np.abs(calls[layer].out - out)[mask].max()
         assert worst < tolerance, f"layer {layer} {name}: {worst}"
@@ -200,7 +201,7 @@ def test_heads_and_layers_left_alone(kind, tokens):
     given, mask, documents = layout("plain")
     with torch.no_grad(), recording(model) as calls:
         model(**given)
-    for layer, (_, module) in attention_modules(model).items():
+    for layer, (_, module) in find_stack(model).modules.items():
         out, _ = expected(calls[layer], slots_of(module), mask, documents, window_of(model, layer))
         assert np.abs(calls[layer].out - out).max() < 1e-5
     # Layer 0 is bitwise the stock layer.
@@ -278,7 +279,7 @@ def test_ramp_per_head_and_per_layer():
     given, mask, documents = layout("left")
     with torch.no_grad(), recording(model) as calls:
         model(**given)
-    child = child_of(attention_modules(model)[0][1])
+    child = child_of(find_stack(model).modules[0][1])
     slots = [(child.slots["softpick"].swap, (h,), lam, {}) for h, lam in enumerate([0.25, 0.5, 0.75, 1.0])]
     out, _ = expected(calls[0], slots, mask, documents, None)
     assert np.abs(calls[0].out - out)[mask].max() < 1e-5
@@ -373,7 +374,7 @@ def test_output_attentions(kind, swap, patched, tokens):
         with recording(model) as calls:
             asked = model(tokens, output_attentions=True)
     assert (asked.logits - plain).abs().max() < 1e-4
-    for layer, (_, module) in attention_modules(model).items():
+    for layer, (_, module) in find_stack(model).modules.items():
         _, weights = expected(calls[layer], slots_of(module), mask, documents, window_of(model, layer))
         assert np.abs(asked.attentions[layer].double().numpy() - weights).max() < 1e-5
 
@@ -386,7 +387,7 @@ def test_output_attentions_of_partly_patched_models(kind, patched, tokens):
     with torch.no_grad(), recording(model) as calls:
         found = model(tokens, output_attentions=True).attentions
     assert len(found) == 2
-    for layer, (_, module) in attention_modules(model).items():
+    for layer, (_, module) in find_stack(model).modules.items():
         _, weights = expected(calls[layer], slots_of(module), mask, documents, window_of(model, layer))
         ours = found[layer].double().numpy()[..., : weights.shape[-1]]
         assert np.abs(ours - weights).max() < 1e-5

@@ -11,7 +11,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 
 from attnswap.adapters.kind import peft_type
 from attnswap.errors import ConfigError
-from attnswap.surgery.patch import check_one_ramp
+from attnswap.surgery.move import check_one_ramp
 from attnswap.surgery.select import whole_numbers
 from attnswap.swaps import Swap, resolve
 

@@ -25,15 +25,19 @@ from attnswap.adapters.reading import (
 )
 from attnswap.adapters.wrapper import Book, SwapAdapters
 from attnswap.errors import CheckpointError, ConfigError, UnsupportedModelError
-from attnswap.surgery import attach
-from attnswap.surgery.module import LayerSwap, SwapModule
+from attnswap.surgery.attach import own_config
+from attnswap.surgery.entry import is_patched, write_spec
+from attnswap.surgery.guard import guard
+from attnswap.surgery.hooks import remove_hooks
+from attnswap.surgery.module import LayerSwap, SwapModule, child_of
+from attnswap.surgery.owners import outermost
 from attnswap.surgery.parameters import swap_parameters
 from attnswap.surgery.patch import patch, unpatch
+from attnswap.surgery.patched import patched_stacks, spec_of, stacks_of
 from attnswap.surgery.probe import verify
 from attnswap.surgery.rebuild import Unresolved, rebuild
-from attnswap.surgery.select import layer_info, owning_config
 from attnswap.surgery.spec import KEY, PatchSpec
-from attnswap.surgery.stacks import attention_modules
+from attnswap.surgery.stacks import find_stack
 
 
 class AttnSwapModel(LoraModel):
@@ -159,15 +163,15 @@ class AttnSwapModel(LoraModel):
             self.set_adapter(adapter_names)
         super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         model: PreTrainedModel = self.model
-        for _, module in attach.patched_modules(model).values():
-            swaps = attach.child_of(module)
+        for _, module in stacks_of(model)[0].modules.values():
+            swaps = child_of(module)
             if swaps is not None and not swaps.slots:
                 del module._modules[KEY]
-        spec = attach.spec_of(model)
+        spec = spec_of(model)
         if not merge or spec is None or not spec.layers:
             unpatch(model)
         else:
-            attach.guard(attach.outermost(model))
+            guard(outermost(model))
         return model
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -208,7 +212,7 @@ class Added:
         for wrapper in self.book.wrappers.values():
             wrapper.delete_adapter(self.name)
         if self.first:
-            self.book.lift()
+            self.book.detach()
         self.restore()
 
     def restore(self) -> None:
@@ -234,7 +238,7 @@ def add_swaps(model: PreTrainedModel, name: str, config: AttnSwapConfig, source:
         UnsupportedModelError: The base cannot take the swap.
     """
     others = next((m.book for m in model.modules() if isinstance(m, SwapAdapters)), None)
-    if others is None and attach.spec_of(model) is not None:
+    if others is None and is_patched(model):
         raise ConfigError(
             "the base is patched already, by attnswap.patch or when it was loaded: call attnswap.unpatch first, or "
             'train its swap with LoraConfig(modules_to_save=["attnswap"])'
@@ -248,7 +252,7 @@ def add_swaps(model: PreTrainedModel, name: str, config: AttnSwapConfig, source:
     if not any(isinstance(m, BaseTunerLayer) for m in model.modules()):
         model.requires_grad_(False)  # peft will take our wrappers for an earlier adapter, and freeze nothing
     if others is not None:
-        others.lift()
+        others.detach()
     try:
         spec = _patch(model, config, None if source is None else book.spec(source))
         if others is not None and (spec.part, spec.seam) != (others.empty.part, others.empty.seam):
@@ -256,19 +260,19 @@ def add_swaps(model: PreTrainedModel, name: str, config: AttnSwapConfig, source:
             raise ConfigError(f"part={spec.part!r}: all adapters of a model swap one part, here {others.empty.part!r}")
     except BaseException:
         if others is not None:
-            others.seat()
+            others.attach()
         added.restore()
         raise
     if others is None:
         book.empty = replace(spec, layers={})
-    modules = attach.patched_modules(model)
-    for layer, (_, module) in modules.items():
-        info = layer_info(owning_config(model, modules), module)
+    stack = stacks_of(model)[0]
+    for layer, (_, module) in stack.modules.items():
+        info = stack.info(layer)
         swaps = module._modules.pop(KEY, None)
         wrapper = book.wrappers.get(layer) or SwapAdapters(book, layer, LayerSwap(info))
         wrapper.put(name, swaps if isinstance(swaps, LayerSwap) else LayerSwap(info))
         wrapper.train(module.training)
-    book.seat()
+    book.attach()
     config.fingerprint = found
     return added
 
@@ -313,7 +317,7 @@ def _patch(model: PreTrainedModel, config: AttnSwapConfig, source: PatchSpec | N
         _patch_as_saved(model, config, PatchSpec.from_dict(config.spec))
     else:
         raise CheckpointError("the spec in the adapter's config is damaged: was adapter_config.json edited?")
-    spec = attach.spec_of(model)
+    spec = spec_of(model)
     assert spec is not None
     return spec
 
@@ -330,18 +334,16 @@ def _patch_as_saved(model: PreTrainedModel, config: AttnSwapConfig, spec: PatchS
 
 
 def _patch_again(model: PreTrainedModel, spec: PatchSpec) -> None:
-    give_back = attach.own_config(model)
+    give_back = own_config(model)
     try:
-        modules = attention_modules(model, spec.part)
-        attach.write_spec(model, owning_config(model, modules), spec)
+        write_spec(find_stack(model, spec.part), spec)
         rebuild(model)
         _off_meta(model)
-        attached = attach.spec_of(model)
-        assert attached is not None
-        verify(model, attach.config_of(model), attach.patched_modules(model), attached.before)
+        for stack, attached in patched_stacks(model):
+            verify(stack, attached.before)
     except BaseException:
-        attach.remove_hooks(list(model.modules()), "_forward_pre_hooks", Unresolved)
-        if attach.spec_of(model) is not None:
+        remove_hooks(model.modules(), "_forward_pre_hooks", Unresolved)
+        if is_patched(model):
             unpatch(model)
         give_back()
         raise
@@ -356,7 +358,7 @@ def _registers_on_meta() -> bool:
 
 def _off_meta(model: PreTrainedModel) -> None:
     """Gives swaps that were added under such a context storage: they are small, and a forward is to prove them."""
-    for _, module in attach.patched_modules(model).values():
+    for _, module in stacks_of(model)[0].modules.values():
         device = next((p.device for p in module.parameters() if not p.is_meta), None)
         for swap in module.modules():
             if isinstance(swap, SwapModule) and device is not None and any(p.is_meta for p in swap.parameters()):

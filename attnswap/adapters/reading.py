@@ -11,7 +11,7 @@ from transformers.core_model_loading import WeightRenaming
 from attnswap.adapters.wrapper import Book, SwapAdapters
 from attnswap.attention.checks import ensure
 from attnswap.errors import CheckpointError
-from attnswap.surgery.attach import remove_hooks
+from attnswap.surgery.hooks import remove_hooks
 from attnswap.surgery.spec import KEY
 
 LOW_RANK = "lora_"

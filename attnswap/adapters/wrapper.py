@@ -9,11 +9,14 @@ from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedModel
 
 from attnswap.errors import UnsupportedModelError
-from attnswap.surgery import attach
+from attnswap.surgery.connect import connect, disconnect
+from attnswap.surgery.entry import write_spec
+from attnswap.surgery.guard import guard, unguard
 from attnswap.surgery.module import LayerSwap
-from attnswap.surgery.select import owning_config
+from attnswap.surgery.owners import outermost
+from attnswap.surgery.patched import before_of
 from attnswap.surgery.spec import KEY, PatchSpec, Slot
-from attnswap.surgery.stacks import attention_modules
+from attnswap.surgery.stacks import AttentionStack, find_stack
 
 
 @dataclass
@@ -53,27 +56,28 @@ class Book:
         """Enters what an adapter does into the model's config."""
         if name != self.written:
             self.written = name
-            attach.write_spec(self.base[0], attach.config_of(self.base[0]), self.spec(name))
+            write_spec(self.stack(), self.spec(name))
 
-    def lift(self) -> None:
+    def stack(self) -> AttentionStack:
+        """Returns the attention modules that have the wrappers."""
+        return find_stack(self.base[0], self.empty.part)
+
+    def detach(self) -> None:
         """Takes all wrappers off the model, which then is what it was."""
-        model = self.base[0]
-        modules = attention_modules(model, self.empty.part)
-        self.empty = replace(self.empty, before=attach.before_of(modules, self.empty.before))
-        attach.disconnect(model, owning_config(model, modules), modules, self.empty.before)
-        attach.unguard(model)
+        stack = self.stack()
+        self.empty = replace(self.empty, before=before_of(stack, self.empty.before))
+        disconnect(stack, self.empty.before)
+        unguard(outermost(stack.model))
 
-    def seat(self) -> None:
+    def attach(self) -> None:
         """Puts the wrappers on the model, in place of swaps that are on it."""
-        model = self.base[0]
-        modules = attention_modules(model, self.empty.part)
-        config = owning_config(model, modules)
-        for layer, (_, module) in modules.items():
+        stack = self.stack()
+        for layer, (_, module) in stack.modules.items():
             module.add_module(KEY, self.wrappers[layer])
-        attach.connect(model, config, modules, self.empty.before)
+        connect(stack, self.empty.before)
         self.written = next(iter(self.active()), None)
-        attach.write_spec(model, config, self.spec(self.written))
-        attach.guard(attach.outermost(model))
+        write_spec(stack, self.spec(self.written))
+        guard(outermost(stack.model))
 
 
 class SwapAdapters(ModulesToSaveWrapper, BaseTunerLayer):

@@ -31,7 +31,7 @@ def patch_command(
     """Patch a checkpoint and save the result, tokenizer included."""
     import attnswap
     from attnswap.loading import load_config_of, load_model, load_tokenizer
-    from attnswap.surgery.patch import check_ramp
+    from attnswap.surgery.move import check_ramp
 
     if os.path.lexists(out):
         raise ConfigError(f'"{out}" exists already; choose another directory')

@@ -12,7 +12,7 @@ import transformers
 from attnswap.coverage.columns import AFTER, dispatch, identity, logits, undo
 from attnswap.coverage.tiny import tiny_model
 from attnswap.errors import ConfigError, UnsupportedModelError
-from attnswap.surgery.attach import spec_of
+from attnswap.surgery.patched import spec_of
 
 SWAPS = ("forgetting-gate", "softpick")
 """The swaps, none of them an identity, that every type is checked with: one with state per token, one without."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from attnswap.errors import ConfigError, UnsupportedModelError
-from attnswap.surgery.attach import base_of
+from attnswap.surgery.body import base_of
 from attnswap.surgery.parameters import swap_parameters
 
 GROUP = 64

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from attnswap.errors import ConfigError, UnsupportedModelError, non_finite
 from attnswap.evaluation.windows import Window
 from attnswap.modes import evaluating
-from attnswap.surgery.attach import base_of, body_of
+from attnswap.surgery.body import base_of, body_of
 from attnswap.surgery.stacks import SENSES
 
 CHUNK_ELEMENTS = 1 << 24

@@ -13,7 +13,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from attnswap.errors import ConfigError, UnsupportedModelError, non_finite
 from attnswap.evaluation.corpus import WINDOWS, spread_windows
 from attnswap.evaluation.scoring import Scorer
-from attnswap.surgery.attach import base_of, patched_modules, spec_of
+from attnswap.surgery.body import base_of
+from attnswap.surgery.entry import is_patched
+from attnswap.surgery.patched import stacks_of
 from attnswap.surgery.spec import KEY
 
 SINK = 0.3
@@ -137,7 +139,7 @@ def measure_structure(
     heads, states = _Heads(), _States()
     with scorer.ready(), ExitStack() as stack:
         stack.enter_context(_weights_returned(inner))
-        for layer, (name, module) in patched_modules(inner).items():
+        for layer, (name, module) in stacks_of(inner)[0].modules.items():
             stack.enter_context(_hook(module, heads.of(layer, reach_of(module, config, layer))))
             stack.enter_context(_hook(inner.get_submodule(_block_of(name)), states.of(layer)))
         for ids in inputs:
@@ -274,7 +276,7 @@ def _weights_returned(model: PreTrainedModel) -> Iterator[None]:
     if before in (KEY, "eager"):
         yield
         return
-    if spec_of(model) is None:
+    if not is_patched(model):
         model.set_attn_implementation("eager")
     # Models without an attention interface only warn and stay, and so do those whose softmax is patched: their masks
     # are made by this setting, their weights computed without it.

@@ -23,7 +23,7 @@ from attnswap.healing.experiment import Experiment
 from attnswap.healing.measuring import Bench, read, say
 from attnswap.loading import load_config_of, load_model, load_tokenizer
 from attnswap.processes import join, place
-from attnswap.surgery.attach import spec_of
+from attnswap.surgery.entry import is_patched
 from attnswap.text import evaluation_text
 from attnswap.training.config import TrainConfig, load_config, to_mapping
 from attnswap.training.durable import latest_checkpoint
@@ -193,7 +193,7 @@ def _check_measurable(experiment: Experiment, tokenizer: PreTrainedTokenizerBase
     corpus = load_corpus(tokenizer, experiment.text)
     plan(corpus, tokenizer, experiment.contexts, max_tokens=experiment.max_tokens)
     model = load_model(experiment.config.model.reference, dtype=torch.float32)
-    if spec_of(model) is not None:
+    if is_patched(model):
         raise ConfigError(
             f'model.reference: "{experiment.config.model.reference}" was saved with swaps, and an experiment needs the '
             'model before any; to train it on, run "attnswap train"'

@@ -3,8 +3,9 @@
 from attnswap.surgery.bypass import bypassed
 from attnswap.surgery.checkpoint import from_pretrained
 from attnswap.surgery.install import install
+from attnswap.surgery.move import set_ramp
 from attnswap.surgery.parameters import parameter_groups, swap_parameters
-from attnswap.surgery.patch import describe, patch, set_ramp, unpatch
+from attnswap.surgery.patch import describe, patch, unpatch
 from attnswap.surgery.report import PatchReport
 from attnswap.surgery.seam import register
 from attnswap.surgery.spec import KEY

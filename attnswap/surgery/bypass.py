@@ -1,4 +1,4 @@
-"""A patched model as it was, for the length of a ``with`` block: the teacher, and the proof that a swap is used."""
+"""Bypassing the swaps of a model inside a ``with`` block: the model as its own teacher, and the ablation of a swap."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,14 +6,17 @@ from contextlib import contextmanager
 from torch import nn
 
 from attnswap.errors import ConfigError
-from attnswap.surgery.attach import base_of, enters, spec_of
+from attnswap.surgery.body import base_of
+from attnswap.surgery.entry import is_patched
+from attnswap.surgery.patched import gate_hooks
 
 
 @contextmanager
 def bypassed(model: nn.Module) -> Iterator[None]:
     """Lets a patched model compute the attention it had before patching, with the weights it has now.
 
-    Nothing of the model changes: swaps are passed by at the door of each attention module, and are back afterwards.
+    Nothing of the model changes: the hook of each attention module leaves its swaps out, and computes them again
+    afterwards.
 
     Args:
         model: A patched model; a peft wrapper is looked through (its other adapters stay on).
@@ -22,9 +25,9 @@ def bypassed(model: nn.Module) -> Iterator[None]:
         ConfigError: The model is not patched.
     """
     inner = base_of(model)
-    if spec_of(inner) is None:
-        raise ConfigError(f"this {type(inner).__name__} is not patched, so there is nothing to pass by")
-    hooks = enters(inner)
+    if not is_patched(inner):
+        raise ConfigError(f"this {type(inner).__name__} is not patched, so there is no swap to bypass")
+    hooks = gate_hooks(inner)
     before = [hook.bypass for hook in hooks]
     for hook in hooks:
         hook.bypass = True

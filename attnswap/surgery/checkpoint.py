@@ -6,10 +6,9 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from attnswap.errors import AttnSwapError, CheckpointError
-from attnswap.surgery.attach import patched_modules, spec_of
 from attnswap.surgery.loaded import HUB
+from attnswap.surgery.patched import patched_stacks
 from attnswap.surgery.probe import verify
-from attnswap.surgery.select import owning_config
 from attnswap.surgery.spec import KEY
 
 
@@ -37,10 +36,8 @@ def from_pretrained(path: str | Path, *, auto_class: Any = AutoModelForCausalLM,
         raise
     except Exception as error:  # transformers and torch raise many types for a damaged config or other shapes
         raise CheckpointError(f'the checkpoint "{path}" cannot be read: {error}. Is it complete?') from error
-    spec = spec_of(model)
-    modules = patched_modules(model)
-    if spec is not None and not any(p.is_meta for p in model.parameters()):
-        verify(model, owning_config(model, modules), modules, spec.before)
+    for stack, spec in patched_stacks(model) if not any(p.is_meta for p in model.parameters()) else ():
+        verify(stack, spec.before)
     return model
 
 

@@ -1,15 +1,49 @@
-"""A few tokens, pixels or sounds on which any model runs."""
+"""A few tokens, pixels or sounds on which any model runs, and running a model on them."""
 
 import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from attnswap.errors import UnsupportedModelError
 
 TOKENS = 6
+
+
+def run_tiny(model: PreTrainedModel) -> Tensor:
+    """Runs a model on two short inputs.
+
+    Returns:
+        Its output in fp32; of tokens, those that are no padding.
+    """
+    inputs, stand_ins = tiny_inputs(model), _stand_ins(model)
+    return real_output((functional_call(model, stand_ins, kwargs=inputs) if stand_ins else model(**inputs))[0])
+
+
+def _stand_ins(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Returns stand-ins for tensors that were made in inference mode, through which autograd does not go."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return {name: tensor.detach().clone() for name, tensor in tensors if tensor.is_inference()}
+
+
+def real_output(output: Tensor) -> Tensor:
+    """Returns outputs in fp32, of tokens those that are no padding."""
+    real = real_tokens(output.device)
+    return (output[real.bool()] if output.shape[:2] == real.shape else output).float()
+
+
+def prefix_gap(model: PreTrainedModel) -> float:
+    """How far the output at the first tokens moves when another token follows them."""
+    inputs = tiny_inputs(model)
+    short = {k: x[:1, :-1] if isinstance(x, Tensor) and x.ndim == 2 else x for k, x in inputs.items()}
+    long = {k: x[:1] if isinstance(x, Tensor) else x for k, x in inputs.items()}
+    before, after = model(**short)[0], model(**long)[0]
+    if before.ndim != 3:
+        return 0.0
+    return float((after[:, :-1] - before).abs().max() / after.std())
 
 
 def tiny_inputs(model: PreTrainedModel) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from attnswap.surgery.owners import record
 from attnswap.surgery.previous import check_implementation
 from attnswap.surgery.rebuild import rebuild
 from attnswap.surgery.saving import faithful
-from attnswap.surgery.spec import KEY, PatchSpec, with_towers
+from attnswap.surgery.spec import KEY, read_entry, with_towers
 
 PREFIX = "AttnSwap"
 """Before the names of a patched model's ``architectures`` in config.json.
@@ -89,10 +89,10 @@ def settle(config: Any) -> None:
     values = getattr(config, KEY, None)
     if not isinstance(values, dict):
         return
-    spec = PatchSpec.from_dict(values)
-    if spec.seam == "scores" and config._attn_implementation == KEY:
-        check_implementation(spec.before)
-        config._attn_implementation_internal = spec.before
+    for spec in read_entry(values):
+        if spec.seam == "scores" and config._attn_implementation == KEY:
+            check_implementation(spec.before)
+            config._attn_implementation_internal = spec.before
     if values.get(WEIGHTS):
         config._output_attentions = True
 

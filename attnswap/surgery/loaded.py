@@ -9,8 +9,9 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 from attnswap.loading import refuse_incomplete, refuse_orphans
-from attnswap.surgery.attach import carrier_of, enters, patched_modules
-from attnswap.surgery.seam import check_loaded
+from attnswap.surgery.entry import carrier_of
+from attnswap.surgery.patched import written_stacks
+from attnswap.surgery.seam import check_loaded, gate_hook_of
 from attnswap.surgery.spec import KEY
 
 HUB = ("revision", "code_revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
@@ -37,11 +38,13 @@ def check_whole(model: PreTrainedModel, found: Mapping[str, Any], path: Any, opt
     refuse_incomplete(
         {"missing_keys": _lost(model, found.get("missing_keys", ()), path, options), "mismatched_keys": swaps}, path
     )
-    for _, module in patched_modules(model).values():
+    modules = [module for stack, _ in written_stacks(model) for _, module in stack.modules.values()]
+    for module in modules:
         if KEY in module._modules:
             check_loaded(module._modules[KEY])  # type: ignore[arg-type]
-    for enter in enters(model):
-        enter.unchecked = False
+    for module in modules:
+        if (hook := gate_hook_of(module)) is not None:
+            hook.unchecked = False
 
 
 def _lost(model: PreTrainedModel, missing: Iterable[str], path: Any, options: Mapping[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from attnswap.errors import UnsupportedModelError
 from attnswap.surgery.ramps import check_form, mark, slot_at
-from attnswap.surgery.spec import Slot
+from attnswap.surgery.spec import KEY, Slot
 from attnswap.swaps.base import ModelInfo
 
 
@@ -183,3 +183,45 @@ class LayerSwap(nn.Module):
                 f"{self.info.hidden}; gates over hidden states do not fit here"
             )
         return {name: module(hidden_states) for name, module in self.named_children()}
+
+
+def add_slot(module: nn.Module, info: ModelInfo, name: str, slot: Slot) -> None:
+    """Adds a slot with fresh parameters to an attention module.
+
+    Args:
+        module: The attention module.
+        info: The layer's sizes.
+        name: The name of the slot.
+        slot: The swap, its heads and lambda.
+    """
+    child = child_of(module)
+    if child is None:
+        child = LayerSwap(info)
+        child.train(module.training)
+        module.add_module(KEY, child)
+    # Under a meta device context some models make a few parameters elsewhere; the first need not be among the rest.
+    device = min((p.device for p in module.parameters()), key=lambda d: d.type != "meta", default=torch.device("cpu"))
+    child.add(name, slot, device)
+
+
+def child_of(module: nn.Module) -> LayerSwap | None:
+    """Returns the layer's swaps, through the wrapper of another library if there is one."""
+    child = module._modules.get(KEY)
+    serving = getattr(child, "serving", None)  # of the adapters on this layer
+    if callable(serving):
+        return serving()
+    if hasattr(child, "modules_to_save"):  # of plain peft: a frozen original, and a copy for each adapter
+        active: Any = child
+        names = [name for name in active.active_adapters if name in active.modules_to_save]
+        child = active.modules_to_save[names[0]] if names else active.original_module
+    while child is not None and not isinstance(child, LayerSwap):
+        child = next(iter(child.children()), None)
+    return child
+
+
+def children_of(module: nn.Module) -> list[LayerSwap]:
+    """Returns every copy of a layer's swaps; wrappers of other libraries keep a frozen and a trained one."""
+    child = module._modules.get(KEY)
+    if hasattr(child, "serving"):
+        return [one] if (one := child_of(module)) else []
+    return [] if child is None else [c for c in child.modules() if isinstance(c, LayerSwap)]

@@ -9,18 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
-from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from attnswap.errors import AttnSwapError, UnsupportedModelError
 from attnswap.modes import evaluating
-from attnswap.surgery.attach import Modules, child_of, dispatches_all, enter_of
-from attnswap.surgery.inputs import real_tokens, tiny_inputs
-from attnswap.surgery.scores import Answering
-from attnswap.surgery.seam import Enter
+from attnswap.surgery.inputs import prefix_gap, real_output, run_tiny
+from attnswap.surgery.module import child_of
+from attnswap.surgery.scores import InterceptedForward
+from attnswap.surgery.seam import GateHook, gate_hook_of
 from attnswap.surgery.spec import Slot
-from attnswap.surgery.stacks import siblings
+from attnswap.surgery.stacks import AttentionStack
 from attnswap.swaps.base import Swap
 from attnswap.swaps.sigmoid import Sigmoid
 
@@ -43,8 +42,8 @@ class Seen:
     slopes: list[Tensor | None] = field(default_factory=list)
 
 
-def verify(model: PreTrainedModel, config: PreTrainedConfig, modules: Modules, before: str) -> None:
-    """Checks a freshly connected model.
+def verify(stack: AttentionStack, before: str) -> None:
+    """Checks a freshly connected stack, together with other patched attention of the same config.
 
     Two forwards over a few tokens: the model as it was; and with our own softmax in every selected head, which must
     give the same, and which must reach the output of its attention module from every selected head, as shown by the
@@ -54,17 +53,15 @@ def verify(model: PreTrainedModel, config: PreTrainedConfig, modules: Modules, b
     it, they run whole.
 
     Args:
-        model: The model, with its slots in place.
-        config: The config the attention modules share.
-        modules: Its attention modules.
+        stack: The attention modules, with their slots in place.
         before: The previous attention implementation.
 
     Raises:
         UnsupportedModelError: A selected layer or head does not reach us, or our softmax differs from the model's.
     """
-    swapped = {i: m for i, (_, m) in modules.items() if child_of(m) is not None}
-    every = siblings(model, modules)
-    both = partial(_both, model, config, every, swapped, before)
+    model, every = stack.model, stack.siblings
+    swapped = [module for module in every if child_of(module) is not None]
+    both = partial(_both, stack, swapped, before)
     # What is still to be read from a file cannot be compared with the config yet.
     # The generators of random numbers are left alone: they are the process's, and other threads draw from them.
     with (
@@ -79,8 +76,8 @@ def verify(model: PreTrainedModel, config: PreTrainedConfig, modules: Modules, b
                 with _replaced(swapped, Swap()):  # first, since it says more of the model than a swap's error does
                     reference, same = both()
                 _check(model, swapped, [reference.output], [same.output], same.slopes)
-                _forward(model, _learnable(model))
-            if not dispatches_all(modules):
+                run_tiny(model)
+            if stack.seam == "scores":
                 _check_rows(model, every, swapped)
         except AttnSwapError:
             raise
@@ -90,11 +87,10 @@ def verify(model: PreTrainedModel, config: PreTrainedConfig, modules: Modules, b
             ) from error
 
 
-def _both(
-    model: PreTrainedModel, config: PreTrainedConfig, every: list[nn.Module], swapped: dict[int, nn.Module], before: str
-) -> tuple[Seen, Seen]:
+def _both(stack: AttentionStack, swapped: list[nn.Module], before: str) -> tuple[Seen, Seen]:
     """Runs the model as it was, and served by our own softmax."""
-    run = partial(_forward, model, _learnable(model))
+    run = partial(run_tiny, stack.model)
+    config, every = stack.config, stack.siblings
     connected = config._attn_implementation_internal
     try:
         config._attn_implementation_internal = before
@@ -109,7 +105,7 @@ def _both(
         config._attn_implementation_internal = connected
     sums = [part for part in parts if part.requires_grad]
     weights = [torch.linspace(1, 2, part.numel(), device=part.device).view_as(part) for part in sums]
-    found = torch.autograd.grad(sums, list(gains.values()), weights, allow_unused=True) if sums else [None] * len(gains)
+    found = torch.autograd.grad(sums, gains, weights, allow_unused=True) if sums else [None] * len(gains)
     same.slopes = list(found)
     return reference, same
 
@@ -117,7 +113,7 @@ def _both(
 def _shown_hollow(
     model: PreTrainedModel,
     every: list[nn.Module],
-    swapped: dict[int, nn.Module],
+    swapped: list[nn.Module],
     both: Callable[[], tuple[Seen, Seen]],
 ) -> bool:
     """Whether attention alone shows what is to be shown; each module is then compared by itself."""
@@ -133,7 +129,7 @@ def _shown_hollow(
 
 def _check(
     model: PreTrainedModel,
-    swapped: dict[int, nn.Module],
+    swapped: list[nn.Module],
     reference: list[Tensor],
     same: list[Tensor],
     slopes: list[Tensor | None],
@@ -147,20 +143,20 @@ def _check(
                 f"{type(model).__name__} computes more in its attention than softmax over masked scores: served by "
                 f"attnswap's own softmax its output moves by {difference:.2g} (spread {spread:.2g})"
             )
-    for (layer, module), slope in zip(swapped.items(), slopes, strict=True):
-        _check_heads(model, layer, module, slope)
+    for module, slope in zip(swapped, slopes, strict=True):
+        _check_heads(model, module, slope)
 
 
-def _check_rows(model: PreTrainedModel, every: list[nn.Module], swapped: dict[int, nn.Module]) -> None:
+def _check_rows(model: PreTrainedModel, every: list[nn.Module], swapped: list[nn.Module]) -> None:
     """Refuses swaps that see what a model adds to a whole row of scores, where that depends on the keys after it."""
-    slots = [slot for module in swapped.values() if (child := child_of(module)) for slot in child.slots.values()]
+    slots = [slot for module in swapped if (child := child_of(module)) for slot in child.slots.values()]
     sees = next((s.swap for s in slots if not s.swap.softmax_weighted and not s.swap.threshold), None)
     if sees is None or model.main_input_name != "input_ids":
         return
     with _muted(every):
-        looks_ahead = _prefix_gap(model)
+        looks_ahead = prefix_gap(model)
     with _replaced(swapped, Sigmoid(bias=0.0)):  # which weighs each key by its own score
-        moves = _prefix_gap(model)
+        moves = prefix_gap(model)
     if moves > 1e-3 >= looks_ahead:
         raise UnsupportedModelError(
             f"{type(model).__name__} adds to each row of its scores a number that depends on the length of the input; "
@@ -168,46 +164,18 @@ def _check_rows(model: PreTrainedModel, every: list[nn.Module], swapped: dict[in
         )
 
 
-def _prefix_gap(model: PreTrainedModel) -> float:
-    """How far the output at the first tokens moves when another token follows them."""
-    inputs = tiny_inputs(model)
-    short = {k: x[:1, :-1] if isinstance(x, Tensor) and x.ndim == 2 else x for k, x in inputs.items()}
-    long = {k: x[:1] if isinstance(x, Tensor) else x for k, x in inputs.items()}
-    before, after = model(**short)[0], model(**long)[0]
-    if before.ndim != 3:
-        return 0.0
-    return float((after[:, :-1] - before).abs().max() / after.std())
-
-
-def _check_heads(model: PreTrainedModel, layer: int, module: nn.Module, slope: Tensor | None) -> None:
-    child = child_of(module)
+def _check_heads(model: PreTrainedModel, module: nn.Module, slope: Tensor | None) -> None:
+    child, hook = child_of(module), gate_hook_of(module)
     assert child is not None
+    assert hook is not None
     reached = [False] * child.info.heads if slope is None else (slope != 0).tolist()
     for slot in child.slots.values():
         for head in range(child.info.heads) if slot.heads is None else slot.heads:
             if not reached[head]:
                 raise UnsupportedModelError(
-                    f"head {head} of layer {layer} ({type(module).__name__}) of {type(model).__name__} has no effect "
-                    "on the output of that module when its attention is served by attnswap"
+                    f"head {head} of layer {hook.layer} ({type(module).__name__}) of {type(model).__name__} has no "
+                    "effect on the output of that module when its attention is served by attnswap"
                 )
-
-
-def _learnable(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Returns stand-ins for tensors that were made in inference mode, through which autograd does not go."""
-    tensors = (*model.named_parameters(), *model.named_buffers())
-    return {name: tensor.detach().clone() for name, tensor in tensors if tensor.is_inference()}
-
-
-def _forward(model: PreTrainedModel, stand_ins: dict[str, Tensor]) -> Tensor:
-    """Runs two short inputs."""
-    inputs = tiny_inputs(model)
-    return _real((functional_call(model, stand_ins, kwargs=inputs) if stand_ins else model(**inputs))[0])
-
-
-def _real(output: Tensor) -> Tensor:
-    """Returns outputs in fp32, of tokens those that are no padding."""
-    real = real_tokens(output.device)
-    return (output[real.bool()] if output.shape[:2] == real.shape else output).float()
 
 
 def _uncompiled(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
@@ -219,7 +187,12 @@ def _uncompiled(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
 @contextlib.contextmanager
 def _muted(modules: list[nn.Module]) -> Iterator[None]:
     """Runs the attention modules as if they had never been touched."""
-    found = [x for m in modules for x in (enter_of(m), m.__dict__.get("forward")) if isinstance(x, Enter | Answering)]
+    found = [
+        x
+        for m in modules
+        for x in (gate_hook_of(m), m.__dict__.get("forward"))
+        if isinstance(x, GateHook | InterceptedForward)
+    ]
     try:
         for one in found:
             one.muted = True
@@ -230,10 +203,10 @@ def _muted(modules: list[nn.Module]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _replaced(swapped: dict[int, nn.Module], swap: Swap) -> Iterator[None]:
+def _replaced(swapped: list[nn.Module], swap: Swap) -> Iterator[None]:
     """Serves every slot with another swap at lambda 1."""
     saved = []
-    for module in swapped.values():
+    for module in swapped:
         child = child_of(module)
         assert child is not None
         saved.append((child, child.slots, child.forward))
@@ -251,7 +224,7 @@ def _replaced(swapped: dict[int, nn.Module], swap: Swap) -> Iterator[None]:
 @contextlib.contextmanager
 def _hooked(modules: list[nn.Module], name: str, value: Any) -> Iterator[None]:
     """Gives the pre-hooks of all attention modules another value of an attribute."""
-    hooks = [enter for m in modules if (enter := enter_of(m))]
+    hooks = [hook for m in modules if (hook := gate_hook_of(m))]
     saved = [getattr(hook, name) for hook in hooks]
     try:
         for hook in hooks:
@@ -265,7 +238,7 @@ def _hooked(modules: list[nn.Module], name: str, value: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def _before(modules: list[nn.Module], name: str) -> Iterator[None]:
     """Sends what is not swapped to another implementation."""
-    routes = {id(enter.route): enter.route for m in modules if (enter := enter_of(m))}
+    routes = {id(hook.route): hook.route for m in modules if (hook := gate_hook_of(m))}
     saved = [(route, route.before) for route in routes.values()]
     try:
         for route, _ in saved:
@@ -277,17 +250,16 @@ def _before(modules: list[nn.Module], name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _gains(swapped: dict[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
+def _gains(swapped: list[nn.Module]) -> Iterator[list[Tensor]]:
     """Has our softmax serve every slot, each head's output times a gain of 1 that asks for its gradient."""
-    gains, hooks = {}, []
-    for layer, module in swapped.items():
-        child = child_of(module)
+    gains, hooks = [], []
+    for module in swapped:
+        child, hook = child_of(module), gate_hook_of(module)
         assert child is not None
-        device = next(module.parameters()).device
-        gains[layer] = torch.ones(child.info.heads, device=device, requires_grad=True)
-        hook = enter_of(module)
         assert hook is not None
-        hook.gains = gains[layer]
+        device = next(module.parameters()).device
+        hook.gains = torch.ones(child.info.heads, device=device, requires_grad=True)
+        gains.append(hook.gains)
         hooks.append(hook)
     try:
         yield gains
@@ -297,7 +269,7 @@ def _gains(swapped: dict[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
 
 
 @contextlib.contextmanager
-def _collected(swapped: dict[int, nn.Module], learn: bool = False) -> Iterator[list[Tensor]]:
+def _collected(swapped: list[nn.Module], learn: bool = False) -> Iterator[list[Tensor]]:
     """Collects what the attention modules give.
 
     Args:
@@ -310,11 +282,11 @@ def _collected(swapped: dict[int, nn.Module], learn: bool = False) -> Iterator[l
         torch.set_grad_enabled(learn)
 
     def leave(_: nn.Module, __: Any, output: Any) -> None:
-        found.extend([_real(value) for value in tree_leaves(output) if isinstance(value, Tensor)][:1])
+        found.extend([real_output(value) for value in tree_leaves(output) if isinstance(value, Tensor)][:1])
         torch.set_grad_enabled(False)
 
-    handles = [module.register_forward_pre_hook(enter) for module in swapped.values()]
-    handles += [module.register_forward_hook(leave) for module in swapped.values()]
+    handles = [module.register_forward_pre_hook(enter) for module in swapped]
+    handles += [module.register_forward_hook(leave) for module in swapped]
     try:
         with torch.no_grad():  # whose end puts the mode back, wherever a forward ends
             yield found

@@ -10,27 +10,21 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from attnswap.errors import AttnSwapError, CheckpointError, ConfigError
-from attnswap.surgery.attach import (
-    add_slot,
-    carrier_of,
-    child_of,
-    connect,
-    dispatches_all,
-    forget,
-    guard,
-    remove_hooks,
-    unhook,
-    write_spec,
-)
-from attnswap.surgery.module import SwapModule
+from attnswap.surgery.attach import attach
+from attnswap.surgery.connect import unhook
+from attnswap.surgery.entry import carrier_of, entries_of, forget
+from attnswap.surgery.guard import guard
+from attnswap.surgery.hooks import remove_hooks
+from attnswap.surgery.module import SwapModule, child_of
+from attnswap.surgery.patched import before_of, written_stacks
 from attnswap.surgery.previous import check_implementation
-from attnswap.surgery.select import fitting_heads, layer_info, owning_config
-from attnswap.surgery.spec import KEY, PatchSpec, Slot
-from attnswap.surgery.stacks import Modules, attention_modules, siblings, stacks
+from attnswap.surgery.select import fitting_heads
+from attnswap.surgery.spec import KEY, PatchSpec, Slot, read_entry
+from attnswap.surgery.stacks import AttentionStack
 from attnswap.swaps.base import ModelInfo
 
 
@@ -41,51 +35,54 @@ def rebuild(model: PreTrainedModel) -> None:
         CheckpointError: The config names layers or heads that the model does not have, or an implementation that
             transformers does not know.
     """
-    carrier = carrier_of(model.config)
-    if carrier is None:
+    if carrier_of(model.config) is None:
         return
-    spec = PatchSpec.from_dict(getattr(carrier, KEY))
+    for _, entry in entries_of(model):
+        read_entry(entry)  # a damaged entry is refused by every part of a model
     try:
-        modules = _find(model, carrier, spec)
+        found = written_stacks(model)
+        for stack, spec in found:
+            _check(stack, spec)
     except AttnSwapError as error:
         if type(model).__name__ in (model.config.architectures or ()):
             raise
         model.register_forward_pre_hook(Unresolved(str(error)))
         return
-    remove_hooks(list(model.modules()), "_forward_pre_hooks", Unresolved)
-    config = owning_config(model, modules)
-    _leave_others(model, config, modules, spec)
-    if config._attn_implementation not in (KEY, None) and not any(child_of(m) for _, m in modules.values()):
-        spec = replace(spec, before=config._attn_implementation)  # asked for when loading
-    check_implementation(spec.before)
-    connect(model, config, modules, spec.before, loading=True)
-    write_spec(model, config, spec)
-    for layer, slots in spec.layers.items():
-        if child_of(modules[layer][1]) is None:
-            for name, slot in slots.items():
-                add_slot(modules[layer][1], config, name, slot)
-    guard(model, loaded=spec)
-    model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), KEY}
+    remove_hooks(model.modules(), "_forward_pre_hooks", Unresolved)
+    _leave_others(model, found)
+    specs = [_rebuild(stack, spec) for stack, spec in found]
+    guard(model, loaded=specs)
     if not isinstance(model._init_weights, _InitWeights):
         # An instance attribute: transformers calls it for each module whose weights were not in the checkpoint.
         model._init_weights = _InitWeights(model, model._init_weights)  # type: ignore[method-assign]
 
 
-def _find(model: PreTrainedModel, carrier: PreTrainedConfig, spec: PatchSpec) -> Modules:
-    modules = attention_modules(model, spec.part, None if carrier is model.config else carrier)
-    missing = [layer for layer in spec.layers if layer not in modules]
+def _rebuild(stack: AttentionStack, spec: PatchSpec) -> PatchSpec:
+    """Attaches the swaps of one stack, and returns its spec with the attention implementation that was asked for."""
+    name = stack.config._attn_implementation
+    if name == KEY:
+        spec = replace(spec, before=before_of(stack, spec.before))  # a part of the model was built and connected first
+    elif name is not None and not any(child_of(m) for _, m in stack.modules.values()):
+        spec = replace(spec, before=name)  # asked for when loading
+    check_implementation(spec.before)
+    attach(stack, spec, {i: s for i, s in spec.layers.items() if child_of(stack.module(i)) is None}, loading=True)
+    return spec
+
+
+def _check(stack: AttentionStack, spec: PatchSpec) -> None:
+    """Refuses a spec that does not fit the attention it names."""
+    missing = [layer for layer in spec.layers if layer not in stack.modules]
     if missing:
         raise CheckpointError(
             f"the attnswap entry of config.json names layer {missing[0]}, which the model does not have"
         )
-    if (spec.seam == "interface") != dispatches_all(modules):
+    if spec.seam != stack.seam:
         raise CheckpointError(
             f'the attnswap entry of config.json says that the model was patched at its "{spec.seam}", which is not how '
-            f"{type(model).__name__} computes attention"
+            f"{type(stack.model).__name__} computes attention"
         )
-    config = owning_config(model, modules)
     for layer, slots in spec.layers.items():
-        info = layer_info(config, modules[layer][1])
+        info = stack.info(layer)
         for name, slot in slots.items():
             try:
                 _check_fits(slot, info)
@@ -93,7 +90,6 @@ def _find(model: PreTrainedModel, carrier: PreTrainedConfig, spec: PatchSpec) ->
                 raise CheckpointError(
                     f'the attnswap entry of config.json gives layer {layer} a swap "{name}" that does not fit: {error}'
                 ) from error
-    return modules
 
 
 def _check_fits(slot: Slot, info: ModelInfo) -> None:
@@ -122,16 +118,19 @@ class Unresolved:
         )
 
 
-def _leave_others(model: PreTrainedModel, config: PreTrainedConfig, modules: Modules, spec: PatchSpec) -> None:
+def _leave_others(model: PreTrainedModel, found: list[tuple[AttentionStack, PatchSpec]]) -> None:
     """Takes out what parts of the model attached to other attention."""
-    chosen = {id(module) for _, module in modules.values()}
-    others = [m for stack in stacks(model) for _, m in stack.modules.values() if id(m) not in chosen]
-    for module in others:
+    chosen = {id(module) for stack, _ in found for _, module in stack.modules.values()}
+    configs = [model.config, *(stack.config for stack, _ in found)]
+    every = [module for _, module in (*found[0][0].modules.values(), *found[0][0].others)]
+    for module in every:
+        if id(module) in chosen:
+            continue
         module._modules.pop(KEY, None)
         own = getattr(module, "config", None)
-        if own is not None and own is not config and own is not model.config and hasattr(own, KEY):
-            unhook(siblings(model, {0: ("", module)}))
-            own._attn_implementation_internal = spec.before
+        if own is not None and hasattr(own, KEY) and not any(own is config for config in configs):
+            unhook(other for other in every if getattr(other, "config", None) is own)
+            own._attn_implementation_internal = found[0][1].before
             forget(own)
 
 

@@ -1,13 +1,13 @@
 """What patching did, as a table a person can read."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from attnswap.surgery.attach import Modules
 from attnswap.surgery.parameters import swap_parameters
-from attnswap.surgery.select import layer_info, owning_config
 from attnswap.surgery.spec import PatchSpec, Slot
+from attnswap.surgery.stacks import AttentionStack, find_stack
 from attnswap.visible import visible
 
 
@@ -20,12 +20,16 @@ class LayerReport:
         module: Name of its attention module.
         swaps: The slots by name.
         kept: Query heads that keep the previous implementation.
+        before: That implementation.
+        stack: What the names of the attention modules of this layer's part of the model have in common.
     """
 
     layer: int
     module: str
     swaps: dict[str, Slot]
     kept: tuple[int, ...]
+    before: str = ""
+    stack: str = ""
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,8 @@ class PatchReport:
 
     Attributes:
         model: Class name of the model.
-        before: The attention implementation that unselected layers and heads keep.
-        layers: One entry per attention layer.
+        before: The attention implementation that unselected layers and heads keep; several where parts differ.
+        layers: One entry per attention layer of each patched part.
         parameters: How many learned numbers the swaps hold.
         notes: Anything else that was done.
     """
@@ -49,22 +53,23 @@ class PatchReport:
     @property
     def patched_layers(self) -> list[int]:
         """Indices of the layers with at least one swap."""
-        return [row.layer for row in self.layers if row.swaps]
+        return sorted({row.layer for row in self.layers if row.swaps})
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """Returns (layers, heads, swap, lambda) with equal neighbouring layers drawn together."""
-        grouped: list[tuple[int, int, list[tuple[str, str, str]]]] = []
+        several = len({row.stack for row in self.layers}) > 1
+        grouped: list[tuple[str, int, int, list[tuple[str, str, str]]]] = []
         for row in self.layers:
             cells = [(_span(s.heads), repr(s.swap), _ramp(s.ramp)) for s in row.swaps.values()]
             if row.kept or not row.swaps:
-                cells.append((_span(row.kept if row.swaps else None), f"as before ({self.before})", ""))
-            if grouped and grouped[-1][2] == cells and grouped[-1][1] == row.layer - 1:
-                grouped[-1] = (grouped[-1][0], row.layer, cells)
-            else:
-                grouped.append((row.layer, row.layer, cells))
+                cells.append((_span(row.kept if row.swaps else None), f"as before ({row.before})", ""))
+            stack, first = f"{row.stack} " if several else "", row.layer
+            if grouped and (grouped[-1][0], grouped[-1][2], grouped[-1][3]) == (stack, row.layer - 1, cells):
+                first = grouped.pop()[1]
+            grouped.append((stack, first, row.layer, cells))
         return [
-            (str(first) if first == last else f"{first}-{last}", *cell)
-            for first, last, cells in grouped
+            (f"{stack}{first}" if first == last else f"{stack}{first}-{last}", *cell)
+            for stack, first, last, cells in grouped
             for cell in cells
         ]
 
@@ -76,23 +81,40 @@ class PatchReport:
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
         ]
         summary = (
-            f"{self.model}: {len(self.patched_layers)} of {len(self.layers)} layers swapped, "
+            f"{self.model}: {sum(bool(row.swaps) for row in self.layers)} of {len(self.layers)} layers swapped, "
             f"{self.parameters:,} new parameters"
         )
         return visible("\n".join([summary, *lines, *self.notes]))
 
 
-def build_report(model: PreTrainedModel, modules: Modules, spec: PatchSpec, notes: list[str]) -> PatchReport:
-    """Builds the report of a model's present state."""
-    config = owning_config(model, modules)
-    rows = []
-    for index, (name, module) in modules.items():
-        heads = layer_info(config, module).heads if spec.layers else 0
+def build_report(
+    model: PreTrainedModel, found: list[tuple[AttentionStack, PatchSpec]], notes: list[str]
+) -> PatchReport:
+    """Builds the report of a model's present state.
+
+    Args:
+        model: The model.
+        found: Its patched stacks with their specs; none if it is untouched.
+        notes: What else was done.
+    """
+    found = found or [_untouched(find_stack(model))]
+    rows = [row for stack, spec in found for row in _rows(stack, spec)]
+    parameters = sum(p.numel() for p in swap_parameters(model).values())
+    before = ", ".join(dict.fromkeys(spec.before for _, spec in found))
+    return PatchReport(type(model).__name__, before, tuple(rows), parameters, tuple(notes))
+
+
+def _untouched(stack: AttentionStack) -> tuple[AttentionStack, PatchSpec]:
+    return stack, PatchSpec(stack.config._attn_implementation)
+
+
+def _rows(stack: AttentionStack, spec: PatchSpec) -> Iterator[LayerReport]:
+    for index, (name, _) in stack.modules.items():
+        heads = stack.info(index).heads if spec.layers else 0
         slots = spec.layers.get(index, {})
         taken = {h for s in slots.values() for h in (range(heads) if s.heads is None else s.heads)}
-        rows.append(LayerReport(index, name, slots, tuple(h for h in range(heads) if h not in taken)))
-    parameters = sum(p.numel() for p in swap_parameters(model).values())
-    return PatchReport(type(model).__name__, spec.before, tuple(rows), parameters, tuple(notes))
+        kept = tuple(h for h in range(heads) if h not in taken)
+        yield LayerReport(index, name, slots, kept, spec.before, stack.name)
 
 
 def _span(heads: tuple[int, ...] | None) -> str:

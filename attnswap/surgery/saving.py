@@ -13,9 +13,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from attnswap.errors import AttnSwapError, CheckpointError, ConfigError, UnsupportedModelError
-from attnswap.surgery.attach import WRAPPING, carrier_of, child_of, config_of, spec_of, write_spec
-from attnswap.surgery.spec import KEY, PatchSpec
-from attnswap.surgery.stacks import attention_modules
+from attnswap.surgery.entry import carrier_of, write_spec
+from attnswap.surgery.guard import WRAPPING
+from attnswap.surgery.module import child_of
+from attnswap.surgery.patched import patched_stacks
+from attnswap.surgery.spec import KEY, read_entry
 
 
 @contextmanager
@@ -38,19 +40,19 @@ def faithful(model: PreTrainedModel, state: Mapping[str, Any] | None = None) -> 
         yield
         return
     try:
-        config = _render(model, holders, carrier)
+        configs = _render(model, holders, carrier)
         _check_state(model, holders, state or {})
         _try(model)
     except (ConfigError, UnsupportedModelError) as error:
         raise CheckpointError(f"this {type(model).__name__} cannot be saved with its swaps: {error}") from error
-    with _valid(config):
+    with _valid(configs):
         yield
 
 
 def _render(
     model: PreTrainedModel, holders: dict[str, nn.Module], carrier: PreTrainedConfig | None
-) -> PreTrainedConfig:
-    """Brings the entry of a model's config up to what its modules hold, and returns the config that carries it."""
+) -> list[PreTrainedConfig]:
+    """Brings the entries of a model's configs up to what its modules hold, and returns those configs."""
     kind = type(model).__name__
     if carrier is None:
         inner = [n for n, m in model.named_modules() if n and isinstance(m, PreTrainedModel) and carrier_of(m.config)]
@@ -65,10 +67,8 @@ def _render(
             f"replaced, or is the module another model's?), so what is saved would reload as softmax. {way}"
         )
     _refuse_adapters(holders)
-    spec = spec_of(model)
-    assert spec is not None
-    served = attention_modules(model, spec.part, None if carrier is model.config else carrier)
-    known = {id(module) for _, module in served.values()}
+    found = patched_stacks(model)
+    known = {id(module) for stack, _ in found for _, module in stack.modules.values()}
     strange = next((name for name, module in holders.items() if id(module) not in known), None)
     if strange is not None:
         raise CheckpointError(
@@ -80,9 +80,9 @@ def _render(
             f"the config of {kind} names swaps, but none of its modules holds one: it is another model's config, or "
             "the patched modules were replaced. Give the model a config of its own, or patch it again"
         )
-    config = config_of(model)
-    write_spec(model, config, spec)
-    return config
+    for stack, spec in found:
+        write_spec(stack, spec)
+    return [stack.config for stack, _ in found]
 
 
 def _check_state(model: PreTrainedModel, holders: dict[str, nn.Module], state: Mapping[str, Any]) -> None:
@@ -137,7 +137,7 @@ def _plain(name: str) -> str:
 
 
 def _named(carrier: PreTrainedConfig) -> bool:
-    return bool(PatchSpec.from_dict(getattr(carrier, KEY)).layers)
+    return any(spec.layers for spec in read_entry(getattr(carrier, KEY)))
 
 
 def _refuse_adapters(holders: dict[str, nn.Module]) -> None:
@@ -149,12 +149,14 @@ def _refuse_adapters(holders: dict[str, nn.Module]) -> None:
 
 
 @contextmanager
-def _valid(config: PreTrainedConfig) -> Iterator[None]:
-    """Lets a config that asks for attention weights pass transformers' check, which knows only "eager" to give any."""
-    internal = config._attn_implementation_internal
-    if config.output_attentions:
-        config._attn_implementation_internal = "eager"
+def _valid(configs: list[PreTrainedConfig]) -> Iterator[None]:
+    """Lets configs that ask for attention weights pass transformers' check, which knows only "eager" to give any."""
+    saved = [(config, config._attn_implementation_internal) for config in configs]
+    for config, _ in saved:
+        if config.output_attentions:
+            config._attn_implementation_internal = "eager"
     try:
         yield
     finally:
-        config._attn_implementation_internal = internal
+        for config, internal in reversed(saved):
+            config._attn_implementation_internal = internal

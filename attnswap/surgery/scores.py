@@ -32,7 +32,7 @@ WRITTEN = -1e4
 """The score that the first GPT writes for a hidden key."""
 
 
-class Within(TorchFunctionMode):
+class SoftmaxInterception(TorchFunctionMode):
     """What replaces the softmax of one attention module, for the time of one forward.
 
     Args:
@@ -221,7 +221,7 @@ class _Stock:
         """Torch's own kernel serves."""
 
 
-class Answering:
+class InterceptedForward:
     """The forward of such a module: its own, with its softmax answered while it runs.
 
     Lives on the module as its ``forward``, since hooks do not run where Ctrl-C ends a forward.
@@ -254,20 +254,20 @@ class Answering:
         for mask in (*args[1:], *kwargs.values()):
             if isinstance(mask, Tensor) and mask.ndim > 1 and mask.is_floating_point():
                 refuse_nearly(self.module, mask.masked_fill(mask <= _hidden_from(self.module, mask.dtype), 0))
-        with Within(self.module, call):
+        with SoftmaxInterception(self.module, call):
             return forward(*args, **kwargs)
 
 
 def intercept(module: nn.Module) -> None:
-    """Puts :class:`Answering` around a module's forward."""
-    if not isinstance(module.__dict__.get("forward"), Answering):
-        module.forward = Answering(module)
+    """Puts :class:`InterceptedForward` around a module's forward."""
+    if not isinstance(module.__dict__.get("forward"), InterceptedForward):
+        module.forward = InterceptedForward(module)
 
 
 def release(module: nn.Module) -> None:
     """Undoes :func:`intercept`; where another library has wrapped it since, it stays and passes everything on."""
     mine = module.__dict__.get("forward")
-    if isinstance(mine, Answering):
+    if isinstance(mine, InterceptedForward):
         if mine.before is None:
             del module.__dict__["forward"]
         else:

@@ -1,7 +1,7 @@
 """The two functions transformers calls, and the hooks around every attention module of a patched model.
 
-Before a module's forward, :class:`Enter` evaluates the gates and puts a :class:`LayerCall` into the kwargs; the
-module hands it to :func:`attention_forward`; after the forward, :class:`Leave` makes sure that it got there. So a
+Before a module's forward, :class:`GateHook` evaluates the gates and puts a :class:`LayerCall` into the kwargs; the
+module hands it to :func:`attention_forward`; after the forward, :class:`ServedCheck` makes sure that it got there. So a
 patched module either computes its swaps or raises, whatever happened to the model's configuration in between.
 """
 
@@ -41,7 +41,7 @@ class Route:
     dispatched: bool
 
 
-class Enter:
+class GateHook:
     """The pre-forward hook of an attention module.
 
     Args:
@@ -105,14 +105,14 @@ class Enter:
             self.route.before, config._attn_implementation_internal = name, KEY  # type: ignore[assignment]
 
 
-class Leave:
+class ServedCheck:
     """The post-forward hook of an attention module.
 
     Args:
         enter: The pre-forward hook.
     """
 
-    def __init__(self, enter: Enter) -> None:
+    def __init__(self, enter: GateHook) -> None:
         self.enter = enter
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -124,6 +124,11 @@ class Leave:
                 "Call attnswap.unpatch(model), set the implementation, and patch again. (A model that computes "
                 'attention itself wants "eager" or "sdpa".)'
             )
+
+
+def gate_hook_of(module: nn.Module) -> GateHook | None:
+    """Returns the pre-forward hook of an attention module, if it has ours."""
+    return next((hook for hook in module._forward_pre_hooks.values() if isinstance(hook, GateHook)), None)
 
 
 def _hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -1,14 +1,11 @@
-"""Find the attention modules of a model, and read which layers and heads a user means."""
+"""Read which layers and heads a user means, and whether a swap fits them."""
 
 import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
-
 from attnswap.errors import ConfigError, UnsupportedModelError
-from attnswap.surgery.stacks import Modules, seam_of
+from attnswap.surgery.stacks import AttentionStack
 from attnswap.swaps.base import ModelInfo, Swap
 
 LayersLike = int | str | Iterable[int] | Callable[[int], bool] | None
@@ -108,45 +105,20 @@ def fitting_heads(swap: Swap, heads: Iterable[int] | int | None, info: ModelInfo
     return chosen
 
 
-def layer_info(config: PreTrainedConfig, module: nn.Module) -> ModelInfo:
-    """Returns a layer's sizes, from its attention module where that has them, else from its config.
+def check_keys(stack: AttentionStack, chosen: list[int], swap: Swap) -> None:
+    """Refuses a swap that keeps a value for each key where the keys are not made of the hidden states it reads.
 
     Raises:
-        UnsupportedModelError: Neither says how many heads there are.
+        UnsupportedModelError: The attention is cross-attention, or a layer reads the keys of another one.
     """
-    usual = _size(config, "num_attention_heads")
-    heads = _size(module, "num_heads", "num_attention_heads", "n_heads", "n_head") or usual
-    hidden = _size(module, "attention_hidden_size") or _size(config, "hidden_size")
-    if heads is None or hidden is None:
-        raise UnsupportedModelError(f"{type(config).__name__} names no single num_attention_heads and hidden_size")
-    kv_heads = _size(module, "num_key_value_heads", "num_kv_heads")
-    if kv_heads is None and heads == usual:  # a config speaks of one of its towers
-        kv_heads = _size(config, "num_key_value_heads")
-    return ModelInfo(
-        heads=heads,
-        kv_heads=kv_heads or heads,
-        hidden=hidden,
-        max_positions=_size(config, "max_position_embeddings"),
-    )
-
-
-def _size(owner: Any, *names: str) -> int | None:
-    values = (getattr(owner, name, None) for name in names)
-    return next((value for value in values if isinstance(value, int)), None)
-
-
-def owning_config(model: PreTrainedModel, modules: Modules) -> PreTrainedConfig:
-    """Returns the one config that all attention modules read their implementation from.
-
-    Raises:
-        UnsupportedModelError: They do not share one.
-    """
-    configs = {id(c): c for _, m in modules.values() if (c := getattr(m, "config", None)) is not None}
-    if not configs and not any(seam_of(type(m)) == "interface" for _, m in modules.values()):
-        return model.config.get_text_config()
-    if len(configs) != 1:
+    if not any(feature.per == "key" for feature in swap.features().values()):
+        return
+    said = f'"{swap.name}" keeps a value for each key, made of the hidden state of its token, which'
+    if stack.cross:
+        raise UnsupportedModelError(f"{said} cross-attention does not see")
+    shared = [layer for layer in chosen if getattr(stack.module(layer), "is_kv_shared_layer", False)]
+    if shared:
         raise UnsupportedModelError(
-            f"the attention modules of {type(model).__name__} do not share one config ({len(configs)} found), so "
-            "their attention implementation cannot be set per model"
+            f"{said} layer {shared[0]} of {type(stack.model).__name__} does not see: it reads the keys of another "
+            f"layer. Choose other layers than {shared}"
         )
-    return next(iter(configs.values()))

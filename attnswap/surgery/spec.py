@@ -1,7 +1,7 @@
 """What was done to a model, as plain data: the part of ``config.json`` that makes a checkpoint reload."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -10,10 +10,10 @@ from torch import nn
 from attnswap.errors import AttnSwapError, CheckpointError, ConfigError
 from attnswap.swaps import Swap, resolve
 
-FORMAT = 2
-"""Version of the layout below. A reader accepts every version up to its own.
+FORMAT = 3
+"""Version of the layout of an entry. A reader accepts every version up to its own.
 
-2: ``seam`` and ``part``, where they are not the default.
+1: One part of the model, which is the default one. 2: ``seam`` and ``part``. 3: ``parts``, several of version 2.
 """
 
 KEY = "attnswap"
@@ -54,13 +54,13 @@ class Slot:
 
 @dataclass(frozen=True)
 class PatchSpec:
-    """Everything needed to rebuild the swaps of a model.
+    """Everything needed to rebuild the swaps of one part of a model.
 
     Attributes:
         layers: For each layer index its slots by name, which is also the name of their parameters.
         before: The attention implementation the model had.
         seam: How attention modules are served: by transformers' "interface", or by the "scores" of their own softmax.
-        part: Which attention of the model; see :func:`attnswap.surgery.stacks.attention_modules`.
+        part: Which attention of the model; see :func:`attnswap.surgery.stacks.find_stack`.
     """
 
     before: str
@@ -86,38 +86,19 @@ class PatchSpec:
         ]
         if self.seam == "interface" and self.part is None:
             return {"format": 1, "before": self.before, "swaps": entries}
-        return {"format": FORMAT, "before": self.before, "seam": self.seam, "part": self.part, "swaps": entries}
+        return {"format": 2, "before": self.before, "seam": self.seam, "part": self.part, "swaps": entries}
 
     @classmethod
     def from_dict(cls, values: Any) -> Self:
         """Reads what :meth:`to_dict` wrote.
 
         Raises:
-            CheckpointError: The format is newer than this reader, or the values are damaged.
+            CheckpointError: The format is newer than this reader, the values are damaged, or of several parts.
         """
-        version = values.get("format") if isinstance(values, dict) else None
-        if type(version) is not int or not 1 <= version <= FORMAT:
-            raise CheckpointError(
-                f"the checkpoint's attnswap format is {version!r}; this attnswap reads up to {FORMAT}: upgrade attnswap"
-            )
-        try:
-            seam, part = (values["seam"], values["part"]) if version > 1 else ("interface", None)
-            _require(seam in ("interface", "scores"), f"seam is {seam!r}")
-            _require(isinstance(part, str | None), f"part is {part!r}")
-            _require(isinstance(values["before"], str) and values["before"] != "", f"before is {values['before']!r}")
-            layers: dict[int, dict[str, Slot]] = {}
-            for entry in values["swaps"]:
-                slot, name = _read_slot(entry), entry["slot"]
-                check_slot_name(name)
-                for layer in _indices(entry["layers"], "layers", lowest=-1):  # Zamba 2 numbers a shared layer so
-                    present = layers.setdefault(layer, {})
-                    _check_free(layer, name, slot, present)
-                    present[name] = slot
-        except AttnSwapError as error:
-            raise CheckpointError(f"the checkpoint names a swap that cannot be built: {error}") from error
-        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-            raise CheckpointError(f"the attnswap entry of config.json is damaged: {error!r}") from error
-        return cls(values["before"], layers, seam, part)
+        specs = read_entry(values)
+        if len(specs) > 1:
+            raise CheckpointError("the attnswap entry swaps several parts of its model, where one is expected")
+        return cls(**vars(specs[0]))
 
     def with_slot(self, layer: int, name: str, slot: Slot) -> Self:
         """Returns a copy in which a layer has one more slot, or another slot of that name.
@@ -129,6 +110,53 @@ class PatchSpec:
         layers = {k: dict(v) for k, v in self.layers.items()}
         layers.setdefault(layer, {})[name] = slot
         return replace(self, layers=dict(sorted(layers.items())))
+
+
+def write_entry(specs: Sequence[PatchSpec]) -> dict[str, Any]:
+    """Returns the entry of a config for one or several parts of a model, as JSON-able values."""
+    if len(specs) == 1:
+        return specs[0].to_dict()
+    parts = [{"seam": spec.seam, "part": spec.part, **spec.to_dict(), "format": 2} for spec in specs]
+    return {"format": FORMAT, "parts": parts}
+
+
+def read_entry(values: Any) -> list[PatchSpec]:
+    """Reads what :func:`write_entry` returned.
+
+    Raises:
+        CheckpointError: The format is newer than this reader, or the values are damaged.
+    """
+    version = values.get("format") if isinstance(values, dict) else None
+    if type(version) is not int or not 1 <= version <= FORMAT:
+        raise CheckpointError(
+            f"the checkpoint's attnswap format is {version!r}; this attnswap reads up to {FORMAT}: upgrade attnswap"
+        )
+    try:
+        specs = [_read_part(part) for part in values["parts"]] if version == FORMAT else [_read_part(values)]
+        parts = [spec.part for spec in specs]
+        _require(specs and len(set(parts)) == len(parts), f"parts are {parts}")
+    except AttnSwapError as error:
+        raise CheckpointError(f"the checkpoint names a swap that cannot be built: {error}") from error
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(f"the attnswap entry of config.json is damaged: {error!r}") from error
+    return specs
+
+
+def _read_part(values: Any) -> PatchSpec:
+    """Reads the spec of one part; raises ValueError, TypeError or LookupError where it is damaged."""
+    seam, part = (values["seam"], values["part"]) if values["format"] != 1 else ("interface", None)
+    _require(seam in ("interface", "scores"), f"seam is {seam!r}")
+    _require(isinstance(part, str | None), f"part is {part!r}")
+    _require(isinstance(values["before"], str) and values["before"] != "", f"before is {values['before']!r}")
+    layers: dict[int, dict[str, Slot]] = {}
+    for entry in values["swaps"]:
+        slot, name = _read_slot(entry), entry["slot"]
+        check_slot_name(name)
+        for layer in _indices(entry["layers"], "layers", lowest=-1):  # Zamba 2 numbers a shared layer so
+            present = layers.setdefault(layer, {})
+            _check_free(layer, name, slot, present)
+            present[name] = slot
+    return PatchSpec(values["before"], layers, seam, part)
 
 
 def check_slot_name(name: Any) -> None:

@@ -1,4 +1,4 @@
-"""Which attention modules a model has: one stack per tower and kind, such as a decoder's self-attention."""
+"""Which attention modules a model has, and the stack of them that one patch is about."""
 
 import functools
 import inspect
@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from attnswap.errors import ConfigError, UnsupportedModelError
-from attnswap.surgery.spec import KEY
+from attnswap.swaps.base import ModelInfo
 
 Modules = dict[int, tuple[str, nn.Module]]
 """Attention modules with their names, by layer index."""
@@ -19,16 +19,13 @@ Modules = dict[int, tuple[str, nn.Module]]
 CROSS = re.compile(r"cross|encoder_attn|EncDec", re.IGNORECASE)
 """How modules that attend to another sequence are named."""
 
-_BUT_SWAPS = rf"(?!.*\.{KEY}\.)"
-"""Put behind a pattern of tied names, so that it takes no swap's."""
-
 SENSES = re.compile("vision|image|img|visual|audio|speech")
 """How towers that read no text are named."""
 
 
 @dataclass(frozen=True)
-class Stack:
-    """Attention modules that differ in their layer alone.
+class Group:
+    """Attention modules whose names differ in the number of their layer alone.
 
     Attributes:
         name: Their name in the model, with ``*`` for numbers: ``model.decoder.layers.*.self_attn``.
@@ -41,7 +38,7 @@ class Stack:
     cross: bool
 
     def fits(self, part: str) -> bool:
-        """Whether a user means this stack: by some consecutive parts of its name, or all of cross-attention."""
+        """Whether ``part`` names this group: by consecutive words of its name, or all cross-attention by "cross"."""
         if part == "cross":
             return self.cross
         words, wanted = self.name.split("."), part.split(".")
@@ -50,28 +47,134 @@ class Stack:
         return bool(places) and (ends or not self.cross)
 
 
-def stacks(model: nn.Module) -> list[Stack]:
+@dataclass(frozen=True, eq=False)
+class AttentionStack:
+    """The attention modules of a model that are patched together, such as its decoder's self-attention.
+
+    Attributes:
+        model: The model.
+        part: The words that chose the modules; None: the default.
+        modules: The modules with their names, by layer index.
+        name: What their names have in common, with ``*`` for numbers.
+        cross: They attend to another sequence than the one their queries come from.
+        others: The model's other attention modules, with their names.
+    """
+
+    model: PreTrainedModel
+    part: str | None
+    modules: Modules
+    name: str
+    cross: bool
+    others: tuple[tuple[str, nn.Module], ...]
+
+    @property
+    def layers(self) -> list[int]:
+        """Layer indices in ascending order."""
+        return list(self.modules)
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The config that all modules of the stack read their attention implementation from.
+
+        Raises:
+            UnsupportedModelError: They do not share one.
+        """
+        configs = {id(c): c for _, m in self.modules.values() if (c := getattr(m, "config", None)) is not None}
+        if not configs and not any(seam_of(type(m)) == "interface" for _, m in self.modules.values()):
+            return self.model.config.get_text_config()
+        if len(configs) != 1:
+            raise UnsupportedModelError(
+                f"the attention modules of {type(self.model).__name__} do not share one config ({len(configs)} found), "
+                "so their attention implementation cannot be set per model"
+            )
+        return next(iter(configs.values()))
+
+    @functools.cached_property
+    def seam(self) -> str:
+        """Where the modules are served: at transformers' "interface", or at the "scores" of their own softmax.
+
+        Raises:
+            UnsupportedModelError: Some are of the one kind and some of the other.
+        """
+        kinds = {seam_of(type(module)): name for name, module in self.modules.values()}
+        if len(kinds) > 1:
+            raise UnsupportedModelError(
+                f"{kinds['interface']} calls transformers' attention interface and {kinds['scores']} does not; "
+                "attnswap serves models whose attention modules all do, or none"
+            )
+        return str(next(iter(kinds)))
+
+    @functools.cached_property
+    def siblings(self) -> list[nn.Module]:
+        """Every attention module that reads its implementation from the config of this stack, the stack's included."""
+        every = [module for _, module in (*self.modules.values(), *self.others)]
+        configs = {id(getattr(module, "config", None)) for _, module in self.modules.values()}
+        return [module for module in every if id(getattr(module, "config", None)) in configs]
+
+    def module(self, layer: int) -> nn.Module:
+        """Returns the attention module of a layer."""
+        return self.modules[layer][1]
+
+    def info(self, layer: int) -> ModelInfo:
+        """Returns the sizes of a layer.
+
+        Raises:
+            UnsupportedModelError: Neither the module nor its config says how many heads there are.
+        """
+        return _layer_info(self.config, self.module(layer))
+
+    def shares(self, other: "AttentionStack") -> set[int]:
+        """Returns the layers of this stack whose module is also another stack's."""
+        theirs = {id(module) for _, module in other.modules.values()}
+        return {layer for layer, (_, module) in self.modules.items() if id(module) in theirs}
+
+
+def _layer_info(config: PreTrainedConfig, module: nn.Module) -> ModelInfo:
+    """Returns a layer's sizes, from its attention module where that has them, else from its config."""
+    usual = _size(config, "num_attention_heads")
+    heads = _size(module, "num_heads", "num_attention_heads", "n_heads", "n_head") or usual
+    hidden = _size(module, "attention_hidden_size") or _size(config, "hidden_size")
+    if heads is None or hidden is None:
+        raise UnsupportedModelError(f"{type(config).__name__} names no single num_attention_heads and hidden_size")
+    kv_heads = _size(module, "num_key_value_heads", "num_kv_heads")
+    if kv_heads is None and heads == usual:  # a config speaks of one of its towers
+        kv_heads = _size(config, "num_key_value_heads")
+    return ModelInfo(
+        heads=heads,
+        kv_heads=kv_heads or heads,
+        hidden=hidden,
+        max_positions=_size(config, "max_position_embeddings"),
+    )
+
+
+def _size(owner: Any, *names: str) -> int | None:
+    values = (getattr(owner, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int)), None)
+
+
+def groups(model: nn.Module) -> list[Group]:
     """Returns the attention modules of a model.
 
     A module counts if its code calls transformers' attention interface, or if its class name ends in "Attention" and
     its code calls a softmax (linear attention does neither), and if there is none inside it. Its index is its
-    ``layer_idx``, or in stacks that give none its place. Whether its attention can really be served is shown by the
-    probe, not assumed here.
+    ``layer_idx``, or its place among the modules of that name where some have none. Whether its attention can really
+    be served is shown by the probe, not assumed here.
     """
     named = [(n, m) for n, m in model.named_modules() if seam_of(type(m)) is not None]
     named = [(n, m) for n, m in named if not any(other.startswith(f"{n}.") for other, _ in named)]
-    groups: dict[str, list[tuple[str, nn.Module]]] = {}
+    members: dict[str, list[tuple[str, nn.Module]]] = {}
     for name, module in named:
-        groups.setdefault(".".join("*" if w.isdigit() else w for w in name.split(".")), []).append((name, module))
-    found = []
-    for name, members in groups.items():
-        indices = [_own_index(module) for _, module in members]
-        if None in indices or len(set(indices)) < len(indices):
-            indices = list(range(len(members)))
-        cross = any(CROSS.search(type(m).__name__) or getattr(m, "is_cross_attention", False) for _, m in members)
-        cross = cross or CROSS.search(name.split(".")[-1]) is not None
-        found.append(Stack(name, dict(sorted(zip(indices, members, strict=True))), cross))  # type: ignore[arg-type]
-    return found
+        members.setdefault(".".join("*" if w.isdigit() else w for w in name.split(".")), []).append((name, module))
+    return [_group(name, several) for name, several in members.items()]
+
+
+def _group(name: str, members: list[tuple[str, nn.Module]]) -> Group:
+    indices = [_own_index(module) for _, module in members]
+    if None in indices or len(set(indices)) < len(indices):
+        indices = list(range(len(members)))
+    cross = any(CROSS.search(type(m).__name__) or getattr(m, "is_cross_attention", False) for _, m in members)
+    cross = cross or CROSS.search(name.split(".")[-1]) is not None
+    return Group(name, dict(sorted(zip(indices, members, strict=True))), cross)  # type: ignore[arg-type]
 
 
 def _own_index(module: nn.Module) -> int | None:
@@ -79,92 +182,71 @@ def _own_index(module: nn.Module) -> int | None:
     return next((index for index in indices if isinstance(index, int)), None)
 
 
-def attention_modules(model: nn.Module, part: str | None = None, config: PreTrainedConfig | None = None) -> Modules:
+def find_stack(
+    model: PreTrainedModel, part: str | None = None, config: PreTrainedConfig | None = None
+) -> AttentionStack:
     """Returns the attention modules that a patch is about.
 
     Args:
         model: The model.
         part: Words of their names such as ``"encoder"``, ``"vision_tower"`` or ``"decoder.layers.*.self_attn"``, or
             ``"cross"``; default: self-attention, of the decoder or text tower where there are several.
-        config: The tower's, where some attention has it as its own.
+        config: Only modules with this config are meant, if there are any.
 
     Raises:
         ConfigError: ``part`` means no attention of this model, or several.
         UnsupportedModelError: The model has none.
     """
-    every = stacks(model)
+    every = groups(model)
     if not every:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no attention module to patch (none that calls transformers' attention "
             "interface, and none whose class name ends in Attention and that computes a softmax)"
         )
-    own = [
-        s
-        for s in every
-        if config is not None and any(m.__dict__.get("config") is config for _, m in s.modules.values())
-    ]
-    every = own or every
+    chosen = _choose(model, [g for g in every if config is not None and _has_config(g, config)] or every, part)
+    modules = dict(sorted((index, named) for group in chosen for index, named in group.modules.items()))
+    return AttentionStack(
+        model,
+        part,
+        modules,
+        name=", ".join(group.name for group in chosen),
+        cross=any(group.cross for group in chosen),
+        others=tuple(named for group in every if group not in chosen for named in group.modules.values()),
+    )
+
+
+def _has_config(group: Group, config: PreTrainedConfig) -> bool:
+    return any(module.__dict__.get("config") is config for _, module in group.modules.values())
+
+
+def _choose(model: PreTrainedModel, every: list[Group], part: str | None) -> list[Group]:
+    """Returns the groups that make up one stack: those that ``part`` names, whose layer indices differ."""
     if part is not None:
-        chosen = [stack for stack in every if stack.fits(part)]
+        chosen = [group for group in every if group.fits(part)]
     else:
-        chosen = [stack for stack in every if not stack.cross] or every
+        chosen = [group for group in every if not group.cross] or every
         if _clash(chosen):
             decoder = _decoder(model)
-            chosen = [s for s in chosen if any(m in decoder for _, m in s.modules.values())]
+            chosen = [g for g in chosen if any(m in decoder for _, m in g.modules.values())]
         if _clash(chosen):
-            chosen = [s for s in chosen if not SENSES.search(s.name)]
+            chosen = [g for g in chosen if not SENSES.search(g.name)]
     if not chosen or _clash(chosen):
-        names = ", ".join(f'"{stack.name}"' for stack in every)
+        names = ", ".join(f'"{group.name}"' for group in every)
         what = f'part="{part}" names' if part else f"{type(model).__name__} has"
         raise ConfigError(
             f"{what} {'several attentions' if chosen else 'no attention'}; choose part= from {names}, or words of them"
         )
-    return dict(sorted((index, named) for stack in chosen for index, named in stack.modules.items()))
+    return chosen
 
 
-def _clash(found: list[Stack]) -> bool:
-    indices = [index for stack in found for index in stack.modules]
+def _clash(found: list[Group]) -> bool:
+    indices = [index for group in found for index in group.modules]
     return len(set(indices)) < len(indices)
 
 
 def _decoder(model: nn.Module) -> set[nn.Module]:
     get: Callable[[], nn.Module] | None = getattr(model, "get_decoder", None)
     return set() if get is None else set(get().modules())
-
-
-def is_cross(model: nn.Module, modules: Modules) -> bool:
-    """Whether these modules attend to another sequence than the one their queries come from."""
-    chosen = {id(module) for _, module in modules.values()}
-    return any(stack.cross and any(id(m) in chosen for _, m in stack.modules.values()) for stack in stacks(model))
-
-
-def untie(model: nn.Module, modules: Modules) -> None:
-    """Keeps swaps out of what a model ties by name: layers that share one attention have swaps of their own."""
-    chosen = {id(module) for _, module in modules.values()}
-    for owner in model.modules():
-        tied = getattr(owner, "_tied_weights_keys", None)
-        if not isinstance(tied, dict) or any(pattern.endswith(_BUT_SWAPS) for pattern in tied):
-            continue
-        names = [f"{name}.{KEY}." for name, module in owner.named_modules() if id(module) in chosen]
-        if any(re.search(f"^{pattern}", name) for pattern in tied for name in names):
-            owner._tied_weights_keys = {to + _BUT_SWAPS: source + _BUT_SWAPS for to, source in tied.items()}  # type: ignore[assignment]
-
-
-def retie(model: nn.Module) -> None:
-    """Undoes :func:`untie`."""
-    for owner in model.modules():
-        tied = getattr(owner, "_tied_weights_keys", None)
-        if isinstance(tied, dict) and any(pattern.endswith(_BUT_SWAPS) for pattern in tied):
-            plain = {to.removesuffix(_BUT_SWAPS): source.removesuffix(_BUT_SWAPS) for to, source in tied.items()}
-            owner._tied_weights_keys = plain  # type: ignore[assignment]
-
-
-def siblings(model: nn.Module, modules: Modules) -> list[nn.Module]:
-    """Returns every attention module that reads its implementation from the same config as some of ``modules``."""
-    configs = {id(getattr(m, "config", None)) for _, m in modules.values()}
-    return [
-        m for stack in stacks(model) for _, m in stack.modules.values() if id(getattr(m, "config", None)) in configs
-    ]
 
 
 def seam_of(kind: type) -> str | None:

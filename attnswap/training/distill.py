@@ -10,7 +10,8 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from attnswap.errors import ConfigError
-from attnswap.surgery.attach import base_of, spec_of
+from attnswap.surgery.body import base_of
+from attnswap.surgery.entry import is_patched
 from attnswap.training.head import IGNORED, CrossEntropy, RowLoss, in_blocks
 from attnswap.training.observing import observing
 from attnswap.training.regression import Errors
@@ -45,7 +46,7 @@ class Distillation:
                 lesson.transfer = stack.enter_context(transferring(self.teacher, model, inputs, read))
             elif self.loss.kl and self.teacher is not None:
                 lesson.hidden = self.teacher.hidden(inputs)
-            if self.loss.regression and spec_of(base_of(model)) is not None:
+            if self.loss.regression and is_patched(base_of(model)):
                 lesson.errors = stack.enter_context(observing(model, Errors(read)))
             if self.loss.sinks:
                 lesson.sinks = stack.enter_context(observing(model, Sinks(read)))

@@ -13,10 +13,12 @@ from attnswap.attention.logsumexp import logsumexp
 from attnswap.attention.problem import Problem
 from attnswap.errors import ConfigError
 from attnswap.modes import evaluating
-from attnswap.surgery.attach import body_of, child_of, patched_modules, spec_of
+from attnswap.surgery.body import body_of
 from attnswap.surgery.call import LayerCall
-from attnswap.surgery.patch import follow
-from attnswap.surgery.seam import Enter
+from attnswap.surgery.module import child_of
+from attnswap.surgery.move import follow
+from attnswap.surgery.patched import spec_of, stacks_of
+from attnswap.surgery.seam import gate_hook_of
 from attnswap.surgery.spec import PatchSpec
 from attnswap.swaps.base import Observed
 from attnswap.training.observing import observing
@@ -34,7 +36,8 @@ def fit(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> dict[st
         For each slot and layer (``"<layer>.<slot>"``) the root mean square of what its start gets wrong there.
 
     Raises:
-        ConfigError: The model is not patched, none of its swaps can be fitted, or there was no text.
+        ConfigError: The model is not patched or in several parts, none of its swaps can be fitted, or there was no
+            text.
     """
     spec = spec_of(model)
     if spec is None:
@@ -82,11 +85,9 @@ def _look(
     seen = {key: _Look() for key in fitted}
     entered: dict[int, Tensor] = {}
     handles: list[Any] = []
-    for _, module in patched_modules(model).values():
-        child = child_of(module)
-        if child is None:
-            continue
-        for hook in (h for h in module._forward_pre_hooks.values() if isinstance(h, Enter)):
+    for _, module in stacks_of(model)[0].modules.values():
+        child, hook = child_of(module), gate_hook_of(module)
+        if child is not None and hook is not None:
             layer = hook.layer
             handles.append(
                 child.register_forward_pre_hook(lambda _, args, layer=layer: entered.update({layer: args[0]}))
@@ -106,14 +107,14 @@ def _look(
     finally:
         for handle in handles:
             handle.remove()
-        follow(model, spec)
+        follow(model, [spec])
     if not count:
         raise ConfigError("there is no text to fit the swaps on")
     return seen
 
 
 def _settle(model: PreTrainedModel, layer: int, name: str, look: _Look) -> float:
-    child = child_of(patched_modules(model)[layer][1])
+    child = child_of(stacks_of(model)[0].module(layer))
     assert child is not None
     slot, module = child.slots[name], child.get_submodule(name)
     values, missed = slot.swap.fit(look.observed())

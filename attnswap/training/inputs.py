@@ -12,7 +12,7 @@ from attnswap import swaps
 from attnswap.errors import ConfigError
 from attnswap.loading import load_config_of, load_tokenizer
 from attnswap.processes import warn_of_bf16
-from attnswap.surgery.attach import carrier_of
+from attnswap.surgery.entry import carrier_of
 from attnswap.training.config import TrainConfig
 from attnswap.training.data import Data, load_data
 from attnswap.training.durable import latest_checkpoint

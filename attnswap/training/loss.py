@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput
 from attnswap.errors import ConfigError, UnsupportedModelError
 from attnswap.modes import evaluating
 from attnswap.processes import place, share
-from attnswap.surgery.attach import body_name, body_of
+from attnswap.surgery.body import body_name, body_of
 from attnswap.training.head import IGNORED, CrossEntropy, RowLoss, head_loss
 
 CHUNK = 512

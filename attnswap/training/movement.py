@@ -10,7 +10,7 @@ from torch import Tensor
 
 import attnswap
 from attnswap.processes import whole
-from attnswap.surgery.attach import WRAPPING
+from attnswap.surgery.guard import WRAPPING
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from attnswap.errors import NumericsError
 from attnswap.processes import largest, share
-from attnswap.surgery.attach import base_of
+from attnswap.surgery.body import base_of
 from attnswap.training.watch import Watch
 
 

@@ -7,8 +7,8 @@ from typing import TypeVar
 from transformers import PreTrainedModel
 
 from attnswap.attention.problem import Problem
-from attnswap.surgery.attach import enters
 from attnswap.surgery.call import LayerCall, Observing
+from attnswap.surgery.patched import gate_hooks
 
 Observer = TypeVar("Observer", bound=Observing)
 
@@ -21,7 +21,7 @@ def observing(model: PreTrainedModel, observer: Observer) -> Iterator[Observer]:
         model: A patched model; an unpatched one has nothing to show.
         observer: Called with the layer's call, the slot's name and its problem.
     """
-    hooks = enters(model)
+    hooks = gate_hooks(model)
     before = [hook.observe for hook in hooks]
     for hook in hooks:
         hook.observe = observer if hook.observe is None else _Both(hook.observe, observer)

@@ -11,10 +11,11 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 import attnswap
 from attnswap.errors import CheckpointError, ConfigError
-from attnswap.surgery.attach import base_of, config_of, patched_modules, spec_of
-from attnswap.surgery.patch import follow
-from attnswap.surgery.select import layer_info
-from attnswap.surgery.spec import KEY, PatchSpec, Slot, with_towers
+from attnswap.surgery.body import base_of
+from attnswap.surgery.entry import is_patched
+from attnswap.surgery.move import follow
+from attnswap.surgery.patched import patched_stacks, spec_of, stacks_of
+from attnswap.surgery.spec import KEY, PatchSpec, Slot, read_entry, with_towers, write_entry
 from attnswap.training.sections import RampSection
 
 SPEC = "attnswap.json"
@@ -95,7 +96,8 @@ def ramps(section: RampSection, progress: float, model: PreTrainedModel) -> Ramp
         return _along(section, progress)
     spec = spec_of(model)
     assert spec is not None
-    info = layer_info(config_of(model), next(iter(patched_modules(model).values()))[1])
+    stack = stacks_of(model)[0]
+    info = stack.info(stack.layers[0])
     order = sorted(spec.layers, reverse=section.layers == "last to first")
     groups = info.heads // info.kv_heads
     found: dict[int, float | tuple[float, ...]] = {}
@@ -144,31 +146,34 @@ def follow_checkpoint(model: Any, checkpoint: Path) -> None:
         CheckpointError: The checkpoint's entry is damaged or of other swaps.
     """
     base = base_of(model)
-    if not isinstance(base, PreTrainedModel) or spec_of(base) is None:
+    if not isinstance(base, PreTrainedModel) or not is_patched(base):
         return
-    values = _spec_in(checkpoint, getattr(model, "active_adapter", None))
-    if values is not None:
-        follow(base, PatchSpec.from_dict(values))
+    specs = _specs_in(checkpoint, getattr(model, "active_adapter", None))
+    if specs:
+        follow(base, specs)
 
 
 def note_ramps(model: Any, checkpoint: Path) -> None:
     """Writes what the swaps of a model are into a checkpoint: those of sharded models hold no config."""
     base = base_of(model)
-    spec = spec_of(base) if isinstance(base, PreTrainedModel) else None
-    if spec is not None:
-        (checkpoint / SPEC).write_text(json.dumps(spec.to_dict(), indent=1) + "\n", encoding="utf-8")
+    found = patched_stacks(base) if isinstance(base, PreTrainedModel) else []
+    if found:
+        entry = write_entry([spec for _, spec in found])
+        (checkpoint / SPEC).write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
 
 
-def _spec_in(checkpoint: Path, adapter: str | None) -> dict[str, Any] | None:
+def _specs_in(checkpoint: Path, adapter: str | None) -> list[PatchSpec]:
+    """Returns the specs of all parts that a checkpoint swaps, as its files have them."""
     if (checkpoint / SPEC).is_file():
-        return _read(checkpoint / SPEC)
+        return read_entry(_read(checkpoint / SPEC))
     for folder in (checkpoint / str(adapter), checkpoint):
         if (folder / "adapter_config.json").is_file():
-            return _read(folder / "adapter_config.json").get("spec")
+            entry = _read(folder / "adapter_config.json").get("spec")
+            return [] if entry is None else read_entry(entry)
     if not (checkpoint / "config.json").is_file():
-        return None
-    parts = with_towers(_read(checkpoint / "config.json"))
-    return next((part[KEY] for part in parts if isinstance(part.get(KEY), dict)), None)
+        return []
+    towers = with_towers(_read(checkpoint / "config.json"))
+    return [spec for tower in towers if isinstance(entry := tower.get(KEY), dict) for spec in read_entry(entry)]
 
 
 def _read(file: Path) -> dict[str, Any]:

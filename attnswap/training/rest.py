@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from attnswap.surgery.attach import base_of
+from attnswap.surgery.body import base_of
 from attnswap.training.config import TrainConfig
 from attnswap.training.stages import Stage
 

@@ -27,7 +27,7 @@ import attnswap
 from attnswap.errors import ConfigError, StoppedError
 from attnswap.loading import load_model
 from attnswap.processes import largest, spread
-from attnswap.surgery.attach import spec_of
+from attnswap.surgery.entry import is_patched
 from attnswap.training.config import TrainConfig
 from attnswap.training.data import Data
 from attnswap.training.distill import Distillation
@@ -120,7 +120,7 @@ def train(config: TrainConfig) -> TrainResult:
     movement = trainer.movement.measure(model)
     if adapters is not None:
         adapters.merge_and_unload()
-    if any(stage.section.ramp is not None for stage in plan) and spec_of(model) is not None:
+    if any(stage.section.ramp is not None for stage in plan) and is_patched(model):
         attnswap.set_ramp(model, 1.0)  # for all heads, which may have gone there one by one
     model.config.use_cache = use_cache  # Trainer turns it off, and the saved model should generate as before
     summary = summarise(

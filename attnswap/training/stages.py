@@ -22,8 +22,10 @@ from transformers.trainer_utils import SchedulerType
 import attnswap
 from attnswap.errors import ConfigError
 from attnswap.processes import place
-from attnswap.surgery.attach import base_of, patched_modules, spec_of
+from attnswap.surgery.body import base_of
+from attnswap.surgery.entry import is_patched
 from attnswap.surgery.parameters import swap_parameters
+from attnswap.surgery.patched import slots_of, stacks_of
 from attnswap.training.config import TrainConfig
 from attnswap.training.distill import Distillation, check_looked_into
 from attnswap.training.loss import chunked_loss
@@ -158,7 +160,7 @@ class Stages(TrainerCallback):
         if stage is not self._current:
             self._enter(stage, model)
         ramp = stage.section.ramp
-        if ramp is not None and spec_of(model) is not None:
+        if ramp is not None and is_patched(model):
             done = state.global_step + 1 - stage.first
             attnswap.set_ramp(model, ramps(ramp, done / max(1.0, ramp.over * stage.steps), model))
 
@@ -233,7 +235,8 @@ def left_alone(model: PreTrainedModel, section: StageSection) -> list[torch.nn.P
         return []
     chosen = {id(p) for p in swap_parameters(model).values()}
     if section.train == "attention":
-        chosen |= {id(p) for _, module in patched_modules(model).values() for p in module.parameters()}
+        modules = (module for stack in stacks_of(model) for _, module in stack.modules.values())
+        chosen |= {id(p) for module in modules for p in module.parameters()}
     trainable = [p for p in model.parameters() if p.requires_grad]
     rest = [p for p in trainable if id(p) not in chosen]
     if len(rest) == len(trainable):
@@ -243,12 +246,9 @@ def left_alone(model: PreTrainedModel, section: StageSection) -> list[torch.nn.P
 
 def lambda_of(model: PreTrainedModel) -> float | None:
     """Returns the mean lambda over the swapped heads of a model, or None if it has no swaps."""
-    spec = spec_of(model)
-    if spec is None:
-        return None
-    slots = [slot for layer in spec.layers.values() for slot in layer.values()]
-    means = [sum(s.ramp) / len(s.ramp) if isinstance(s.ramp, tuple) else s.ramp for s in slots]
-    return sum(means) / len(means)
+    ramps = [slot.ramp for _, _, _, slot in slots_of(model)]
+    means = [sum(ramp) / len(ramp) if isinstance(ramp, tuple) else ramp for ramp in ramps]
+    return sum(means) / len(means) if means else None
 
 
 class StagedWindows(Sampler[int]):

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from attnswap.errors import ConfigError
 from attnswap.modes import evaluating
-from attnswap.surgery.attach import base_of, body_of, spec_of
+from attnswap.surgery.body import base_of, body_of
 from attnswap.surgery.bypass import bypassed
+from attnswap.surgery.entry import is_patched
 from attnswap.surgery.parameters import swap_parameters
 from attnswap.surgery.patch import unpatch
 from attnswap.training.config import TrainConfig
@@ -40,7 +41,7 @@ class Teacher:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             if self.shared:
-                if spec_of(self.model) is not None:
+                if is_patched(self.model):
                     stack.enter_context(bypassed(self.model))
                 stack.enter_context(_without_adapters(self.model))
                 stack.enter_context(evaluating(self.model))
@@ -84,7 +85,7 @@ def teacher_of(model: PreTrainedModel, *, dtype: torch.dtype = torch.bfloat16) -
     if adapters:
         raise ConfigError("a model with adapters whose own weights are trained too cannot be copied as its teacher")
     twin = copy.deepcopy(inner)
-    if spec_of(twin) is not None:
+    if is_patched(twin):
         unpatch(twin)
     return frozen_teacher(twin, dtype)
 

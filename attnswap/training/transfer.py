@@ -13,9 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from attnswap.errors import UnsupportedModelError
-from attnswap.surgery.attach import base_of, body_of, patched_modules, spec_of
-from attnswap.surgery.stacks import attention_modules
+from attnswap.surgery.body import base_of, body_of
+from attnswap.surgery.patched import stacks_of
+from attnswap.surgery.stacks import find_stack
 from attnswap.training.teacher import Teacher
+
+Place = tuple[int, int]
+"""The number of a part of the model, and the index of a layer in it."""
 
 
 class Transfer:
@@ -30,10 +34,10 @@ class Transfer:
 
     def __init__(self, read: Tensor) -> None:
         self.read = read
-        self.inputs: dict[int, Tensor] = {}
-        self.outputs: dict[int, Tensor] = {}
+        self.inputs: dict[Place, Tensor] = {}
+        self.outputs: dict[Place, Tensor] = {}
         self.plain: dict[str, bool] = {}
-        self.distances: dict[int, Tensor] = {}
+        self.distances: dict[Place, Tensor] = {}
 
     def distance(self) -> Tensor:
         """Returns the mean over layers."""
@@ -68,14 +72,12 @@ def transferring(teacher: Teacher, model: PreTrainedModel, inputs: dict[str, Any
         yield transfer
 
 
-def _modules(model: PreTrainedModel, like: PreTrainedModel | None = None) -> dict[int, nn.Module]:
-    found = patched_modules(model) if like is None else attention_modules(model, _part(like))
-    return {layer: module for layer, (_, module) in found.items()}
-
-
-def _part(model: PreTrainedModel) -> str | None:
-    spec = spec_of(model)
-    return None if spec is None else spec.part
+def _modules(model: PreTrainedModel, like: PreTrainedModel | None = None) -> dict[Place, nn.Module]:
+    """Returns the attention modules of the patched parts of a model, or of those parts of another model."""
+    stacks = stacks_of(model if like is None else like)
+    if like is not None:
+        stacks = [find_stack(model, stack.part) for stack in stacks]
+    return {(i, layer): m for i, stack in enumerate(stacks) for layer, (_, m) in stack.modules.items()}
 
 
 def _beside(model: PreTrainedModel, attention: Collection[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
@@ -115,7 +117,7 @@ def _hooked(module: nn.Module, before: Callable[..., Any] | None, after: Callabl
             handle.remove()
 
 
-def _keep(transfer: Transfer, layer: int) -> Callable[..., None]:
+def _keep(transfer: Transfer, layer: Place) -> Callable[..., None]:
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         transfer.inputs[layer] = _hidden(module, args, kwargs)
         transfer.outputs[layer] = _first(output)
@@ -132,7 +134,7 @@ def _look(transfer: Transfer, name: str) -> Callable[..., None]:
     return look
 
 
-def _replace(transfer: Transfer, layer: int) -> Callable[..., Any]:
+def _replace(transfer: Transfer, layer: Place) -> Callable[..., Any]:
     def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         own = _hidden(module, args, kwargs)
         given = transfer.inputs[layer].to(own.dtype)
@@ -142,7 +144,7 @@ def _replace(transfer: Transfer, layer: int) -> Callable[..., Any]:
     return replace
 
 
-def _compare(transfer: Transfer, layer: int) -> Callable[..., Any]:
+def _compare(transfer: Transfer, layer: Place) -> Callable[..., Any]:
     def compare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         ours, theirs = _first(output), transfer.outputs[layer]
         read = transfer.read.to(ours.device)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from attnswap.processes import share
-from attnswap.surgery.attach import enters
 from attnswap.surgery.parameters import swap_parameters
+from attnswap.surgery.patched import gate_hooks
 
 FORWARD = ("query", "output")
 BACKWARD = ("gradient of the output", "gradient of the query")
@@ -24,7 +24,7 @@ class Watch:
         self.bad: dict[tuple[int, str], Tensor] = {}
         self.parameters: dict[str, Tensor] = {}
         self.swaps: dict[int, dict[str, list[int] | None]] = {}
-        self._enters = enters(model)
+        self._enters = gate_hooks(model)
         for hook in self._enters:
             hook.watch = self
         own = swap_parameters(model)
