@@ -1,6 +1,7 @@
 """Encoders, encoder-decoders, towers of multimodal models, and models that compute attention themselves."""
 
 import copy
+import json
 import sys
 
 import pytest
@@ -40,9 +41,10 @@ from transformers import (
 import attnswap
 from attnswap.coverage import SWAPS, cover, model_types, tiny_model
 from attnswap.coverage.columns import move_away, oracle
-from attnswap.errors import ConfigError, UnsupportedModelError
+from attnswap.errors import AttnSwapError, CheckpointError, ConfigError, UnsupportedModelError
 from attnswap.surgery.inputs import tiny_inputs
 from attnswap.surgery.patched import stacks_of
+from attnswap.training.ramp import follow_checkpoint, note_ramps
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 TOKENS = {"vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -172,10 +174,137 @@ def test_parts_are_named_where_there_are_several():
     with pytest.raises(ConfigError, match="no attention"):
         attnswap.patch(model, "ssmax", part="tower")
     attnswap.patch(model, "ssmax", part="encoder")
-    with pytest.raises(ConfigError, match="only one can be at a time"):
-        attnswap.patch(model, "ssmax", part="cross")
     with pytest.raises(ConfigError, match="already has the swap"):
         attnswap.patch(model, "softpick")
+    attnswap.patch(model, "ssmax", part="cross", layers=[1])
+    with pytest.raises(ConfigError, match=r'several parts.*encoder_attn"'):
+        attnswap.patch(model, "softpick")
+    attnswap.patch(model, "softpick", part="encoder_attn", layers=[0])  # other words for the same modules
+    assert [row.swaps.keys() for row in attnswap.describe(model).layers[2:]] == [{"softpick"}, {"ssmax"}]
+
+
+SEVERAL = [
+    ("bart", ["encoder", "decoder", "cross"]),
+    ("bart", [None, "cross"]),
+    ("t5", ["cross", "encoder"]),
+    ("t5", [None, "cross", "encoder"]),
+    ("whisper", ["encoder", "cross"]),
+    ("clip", ["text_model", "vision_model"]),
+]
+
+
+def swap_for(part):
+    """Returns another swap for each part of a model."""
+    return {None: "ssmax", "cross": "softpick", "decoder": {"softpick": [0], "ssmax": [1]}}.get(part, "softmax-1")
+
+
+@pytest.mark.parametrize(("kind", "parts"), SEVERAL, ids=lambda x: x if isinstance(x, str) else "+".join(map(str, x)))
+def test_several_parts_are_patched_side_by_side(kind, parts, tmp_path):
+    model = build(kind)
+    stock, outputs = run(model), []
+    for part in parts:
+        attnswap.patch(model, swap_for(part), part=part)
+        move_away(model)
+        outputs.append(run(model))
+        assert all(float((outputs[-1] - other).abs().max()) > 1e-4 for other in [stock, *outputs[:-1]])
+        assert oracle(model, lambda: run(model)) < 1e-4
+    whole = attnswap.describe(model)
+    assert len(whole.layers) == 2 * len(parts) and all(row.swaps for row in whole.layers)
+    assert len({row.stack for row in whole.layers}) == len(parts)
+    assert all(row.stack in str(whole) for row in whole.layers)
+
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert torch.equal(run(again), outputs[-1]) and str(attnswap.describe(again)) == str(whole)
+    again.save_pretrained(tmp_path / "again")
+    checked = attnswap.from_pretrained(tmp_path / "again", auto_class=type(model))
+    assert torch.equal(run(checked), outputs[-1])
+    assert torch.equal(run(copy.deepcopy(again)), outputs[-1])
+
+    with attnswap.bypassed(again):
+        assert torch.equal(run(again), stock)
+    attnswap.set_ramp(again, 0.0)
+    assert torch.equal(run(again), stock)
+    attnswap.unpatch(model)
+    assert torch.equal(run(model), stock) and not attnswap.describe(model).patched_layers
+    assert not hasattr(model.config, "attnswap") and model.config._attn_implementation != "attnswap"
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5"])
+def test_lambda_of_one_of_several_parts(kind, tmp_path):
+    model = build(kind)
+    attnswap.patch(model, "softpick", part="encoder")
+    only = run(model)
+    attnswap.patch(model, "softpick", part="cross")
+    both = run(model)
+    with pytest.raises(ConfigError, match="choose part= from 'encoder', 'cross'"):
+        attnswap.set_ramp(model, {0: 0.5})
+    with pytest.raises(ConfigError, match="'decoder' is not patched"):
+        attnswap.set_ramp(model, 0.5, part="decoder")
+    assert torch.equal(run(model), both)
+    attnswap.set_ramp(model, 0.0, part="cross")
+    assert torch.equal(run(model), only)
+    attnswap.set_ramp(model, {0: 1.0, 1: 0.5}, part="cross")
+    model.save_pretrained(tmp_path)
+    assert [row.swaps["softpick"].ramp for row in attnswap.describe(model).layers] == [1.0, 1.0, 1.0, 0.5]
+    mixed = run(model)
+    assert torch.equal(run(type(model).from_pretrained(tmp_path)), mixed)
+    (tmp_path / "sharded").mkdir()
+    note_ramps(model, tmp_path / "sharded")
+    for checkpoint in (tmp_path, tmp_path / "sharded"):  # by config.json, and by the file beside sharded weights
+        attnswap.set_ramp(model, 0.25)
+        assert not torch.equal(run(model), mixed)
+        follow_checkpoint(model, checkpoint)
+        assert torch.equal(run(model), mixed)
+    attnswap.unpatch(model)
+    attnswap.patch(model, "softpick", part="encoder", ramp=0.5)
+    with pytest.raises(CheckpointError, match="same swap"):
+        follow_checkpoint(model, tmp_path)
+    assert attnswap.describe(model).layers[0].swaps["softpick"].ramp == 0.5
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5", "whisper"])
+@torch.no_grad()
+def test_generation_with_several_parts(kind):
+    model = build(kind)
+    own = "decoder.block.*.layer.*.SelfAttention" if kind == "t5" else "decoder.layers.*.self_attn"
+    for part, swap in {"encoder": "softpick", "cross": "softmax-1", own: "selective-temperature"}.items():
+        attnswap.patch(model, swap, part=part)
+        move_away(model)
+    given = {k: v for k, v in tiny_inputs(model).items() if k in ("input_ids", "attention_mask", "input_features")}
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "num_beams": 2}
+    made = model.generate(**given, **options)
+    assert torch.equal(made, model.generate(**given, **options, use_cache=False))
+
+
+def test_a_failed_second_part_leaves_the_first():
+    model = build("t5")
+    attnswap.patch(model, "softpick", part="encoder")
+    moved, entry = run(model), copy.deepcopy(model.config.attnswap)
+    with pytest.raises(UnsupportedModelError, match="cross-attention"):
+        attnswap.patch(model, "selective-temperature", part="cross")
+    with pytest.raises(ConfigError, match="already has the swap"):
+        attnswap.patch(model, "ssmax", part="encoder.block.*.layer.*.SelfAttention")
+    assert torch.equal(run(model), moved) and model.config.attnswap == entry
+
+
+@pytest.mark.parametrize("damage", [{"parts": []}, {"parts": 3}, {"parts": [{}]}, "twice", "gone"])
+def test_a_damaged_entry_of_several_parts_is_refused(damage, tmp_path):
+    model = build("bart")
+    for part in ("encoder", "cross"):
+        attnswap.patch(model, "softpick", part=part)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    entry = config["attnswap"]
+    if damage == "twice":
+        entry["parts"].append(entry["parts"][0])
+    elif damage == "gone":
+        entry["parts"][0]["part"] = "tower"
+    else:
+        entry.update(damage)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError if damage != "gone" else AttnSwapError):
+        BartForConditionalGeneration.from_pretrained(tmp_path)
 
 
 OWN = [

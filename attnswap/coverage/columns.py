@@ -13,7 +13,7 @@ from transformers.modeling_utils import AttentionInterface
 from attnswap.coverage.tiny import PARTS, VOCABULARY
 from attnswap.errors import NumericsError
 from attnswap.surgery import patch, swap_parameters, unpatch
-from attnswap.surgery.patched import spec_of
+from attnswap.surgery.patched import patched_stacks
 from attnswap.surgery.spec import KEY
 from attnswap.swaps import SwapLike
 
@@ -67,8 +67,7 @@ def dispatch(model: PreTrainedModel, stock: Tensor, swap: SwapLike) -> float:
 
 def oracle(model: PreTrainedModel, run: Callable[[], object] | None = None) -> float:
     """Every layer equals the dense fp64 reference, given the same queries, keys and values, as ``run`` meets them."""
-    spec = spec_of(model)
-    if spec is None or spec.seam == "scores":  # computed by that reference, in fp32
+    if not any(stack.seam == "interface" for stack, _ in patched_stacks(model)):  # computed by that reference, in fp32
         return _below(gap(logits(model).double(), logits(copy.deepcopy(model).double())))
     original, worst = AttentionInterface._global_mapping[KEY], [0.0]
 
