@@ -10,10 +10,12 @@ import pytest
 import torch
 import transformers
 from conftest import ARCHITECTURES, SWAPS, tiny
+from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    BartForConditionalGeneration,
     LlamaConfig,
     PreTrainedTokenizerFast,
     pipeline,
@@ -21,9 +23,12 @@ from transformers import (
 
 import attnswap
 from attnswap.errors import CheckpointError
+from attnswap.surgery.inputs import tiny_inputs
 from attnswap.surgery.patched import spec_of
+from attnswap.surgery.spec import FORMAT
 
-FIXTURE = Path(__file__).parent / "fixtures" / "format1"
+FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURE = FIXTURES / "format1"
 
 
 def logits(model, tokens):
@@ -142,6 +147,26 @@ def test_fixture_of_format_1_loads(tokens):
     assert torch.allclose(logits(model, tokens[:1, :6])[0, -1, :8], expected, atol=1e-4)
 
 
+@torch.no_grad()
+def test_format_2_stays_readable():
+    """A checkpoint whose cross-attention is patched, saved before an entry could name several parts."""
+    model = attnswap.from_pretrained(FIXTURES / "format2", auto_class=BartForConditionalGeneration)
+    expected = torch.tensor(json.loads((FIXTURES / "format2" / "logits.json").read_text()))
+    assert torch.allclose(model(**tiny_inputs(model)).logits[0, -1, :8], expected, atol=1e-4)
+    saved = json.loads((FIXTURES / "format2" / "config.json").read_text())["attnswap"]
+    assert model.config.attnswap == saved
+
+
+@torch.no_grad()
+def test_a_saved_adapter_stays_readable():
+    base = attnswap.from_pretrained(FIXTURE)
+    attnswap.unpatch(base)
+    model = PeftModel.from_pretrained(base, FIXTURES / "adapter").eval()
+    ids = (torch.arange(6)[None] * 7 + 3) % base.config.vocab_size
+    expected = torch.tensor(json.loads((FIXTURES / "adapter" / "logits.json").read_text()))
+    assert torch.allclose(model(ids).logits[0, -1, :8], expected, atol=1e-4)
+
+
 def edit_config(path, change):
     config = json.loads((path / "config.json").read_text())
     change(config)
@@ -150,7 +175,7 @@ def edit_config(path, change):
 
 def test_newer_format_and_damaged_spec(patched, tmp_path):
     patched("llama", "ssmax").save_pretrained(tmp_path)
-    edit_config(tmp_path, lambda c: c["attnswap"].update(format=3))
+    edit_config(tmp_path, lambda c: c["attnswap"].update(format=FORMAT + 1))
     with pytest.raises(CheckpointError, match="upgrade attnswap"):
         attnswap.from_pretrained(tmp_path)
     edit_config(tmp_path, lambda c: c["attnswap"].update(format=1, swaps=[{"slot": "x"}]))

@@ -181,7 +181,7 @@ def test_a_moved_lambda_of_the_base_is_mentioned_when_a_plain_adapter_is_saved(t
         warnings.filterwarnings("ignore", category=FutureWarning)
         adapted.save_pretrained(tmp_path / "as it was")
     attnswap.set_ramp(adapted.get_base_model(), 1.0)
-    with pytest.warns(UserWarning, match="lambda of this model's swaps is not where its checkpoint has it"):
+    with pytest.warns(UserWarning, match="lambda of this model's swaps differs"):
         adapted.save_pretrained(tmp_path / "moved")
 
 
