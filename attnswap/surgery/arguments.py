@@ -1,7 +1,7 @@
 """Which keyword arguments reach attention functions, and what each means there.
 
-transformers hands a forward's extra arguments down to its attention functions. What cannot change attention passes,
-what can is honoured, and everything else is refused, also a name that transformers documents and attnswap lacks.
+transformers passes a forward's extra arguments down to its attention functions. Arguments that cannot change attention
+are ignored, those that can are honoured, and every other name is refused, even if transformers documents it.
 """
 
 from collections.abc import Mapping
@@ -25,10 +25,10 @@ HONOURED = {
     "max_length_q",  # follows from cu_seq_lens_q
     "max_length_k",
 }
-"""What attention depends on and attnswap computes with."""
+"""Arguments that change attention, and that attnswap honours."""
 
 IN_THE_MASK = {"position_ids", "sliding_window"}
-"""What changes attention by way of the mask, which has it already."""
+"""Arguments that change attention only through the mask, which already accounts for them."""
 
 HARMLESS = {
     "cache_position",
@@ -43,10 +43,10 @@ HARMLESS = {
     "seq_idx",  # of layers that are no attention: documents reach attention by position_ids or cu_seq_lens_q
     "use_cache",
 }
-"""What stock attention functions receive and do not read."""
+"""Arguments that stock attention functions receive and do not read."""
 
 OF_THE_LOSS = {"ignore_index", "labels", "num_items_in_batch", "shift_labels"}
-"""What a model's loss reads."""
+"""Arguments of a model's loss."""
 
 KNOWN = HONOURED | IN_THE_MASK | HARMLESS | OF_THE_LOSS
 
@@ -64,7 +64,7 @@ def refuse_unknown(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
         kwargs: The arguments beside query, key, value, mask, scaling and dropout.
 
     Raises:
-        UnsupportedModelError: One that is unknown here is not None.
+        UnsupportedModelError: An argument with an unknown name is not None.
     """
     for name, value in kwargs.items():
         if value is not None and name not in KNOWN:

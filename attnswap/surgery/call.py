@@ -1,4 +1,4 @@
-"""One forward of one attention module: what its pre-hook found, and what is known of the tokens before."""
+"""One forward of one attention module: its swaps, their features, and the KV cache."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ Watching = Callable[["LayerCall", Tensor, Tensor, int], None]
 
 @dataclass
 class LayerCall:
-    """What travels from an attention module's pre-hook to where its attention is computed.
+    """The data that an attention module's pre-hook hands to its attention function.
 
     Attributes:
         before: The attention implementation the model had.
@@ -38,9 +38,9 @@ class LayerCall:
         gains: While a patch is being verified: the swaps run, but what attention gives is our own softmax in their
             place, times one gain for each head, shape (heads,).
         cross: The module attends to another sequence.
-        watch: Called with what attention took and gave; see :class:`attnswap.training.watch.Watch`.
+        watch: Called with the query and the output of attention; see :class:`attnswap.training.watch.Watch`.
         observe: Called with each slot's problem; see :func:`attnswap.training.observing.observing`.
-        served: Set by the attention function.
+        served: Set by the attention function, so that the post-hook sees that it was called.
         full: The features of all keys, for modules that call their attention function more than once.
     """
 

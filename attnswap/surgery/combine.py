@@ -1,4 +1,4 @@
-"""One layer's attention when several swaps, and what was there before, share its heads."""
+"""The attention of one layer whose heads are shared by several swaps and the previous implementation."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from attnswap.swaps.base import Swap
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What a layer's attention is computed from; see :class:`attnswap.attention.problem.Problem`."""
+    """The inputs of a layer's attention; see :class:`attnswap.attention.problem.Problem`."""
 
     query: Tensor
     key: Tensor
@@ -31,25 +31,25 @@ class LayerInputs:
     content: Tensor | None = None
 
 
-class Before(Protocol):
-    """The attention that a layer had before; see :class:`attnswap.surgery.previous.Previous`."""
+class PreviousAttention(Protocol):
+    """The attention that a layer had before it was patched; see :class:`attnswap.surgery.previous.Previous`."""
 
-    def some(self, heads: Sequence[int]) -> Tensor:
+    def some_heads(self, heads: Sequence[int]) -> Tensor:
         """Computes some heads, shape (batch, len(heads), queries, value_dim)."""
 
     def kernel(self, heads: Sequence[int] | None) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-        """Returns the model's own softmax kernel for some heads, or None where torch's must serve."""
+        """Returns the model's own softmax kernel for some heads, or None where torch's is to be used."""
 
 
 def attend(
     layer: LayerInputs,
     slots: dict[str, Slot],
     features: dict[str, dict[str, Tensor]],
-    previous: Before,
+    previous: PreviousAttention,
     weights: bool,
     observed: Callable[[str, Problem], None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Computes a layer's attention: each head once, but for those that blend two outputs along a ramp.
+    """Computes a layer's attention: each head once, and twice where a ramp blends two outputs.
 
     Args:
         layer: The inputs.
@@ -57,19 +57,19 @@ def attend(
         features: Each slot's features and ramp.
         previous: The previous implementation, run at most once, for the heads that keep it or blend with it.
         weights: Whether the weights are wanted; the dense reference then computes every swap.
-        observed: Called with the name and the problem of each slot, even of one that takes no part at lambda 0.
+        observed: Called with the name and the problem of each slot, also of slots at lambda 0, which are not computed.
 
     Returns:
         Output (batch, queries, heads, value_dim), and weights (batch, heads, queries, keys) or None.
     """
-    layer = _as_autocast_would(layer)
+    layer = _to_common_dtype(layer)
     active = {name: slot for name, slot in slots.items() if slot.phase != "before"}
     heads = {name: slot.heads or tuple(range(layer.query.shape[1])) for name, slot in active.items()}
     kept = set(range(layer.query.shape[1])).difference(*heads.values())
     blending = {h for name, slot in active.items() if _blends(slot) for h in heads[name]}
     before = sorted(kept | blending)
-    # Outside the region below, so that it runs exactly as it did before patching.
-    was = previous.some(before) if before else None
+    # Outside of the region without autocast below, so that it runs exactly as it did before patching.
+    was = previous.some_heads(before) if before else None
     unchanged = tuple(sorted(kept))
 
     def of(chosen: tuple[int, ...]) -> Tensor:
@@ -80,7 +80,7 @@ def attend(
     dtype = parts[0][1].dtype if parts else layer.value.dtype
     with torch.autocast(layer.query.device.type, enabled=False):
         shares = [(unchanged, softmax_weights(layer, unchanged))] if weights and kept else []
-        show_idle(layer, slots, features, observed)
+        observe_inactive(layer, slots, features, observed)
         for name, slot in active.items():
             problem = slot_problem(layer, slot, features[name], previous.kernel(slot.heads))
             if observed is not None:
@@ -96,27 +96,27 @@ def attend(
     return out, in_order(shares, 1) if weights else None
 
 
-def plainly(slots: dict[str, Slot]) -> tuple[dict[str, Slot], dict[str, dict[str, Tensor]]]:
-    """Returns slots that serve the same heads with our own softmax, and their features."""
+def as_softmax(slots: dict[str, Slot]) -> tuple[dict[str, Slot], dict[str, dict[str, Tensor]]]:
+    """Returns slots of the same heads that compute our own softmax, and their features."""
     return {name: Slot(Swap(), slot.heads) for name, slot in slots.items()}, {
         k: {"ramp": torch.ones(())} for k in slots
     }
 
 
-def show_idle(
+def observe_inactive(
     layer: LayerInputs,
     slots: dict[str, Slot],
     features: dict[str, dict[str, Tensor]],
     observed: Callable[[str, Problem], None] | None,
 ) -> None:
-    """Shows an observer, if there is one, the problems of the slots at lambda 0, which nobody computes."""
+    """Calls an observer with the problems of slots at lambda 0, which are not computed."""
     for name, slot in slots.items():
         if observed is not None and slot.phase == "before":
             observed(name, slot_problem(layer, slot, features[name]))
 
 
 def _blends(slot: Slot) -> bool:
-    """Whether a slot's output is a blend of two, so that both are computed."""
+    """Whether a slot's output is a blend of the previous attention and the swap, so that both are computed."""
     return slot.phase == "ramp" and not slot.swap.native_ramp
 
 
@@ -129,7 +129,7 @@ def slot_problem(
     if slot.phase == "ramp":
         for name in features.keys() & set(
             slot.swap.fixed_in_ramp
-        ):  # a gradient of 0, so that data-parallel training finds one
+        ):  # a gradient of 0: data-parallel training waits for one
             features[name] = features[name].detach() + 0 * features[name]
     part, kv_heads = _cut(layer, slot.heads)
     return Problem(
@@ -143,7 +143,7 @@ def slot_problem(
 
 
 def _cut(layer: LayerInputs, heads: tuple[int, ...] | None) -> tuple[LayerInputs, tuple[int, ...] | None]:
-    """Returns the inputs of some heads, the keys and values as they are, and which of those each head reads."""
+    """Returns the inputs of some heads, with all keys and values, and the key/value head that each head reads."""
     if heads is None:
         return layer, None
     visibility, sinks = layer.visibility, layer.sinks
@@ -159,7 +159,7 @@ def _cut(layer: LayerInputs, heads: tuple[int, ...] | None) -> tuple[LayerInputs
     return part, kv_heads_of(heads, layer.query.shape[1] // layer.key.shape[1])
 
 
-def _as_autocast_would(layer: LayerInputs) -> LayerInputs:
+def _to_common_dtype(layer: LayerInputs) -> LayerInputs:
     """Casts query, key and value to one dtype: autocast's inside an autocast region, else the values'."""
     device = layer.query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else layer.value.dtype
@@ -169,7 +169,7 @@ def _as_autocast_would(layer: LayerInputs) -> LayerInputs:
 
 
 def dense_part(problem: Problem, was: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Computes a slot with its weights, blended as the ramp says."""
+    """Computes the output and the attention weights of a slot, blended according to its ramp."""
     refuse_future(problem)
     if problem.swap.native_ramp or isinstance(problem.ramp, float):
         out, weights = dense.attend(problem, need_weights=True)

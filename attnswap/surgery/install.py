@@ -1,4 +1,4 @@
-"""What attnswap changes of transformers for the whole process: six methods, each as before for unpatched models."""
+"""The six methods of transformers that attnswap wraps for the whole process; unpatched models behave as before."""
 
 import functools
 from typing import Any
@@ -9,27 +9,27 @@ from attnswap.surgery.loaded import check_whole
 from attnswap.surgery.owners import record
 from attnswap.surgery.previous import check_implementation
 from attnswap.surgery.rebuild import rebuild
-from attnswap.surgery.saving import faithful
+from attnswap.surgery.saving import config_in_sync
 from attnswap.surgery.spec import KEY, read_entry, with_towers
 
 PREFIX = "AttnSwap"
 """Before the names of a patched model's ``architectures`` in config.json.
 
 Programs that build models of their own by these names (inference servers, converters) would compute softmax where they
-ignore tensors they do not know. They refuse a name they do not know. transformers goes by the model type. A config that
-was read has the true names again: trainers look the class to load with up by them.
+ignore tensors they do not know. They refuse a name they do not know. transformers itself finds the class by the
+model type. A config that was read has the original names again, because trainers look up the class by them.
 """
 
 WEIGHTS = "output_attentions"
-"""In an entry: the config asks for attention weights."""
+"""The key of an entry that says that the config asks for attention weights."""
 
 
 def install() -> None:
     """Wraps how models are built, saved and loaded, and how configs are made and written, once.
 
-    A config with a spec rebuilds its swaps while its model is built, and is written under architecture names that only
-    attnswap's readers take for known ones. A model is saved only under a config that names what it computes, and loaded
-    only whole.
+    A model whose config has an entry gets its swaps while it is built. Such a config is written with architecture names
+    that other programs do not know. A model is saved only with a config that names its swaps, and a patched checkpoint
+    loads only if no tensor is missing.
     """
     create, original, to_dict = PreTrainedModel.__init__, PreTrainedModel.post_init, PreTrainedConfig.to_dict
     save, load = PreTrainedModel.save_pretrained, PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
@@ -39,7 +39,7 @@ def install() -> None:
 
     @functools.wraps(create)
     def __init__(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
-        settle(config)
+        prepare_config(config)
         create(self, config, *args, **kwargs)
 
     @functools.wraps(original)
@@ -50,7 +50,7 @@ def install() -> None:
 
     @functools.wraps(save)
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        with faithful(self, args[2] if len(args) > 2 else kwargs.get("state_dict")):
+        with config_in_sync(self, args[2] if len(args) > 2 else kwargs.get("state_dict")):
             return save(self, *args, **kwargs)
 
     @functools.wraps(load)
@@ -67,7 +67,7 @@ def install() -> None:
 
     @functools.wraps(to_dict)
     def named(self: PreTrainedConfig) -> dict[str, Any]:
-        return rename(to_dict(self))
+        return mark_architectures(to_dict(self))
 
     post_init._attnswap = True  # type: ignore[attr-defined]
     PreTrainedModel.__init__ = __init__  # type: ignore[method-assign]
@@ -78,8 +78,8 @@ def install() -> None:
     PreTrainedConfig.to_dict = named  # type: ignore[method-assign]
 
 
-def settle(config: Any) -> None:
-    """Prepares a config with a spec for building its model.
+def prepare_config(config: Any) -> None:
+    """Prepares a config with an entry for building its model.
 
     A model that computes its attention itself chooses its modules by the implementation it had.
 
@@ -97,10 +97,10 @@ def settle(config: Any) -> None:
         config._output_attentions = True
 
 
-def rename(values: dict[str, Any]) -> dict[str, Any]:
+def mark_architectures(values: dict[str, Any]) -> dict[str, Any]:
     """Marks the architecture names of a config's values, if it or a part of it has a spec.
 
-    The wish for attention weights moves into the entry, since transformers reads it with "eager" attention alone.
+    ``output_attentions`` moves into the entry, since transformers accepts it with "eager" attention only.
     """
     for part in with_towers(values):
         if isinstance(part.get(KEY), dict) and part.get("output_attentions"):

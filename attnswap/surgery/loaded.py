@@ -1,4 +1,4 @@
-"""What is loaded is whole: no weight of a patched checkpoint is missing, and no swap of it is left over."""
+"""Loading: no weight of a patched checkpoint is missing, and no tensor of a swap is left over."""
 
 import copy
 from collections.abc import Iterable, Mapping

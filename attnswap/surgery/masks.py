@@ -19,13 +19,13 @@ from attnswap.attention.checks import ensure
 from attnswap.attention.visibility import Visibility
 from attnswap.errors import UnsupportedModelError
 
-NEARLY = -50.0
-"""A mask of 0 and one number from here down is meant to hide, as some vision models write it."""
+SOFT_MASK = -50.0
+"""An additive mask of 0 and one number at or below this is meant to hide keys, as in some vision models."""
 
 
 @dataclass(frozen=True, slots=True)  # without a __dict__, into which exporters would write
 class ForwardMask:
-    """What a patched model passes to its attention modules in place of a mask tensor.
+    """The mask that a patched model passes to its attention modules, described compactly instead of as a tensor.
 
     ``generate`` with a static cache makes masks ahead of the forward, and treats them as 4-D tensors on the way. Models
     that compute with their mask find a boolean tensor in its place.
@@ -147,7 +147,7 @@ def compact_mask(
         mask_function: transformers' rule of which indices see each other.
         attention_mask: Padding, shape (batch, seen tokens), True for real tokens; or a mask made ahead.
         device: Where masks are made.
-        **kwargs: What only other implementations read.
+        **kwargs: Arguments that only other implementations read.
 
     Returns:
         The compact description. A rule without a known closed form is evaluated into a dense mask.
@@ -229,11 +229,11 @@ def with_lengths(visibility: Visibility, kwargs: Mapping[str, Any]) -> Visibilit
     """Honours ``cu_seq_lens_q`` and ``cu_seq_lens_k``, which say where the documents of a padding-free batch begin.
 
     Args:
-        visibility: What the model's mask shows; it may know the documents already, from positions that start anew.
+        visibility: The model's mask; it may contain the documents already, from position ids that restart at 0.
         kwargs: What the attention function received.
 
     Raises:
-        UnsupportedModelError: They contradict the mask, or come with a batch or mask they cannot go with.
+        UnsupportedModelError: They contradict the mask, or the batch has padding, a cache or a mask of its own.
     """
     lengths = kwargs.get("cu_seq_lens_q")
     if lengths is None:
@@ -241,7 +241,7 @@ def with_lengths(visibility: Visibility, kwargs: Mapping[str, Any]) -> Visibilit
     tokens = visibility.q_length
     if visibility.k_length != tokens or not visibility.causal or visibility.dense is not None:
         raise UnsupportedModelError(
-            "cu_seq_lens_q describes a causal batch without padding, cache or mask of its own; this is another"
+            "cu_seq_lens_q describes a causal batch without padding, cache or mask of its own, which this batch is not"
         )
     lengths, others = lengths.long(), kwargs.get("cu_seq_lens_k")
     position = torch.arange(tokens, device=lengths.device)
@@ -275,8 +275,8 @@ def document_starts(documents: Tensor) -> Tensor:
     return torch.where(first, index, 0).cummax(1).values
 
 
-def refuse_nearly(module: torch.nn.Module, bias: Tensor) -> None:
-    """Refuses a mask that hides keys from softmax and from nothing else.
+def refuse_soft_mask(module: torch.nn.Module, bias: Tensor) -> None:
+    """Refuses an additive mask that hides keys from softmax but not from other normalizers.
 
     Args:
         module: The attention module, for the message.
@@ -289,8 +289,8 @@ def refuse_nearly(module: torch.nn.Module, bias: Tensor) -> None:
         return
     lowest = bias.detach().amin()
     ensure(
-        ~((lowest <= NEARLY) & ((bias == 0) | (bias == lowest)).all()),
-        f"the mask of {type(module).__name__} holds 0 and one number of {NEARLY:g} or less, such as -100, "
+        ~((lowest <= SOFT_MASK) & ((bias == 0) | (bias == lowest)).all()),
+        f"the mask of {type(module).__name__} holds 0 and one number of {SOFT_MASK:g} or less, such as -100, "
         "which hides keys from softmax only: other swaps would still count them",
         error=UnsupportedModelError,
     )

@@ -1,4 +1,4 @@
-"""The child module that holds a layer's learned tensors and turns hidden states into features."""
+"""The child module of an attention module that holds its slots: learned tensors, lambda, and the gates' forward."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -50,7 +50,7 @@ class SwapModule(nn.Module):
 
     @torch.no_grad()
     def set_start(self, fill: Callable[[Tensor, float, float], Any] | None = None) -> None:
-        """Gives every parameter its initial value, and lambda the one it was patched with.
+        """Sets every parameter to its initial value, and lambda to the value it was patched with.
 
         Args:
             fill: Called with each parameter, its mean and its deviation; default: fills it in place.
@@ -175,7 +175,7 @@ class LayerSwap(nn.Module):
         """Computes the features of every slot, by slot name.
 
         Raises:
-            UnsupportedModelError: The hidden states are of another width than the config says.
+            UnsupportedModelError: The hidden states have another width than the config says.
         """
         if hidden_states.shape[-1] != self.info.hidden and any(s.swap.gate_parameters() for s in self.slots.values()):
             raise UnsupportedModelError(

@@ -1,4 +1,4 @@
-"""The attention implementation a layer had before, called for all its heads or only for some."""
+"""The attention implementation that a layer had before it was patched, called for all of its heads or for some."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -19,11 +19,11 @@ SAME_FOR_ALL = {"training", "head_dim", "scaling", "attention_dropout", "is_caus
 
 
 class _NeedsAllHeads(Exception):
-    """An attention function reads what may be per head. No AttributeError, which ``hasattr`` would hide."""
+    """An attention function reads an attribute that may be per head. Not an AttributeError, which ``hasattr`` hides."""
 
 
 class _StandIn:
-    """A module, or its config, as an attention function is to see it: some attributes differ from the real one's.
+    """A proxy of a module or config for an attention function, in which some attributes differ from the real ones.
 
     Args:
         real: The module or config.
@@ -56,7 +56,7 @@ class Previous:
         value: Shape (batch, kv heads, keys, value_dim).
         mask: What the model passed as its mask.
         options: The other arguments of the call.
-        lends: Whether swaps may run on it as a softmax kernel.
+        reusable: Whether folded swaps may use it as their softmax kernel.
     """
 
     module: nn.Module
@@ -66,20 +66,20 @@ class Previous:
     value: Tensor
     mask: ForwardMask | Tensor | None
     options: dict[str, Any]
-    lends: bool = True
+    reusable: bool = True
 
-    def everything(self) -> tuple[Tensor, Tensor | None]:
+    def all_heads(self) -> tuple[Tensor, Tensor | None]:
         """Computes all heads: output (batch, queries, heads, value_dim), and weights where it returns any."""
         return self._call(self._whole_module(), self.query, self.key, self.value, self._mask(), self.options)
 
-    def some(self, heads: Sequence[int]) -> Tensor:
-        """Computes some heads, to the bit as among all of them, and no others unless that cannot be relied on.
+    def some_heads(self, heads: Sequence[int]) -> Tensor:
+        """Computes some heads, bit for bit as a call with all heads would, and others only where that needs them.
 
         transformers' shared functions treat every head alike, and so does a modeling file's eager function as long as
-        it reads nothing of its module that may be per head. All heads are computed by any other function (one that
-        users registered, or an eager one of code that came with a checkpoint), and for a single query by eager
-        functions and where heads that share keys are parted: such a row of a product is rounded by what is beside it.
-        Dropout draws for the heads computed.
+        it reads nothing of its module that may be per head. Any other function computes all heads (one that users
+        registered, or the eager one of code that came with a checkpoint). So do, for a single query, eager functions,
+        and any function where heads that share keys are separated: GEMM rounding depends on the shape of the batch.
+        Dropout is drawn for the computed heads only.
 
         Args:
             heads: Query heads in ascending order, at least one.
@@ -96,7 +96,7 @@ class Previous:
                 return self._of(heads, query, key, value)
             except _NeedsAllHeads:
                 pass
-        return pick(self.everything()[0].transpose(1, 2), heads)
+        return pick(self.all_heads()[0].transpose(1, 2), heads)
 
     def kernel(self, heads: Sequence[int] | None) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
         """Returns the function as a softmax kernel for other queries and values, or None where torch's must serve.
@@ -104,7 +104,7 @@ class Previous:
         Args:
             heads: The query heads it will be called with, in their order; None: all.
         """
-        if not self.lends or not isinstance(self.mask, ForwardMask) or self._by_position:
+        if not self.reusable or not isinstance(self.mask, ForwardMask) or self._by_position:
             return None
         if self.options.get("softcap") is not None:
             return None

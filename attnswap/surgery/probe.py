@@ -29,7 +29,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 
 @dataclass
 class Seen:
-    """What one forward gave.
+    """The results of one forward.
 
     Attributes:
         output: The model's output, in fp32; of tokens those that are no padding.
@@ -49,8 +49,8 @@ def verify(stack: AttentionStack, before: str) -> None:
     give the same, and which must reach the output of its attention module from every selected head, as shown by the
     gradient of a gain on each. The swaps themselves run beside it, since they may refuse what enters their layer.
 
-    Both run first without the products outside of attention, which take most of the time. Where that does not show
-    it, they run whole.
+    Both run first without the linear layers outside of attention, which take most of the time. If that is no proof,
+    the whole model runs.
 
     Args:
         stack: The attention modules, with their slots in place.
@@ -94,7 +94,7 @@ def _both(stack: AttentionStack, swapped: list[nn.Module], before: str) -> tuple
     connected = config._attn_implementation_internal
     try:
         config._attn_implementation_internal = before
-        with _muted(every), _collected(swapped) as parts:
+        with _disabled(every), _collected(swapped) as parts:
             reference = Seen(run(), parts)
         config._attn_implementation_internal = connected
         # On a CPU flex_attention gives no gradient.
@@ -116,7 +116,7 @@ def _shown_hollow(
     swapped: list[nn.Module],
     both: Callable[[], tuple[Seen, Seen]],
 ) -> bool:
-    """Whether attention alone shows what is to be shown; each module is then compared by itself."""
+    """Whether the forward without other linear layers is proof enough; it compares each module by itself."""
     try:
         with _hollow(model, every):
             reference, same = both()
@@ -134,7 +134,7 @@ def _check(
     same: list[Tensor],
     slopes: list[Tensor | None],
 ) -> None:
-    """Refuses outputs that are not the same, and heads whose gain has no gradient."""
+    """Refuses outputs that differ, and heads whose gain has no gradient."""
     pairs = zip(reference, same, strict=True)
     both = torch.stack([torch.stack([(now - was).abs().max(), was.std()]).cpu() for was, now in pairs])
     for difference, spread in both.tolist():
@@ -153,7 +153,7 @@ def _check_rows(model: PreTrainedModel, every: list[nn.Module], swapped: list[nn
     sees = next((s.swap for s in slots if not s.swap.softmax_weighted and not s.swap.threshold), None)
     if sees is None or model.main_input_name != "input_ids":
         return
-    with _muted(every):
+    with _disabled(every):
         looks_ahead = prefix_gap(model)
     with _replaced(swapped, Sigmoid(bias=0.0)):  # which weighs each key by its own score
         moves = prefix_gap(model)
@@ -185,7 +185,7 @@ def _uncompiled(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
-def _muted(modules: list[nn.Module]) -> Iterator[None]:
+def _disabled(modules: list[nn.Module]) -> Iterator[None]:
     """Runs the attention modules as if they had never been touched."""
     found = [
         x
@@ -195,11 +195,11 @@ def _muted(modules: list[nn.Module]) -> Iterator[None]:
     ]
     try:
         for one in found:
-            one.muted = True
+            one.disabled = True
         yield
     finally:
         for one in found:
-            one.muted = False
+            one.disabled = False
 
 
 @contextlib.contextmanager
@@ -270,7 +270,7 @@ def _gains(swapped: list[nn.Module]) -> Iterator[list[Tensor]]:
 
 @contextlib.contextmanager
 def _collected(swapped: list[nn.Module], learn: bool = False) -> Iterator[list[Tensor]]:
-    """Collects what the attention modules give.
+    """Collects the outputs of the attention modules.
 
     Args:
         swapped: The modules.
@@ -297,9 +297,9 @@ def _collected(swapped: list[nn.Module], learn: bool = False) -> Iterator[list[T
 
 @contextlib.contextmanager
 def _hollow(model: nn.Module, attention: list[nn.Module]) -> Iterator[None]:
-    """Has linear layers outside of attention hand on numbers of their input, as many as they would give.
+    """Makes linear layers outside of attention return their input, cut or repeated to the width of their output.
 
-    Outputs stay those of different tokens, so that a mask or an order that is wrong still shows.
+    Different tokens keep different hidden states, so that a wrong mask or order is still detected.
     """
     inside = {id(part) for module in attention for part in module.modules()}
     replaced = []

@@ -1,7 +1,7 @@
-"""lambda as the buffer of a swap holds it: what is computed is read from there, whoever wrote it.
+"""Reading lambda from the buffer of a swap, the one place where it is kept.
 
-Averaged models, checkpoints that are read in place, merged weights and copies of adapters all write buffers without
-asking. So no number on the host is trusted: the phase of a slot follows from its buffer at each forward.
+Averaged models, checkpoints that are read in place, merged weights and copies of adapters all write buffers directly.
+So no number on the host is trusted: the phase of a slot follows from its buffer at each forward.
 """
 
 import functools
@@ -67,7 +67,7 @@ def check_form(slot: Slot, ramp: Tensor, info: ModelInfo) -> None:
     if plain(ramp) is ramp and (ramp.shape not in ((), (heads,)) or not ramp.is_floating_point()):
         raise NumericsError(
             f'the buffer of lambda of the swap "{_name(slot)}" has shape {tuple(ramp.shape)} and dtype '
-            f"{ramp.dtype}; it is one number, or one for each of {heads} heads. {WAY_OUT}"
+            f"{ramp.dtype}; it must be one number, or one for each of {heads} heads. {WAY_OUT}"
         )
     if isinstance(slot.ramp, tuple) and len(slot.ramp) == heads:
         try:

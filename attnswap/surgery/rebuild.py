@@ -1,7 +1,7 @@
 """Attach the swaps that a config names while transformers constructs the model, with parameters still to be loaded.
 
-Parts of a model are constructed before the whole, from the same config, and cannot know whether they are what was
-patched. So each attaches what it takes for it, and the model around puts that right.
+Parts of a model are constructed before the whole, from the same config, and cannot know whether they are the part that
+was patched. So each part attaches the swaps that fit it, and the outer model removes those in the wrong place.
 """
 
 from collections.abc import Callable
@@ -119,7 +119,7 @@ class Unresolved:
 
 
 def _leave_others(model: PreTrainedModel, found: list[tuple[AttentionStack, PatchSpec]]) -> None:
-    """Takes out what parts of the model attached to other attention."""
+    """Removes swaps that parts of the model attached to other attention."""
     chosen = {id(module) for stack, _ in found for _, module in stack.modules.values()}
     configs = [model.config, *(stack.config for stack, _ in found)]
     every = [module for _, module in (*found[0][0].modules.values(), *found[0][0].others)]

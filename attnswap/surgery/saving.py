@@ -1,4 +1,4 @@
-"""What is saved is what is computed: the entry in a model's config is rendered from its modules before it is written.
+"""Saving: the entry in a model's config is rendered from its modules before it is written.
 
 A model whose config cannot name what its modules compute is refused before anything is written.
 """
@@ -21,15 +21,15 @@ from attnswap.surgery.spec import KEY, read_entry
 
 
 @contextmanager
-def faithful(model: PreTrainedModel, state: Mapping[str, Any] | None = None) -> Iterator[None]:
-    """The time in which a model's config and weights are written.
+def config_in_sync(model: PreTrainedModel, state: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """A context in which a model's config and weights are written: the config names exactly the swaps of the modules.
 
     Args:
         model: Any model, patched or not.
         state: The tensors that are written, where they were given.
 
     Raises:
-        CheckpointError: What would be written reloads as something else than the model computes.
+        CheckpointError: The checkpoint would reload as another model.
     """
     if getattr(model, "_hf_peft_config_loaded", False):  # the adapter's config is written, and not the model's
         yield

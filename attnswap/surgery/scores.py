@@ -1,8 +1,8 @@
 """The seam to models that compute attention themselves, rather than through transformers' attention interface.
 
 While one of their attention modules runs, its call of ``softmax`` (or of torch's ``scaled_dot_product_attention``) is
-answered by the layer's swaps. So whatever the model adds to its scores beforehand (masks, ALiBi, learned positions)
-counts as part of them: a swap that scales scores scales all of it.
+intercepted and computed by the layer's swaps. Everything that the model adds to its scores beforehand (masks, ALiBi,
+learned positions) is then part of the scores: a swap that scales scores scales it too.
 """
 
 import functools
@@ -21,19 +21,19 @@ from attnswap.attention.visibility import Visibility, split_mask
 from attnswap.errors import UnsupportedModelError
 from attnswap.surgery import combine
 from attnswap.surgery.call import LayerCall
-from attnswap.surgery.masks import refuse_nearly
+from attnswap.surgery.masks import refuse_soft_mask
 from attnswap.surgery.spec import KEY, Slot
 from attnswap.surgery.stacks import code_of
 
 SOFTMAXES = {torch.softmax, Tensor.softmax, torch.nn.functional.softmax, torch.special.softmax}
 HIDDEN = -1e6
-"""Scores from here down are hidden keys. Position biases get far: ALiBi reaches -5e4 in a context of 65k tokens."""
+"""Scores at or below this are of hidden keys. Position biases go far: ALiBi reaches -5e4 in a context of 65k tokens."""
 WRITTEN = -1e4
 """The score that the first GPT writes for a hidden key."""
 
 
 class SoftmaxInterception(TorchFunctionMode):
-    """What replaces the softmax of one attention module, for the time of one forward.
+    """Replaces the softmax of one attention module during one forward.
 
     Args:
         module: The attention module.
@@ -49,7 +49,7 @@ class SoftmaxInterception(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Answers a softmax or an attention function with the layer's swaps, and lets everything else pass."""
+        """Computes a softmax or an attention function by the layer's swaps, and any other function as it is."""
         kwargs = kwargs or {}
         if func in SOFTMAXES:
             return self._once(self._softmax, func, *args, **kwargs)
@@ -57,14 +57,14 @@ class SoftmaxInterception(TorchFunctionMode):
             return self._once(self._attention, *args, **kwargs)
         return func(*args, **kwargs)
 
-    def _once(self, answer: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    def _once(self, compute: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         if self.call.served:
             raise UnsupportedModelError(
                 f"{type(self.module).__name__} computes more than one softmax in a forward; attnswap cannot tell which "
                 "of them are its attention weights"
             )
         self.call.served = True
-        return answer(*args, **kwargs)
+        return compute(*args, **kwargs)
 
     def _softmax(
         self, func: Callable[..., Tensor], scores: Tensor, dim: int | None = None, *args: Any, **kwargs: Any
@@ -102,13 +102,13 @@ class SoftmaxInterception(TorchFunctionMode):
             content=scores.masked_fill(hidden, 0.0),
         )
         slots, features = self.call.slots, self.call.all_features(layer.visibility)
-        combine.show_idle(layer, slots, features, self.call.observed)
+        combine.observe_inactive(layer, slots, features, self.call.observed)
         result = self._served(layer, slots, features, stock)
         if self.call.watch is not None:  # scores stand for the query here, and weights for the output
             self.call.watch(self.call, scores, result, 1)
         if self.call.gains is None:
             return result
-        return self._served(layer, *combine.plainly(slots), stock) * self.call.gains[:, None, None]
+        return self._served(layer, *combine.as_softmax(slots), stock) * self.call.gains[:, None, None]
 
     def _served(
         self,
@@ -178,7 +178,7 @@ class SoftmaxInterception(TorchFunctionMode):
             self.call.watch(self.call, query, out, 1)
         if self.call.gains is None:
             return out
-        out = combine.attend(layer, *combine.plainly(self.call.slots), previous, False)[0].transpose(1, 2)
+        out = combine.attend(layer, *combine.as_softmax(self.call.slots), previous, False)[0].transpose(1, 2)
         return out * self.call.gains[:, None, None].to(out.dtype)
 
 
@@ -212,31 +212,31 @@ class _Stock:
     mask: Tensor | None
     options: dict[str, Any]
 
-    def some(self, heads: Sequence[int]) -> Tensor:
+    def some_heads(self, heads: Sequence[int]) -> Tensor:
         """Computes some heads, shape (batch, len(heads), queries, value_dim)."""
         out = scaled_dot_product_attention(self.query, self.key, self.value, self.mask, **self.options)
         return pick(out, heads)
 
     def kernel(self, heads: Sequence[int] | None) -> None:
-        """Torch's own kernel serves."""
+        """Returns None: torch's own kernel is used."""
 
 
 class InterceptedForward:
-    """The forward of such a module: its own, with its softmax answered while it runs.
+    """The forward of such a module: its own forward with the softmax intercepted.
 
-    Lives on the module as its ``forward``, since hooks do not run where Ctrl-C ends a forward.
+    It is the module's ``forward`` rather than a pair of hooks, since hooks do not run when Ctrl-C ends a forward.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.before = module.__dict__.get("forward")  # another library's, such as one that offloads
-        self.muted = False  # the module runs as if it had never been patched, while a patch is being verified
+        self.original = module.__dict__.get("forward")  # another library's, such as one that offloads
+        self.disabled = False  # the module runs as if it had never been patched, while a patch is being verified
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module."""
         call = kwargs.pop(KEY, None)
-        forward = self.before or functools.partial(type(self.module).forward, self.module)
-        if self.muted:
+        forward = self.original or functools.partial(type(self.module).forward, self.module)
+        if self.disabled:
             return forward(*args, **kwargs)
         if call is None:
             raise UnsupportedModelError(
@@ -253,7 +253,7 @@ class InterceptedForward:
             )
         for mask in (*args[1:], *kwargs.values()):
             if isinstance(mask, Tensor) and mask.ndim > 1 and mask.is_floating_point():
-                refuse_nearly(self.module, mask.masked_fill(mask <= _hidden_from(self.module, mask.dtype), 0))
+                refuse_soft_mask(self.module, mask.masked_fill(mask <= _hidden_from(self.module, mask.dtype), 0))
         with SoftmaxInterception(self.module, call):
             return forward(*args, **kwargs)
 
@@ -265,10 +265,10 @@ def intercept(module: nn.Module) -> None:
 
 
 def release(module: nn.Module) -> None:
-    """Undoes :func:`intercept`; where another library has wrapped it since, it stays and passes everything on."""
+    """Undoes :func:`intercept`; a forward that another library has wrapped since stays, and passes everything on."""
     mine = module.__dict__.get("forward")
     if isinstance(mine, InterceptedForward):
-        if mine.before is None:
+        if mine.original is None:
             del module.__dict__["forward"]
         else:
-            module.forward = mine.before
+            module.forward = mine.original

@@ -1,7 +1,7 @@
 """The two functions transformers calls, and the hooks around every attention module of a patched model.
 
 Before a module's forward, :class:`GateHook` evaluates the gates and puts a :class:`LayerCall` into the kwargs; the
-module hands it to :func:`attention_forward`; after the forward, :class:`ServedCheck` makes sure that it got there. So a
+module hands it to :func:`attention_forward`; after the forward, :class:`ServedCheck` raises unless that happened. So a
 patched module either computes its swaps or raises, whatever happened to the model's configuration in between.
 """
 
@@ -20,7 +20,7 @@ from attnswap.errors import CheckpointError, UnsupportedModelError
 from attnswap.surgery import combine
 from attnswap.surgery.arguments import refuse_unknown
 from attnswap.surgery.call import LayerCall, Observing, Watching
-from attnswap.surgery.masks import ForwardMask, compact_mask, refuse_nearly, with_lengths
+from attnswap.surgery.masks import ForwardMask, compact_mask, refuse_soft_mask, with_lengths
 from attnswap.surgery.module import LayerSwap
 from attnswap.surgery.previous import Previous
 from attnswap.surgery.spec import KEY
@@ -51,15 +51,15 @@ class GateHook:
     Attributes:
         layer: Index of the layer.
         cross: It attends to another sequence: what is cached there are no tokens of this one.
-        bypass: The layer's swaps are passed by; see :func:`attnswap.bypassed`.
-        muted: The module runs as if it had never been patched, while a patch is being verified.
+        bypass: The layer computes its previous attention; see :func:`attnswap.bypassed`.
+        disabled: The module runs as if it had never been patched, while a patch is being verified.
     """
 
     def __init__(self, route: Route, unchecked: bool = False) -> None:
         self.route = route
         self.layer, self.cross = 0, False
         self.bypass = False
-        self.muted = False
+        self.disabled = False
         self.unchecked = unchecked
         self.gains: Tensor | None = None
         self.watch: Watching | None = None
@@ -69,7 +69,7 @@ class GateHook:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Computes the layer's features and adds the call to the kwargs."""
-        if self.muted:
+        if self.disabled:
             return None
         self._follow(module)
         call = LayerCall(self.route.before, self.layer, gains=self.gains, cross=self.cross)
@@ -93,9 +93,9 @@ class GateHook:
         return args, {**kwargs, KEY: call}
 
     def _follow(self, module: nn.Module) -> None:
-        """Takes up another implementation of transformers' own, which somebody chose for the model since.
+        """Follows a change of the model's attention implementation after patching.
 
-        Whisper chooses "eager" by itself when it is asked for the times of tokens. What is not swapped then runs on it.
+        Whisper sets "eager" by itself when it is asked for token timestamps. Heads without a swap then run on it.
         """
         config = getattr(module, "config", None)
         name = getattr(config, "_attn_implementation", None)
@@ -117,7 +117,7 @@ class ServedCheck:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Raises unless the attention function saw this call."""
-        if not self.enter.muted and not kwargs[KEY].served:
+        if not self.enter.disabled and not kwargs[KEY].served:
             raise UnsupportedModelError(
                 f"{type(module).__name__} (layer {getattr(module, 'layer_idx', '?')}) computed attention without "
                 "attnswap, so its swap had no effect. Was the attention implementation changed after patching? "
@@ -143,7 +143,7 @@ def _hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def check_loaded(child: nn.Module) -> None:
-    """Raises CheckpointError unless what was read from the weights is whole, at the lambda that the config names."""
+    """Raises CheckpointError if a tensor of a swap was not read, or lambda differs from the config."""
     for name, parameter in child.named_parameters():
         ensure(
             parameter.is_meta or ~parameter.isnan().all(),
@@ -211,7 +211,7 @@ def attention_forward(
     previous = Previous(module, call.before, query, key, value, attention_mask, options)
     weights_wanted = attentions_wanted(kwargs)
     if not call.slots:
-        kept = previous.everything()
+        kept = previous.all_heads()
         if kept[1] is not None or not weights_wanted:
             return kept
     refuse_unknown(module, kwargs)
@@ -237,21 +237,21 @@ def attention_forward(
         call.watch(call, query, result[0], 2)
     if call.gains is None:
         return result
-    # On the model's own kernel, softmax would prove nothing of ours.
-    out = combine.attend(layer, *combine.plainly(call.slots), replace(previous, lends=False), False)[0]
+    # Not on the model's own kernel: the probe is to compare ours with it.
+    out = combine.attend(layer, *combine.as_softmax(call.slots), replace(previous, reusable=False), False)[0]
     return out * call.gains[:, None].to(out.dtype), None
 
 
 def check_heads(module: nn.Module, call: LayerCall, heads: int) -> None:
-    """Refuses some heads of a module that has not got all of its heads, as under tensor parallelism.
+    """Refuses swaps of single heads where the module has only a part of its heads, as under tensor parallelism.
 
     Raises:
-        UnsupportedModelError: Heads were chosen by number, which are other heads here.
+        UnsupportedModelError: Heads were chosen by number, and the numbers mean other heads on this process.
     """
     if call.info is not None and heads != call.info.heads and any(s.heads is not None for s in call.slots.values()):
         raise UnsupportedModelError(
             f"{type(module).__name__} attends with {heads} of {call.info.heads} heads here (tensor parallelism?), so "
-            "the heads that were chosen for a swap cannot be told; swap all heads, or run without a tp_plan"
+            "the heads that were chosen for a swap cannot be identified; swap all heads, or run without a tp_plan"
         )
 
 
@@ -270,7 +270,7 @@ def as_visibility(
     elif mask is not None:
         dense, bias = split_mask(mask, (query.shape[0], query.shape[1], q_length, k_length))
         if bias is not None:
-            refuse_nearly(module, bias)
+            refuse_soft_mask(module, bias)
         offset = call.offset(q_length, k_length)
         return Visibility(q_length, k_length, query.device, False, offset, dense=dense, bias=bias)
     else:

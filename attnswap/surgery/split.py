@@ -1,4 +1,4 @@
-"""Sequences that are split over processes, in which a patched layer would attend to its own part alone."""
+"""Context and sequence parallelism, under which a patched layer would attend within its own part of a sequence."""
 
 import torch
 from torch import Tensor, nn
