@@ -65,7 +65,7 @@ def test_a_control_at_rest_is_the_original_and_not_measured_again(
     result = json.loads((folder / "result.json").read_text())
     assert result["control_steps"] == {"steps": 9, "steps_at_rest": 9 - 2 * TRIED}
     assert [entry["control_to_original"]["ratio"] for entry in result["contexts"]] == [1.0, 1.0]
-    assert "3 of its 9 steps were left out" in (folder / "result.md").read_text()
+    assert "3 of its 9 steps were skipped" in (folder / "result.md").read_text()
     model, control, healed = (str(tmp_path / name) for name in ("model", "out/control", "out/healed"))
     assert same_weights(control, model)
     assert not same_weights(healed, model)

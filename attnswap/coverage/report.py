@@ -60,18 +60,23 @@ TEXT = """# Which model types can be patched
 
     attnswap coverage --out results/coverage
 
-Transformers {transformers}: of {types} types with a causal language model, {passing} pass every column, on a tiny
-random model of each with {swaps}. The columns: a swap that starts as softmax changes nothing;
-a swap that is none reaches the output from every head; every layer equals the dense fp64 reference; decoding with a
-KV cache equals the full forward; every parameter has a gradient; saving and reloading, and unpatching, change no bit.
+Transformers {transformers} has {types} model types with a causal language model. {passing} of them pass every check.
+Each type is tested on a tiny random model with {swaps}. The checks:
 
-Through transformers' attention interface: {interface}.
+- a swap that starts as softmax does not change the outputs;
+- a swap that does not start as softmax reaches the output from every head;
+- every layer equals the dense fp64 reference;
+- decoding with a KV cache equals the full forward pass;
+- every parameter has a gradient;
+- saving, reloading and unpatching change no bit.
 
-Through the softmax of their own attention modules: {scores}.
+Passing types that use transformers' attention interface: {interface}.
 
-A column that the stock model fails too does not count: {beside}.
+Passing types whose attention modules call `softmax` themselves: {scores}.
 
-## The others
+A check that the unpatched model fails too does not count: {beside}.
+
+## Types that do not pass
 
 {rest}
 """

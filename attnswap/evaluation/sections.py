@@ -103,7 +103,7 @@ def _position(found: Profile, reference: Profile | None) -> dict[str, Any] | Non
     section = _Section(
         "position",
         "NLL by position",
-        f"Nats a token, by how many tokens of text stand before it in windows of {max(found.evaluation.nll)}.",
+        f"Nats per token, by the number of tokens before it in windows of {max(found.evaluation.nll)} tokens.",
         ["from", "to", "NLL", "tokens", *(["original"] if theirs else [])],
         data=[vars(entry) | {} for entry in curve],
     )
@@ -121,7 +121,7 @@ def _gain(found: Profile, reference: Profile | None) -> dict[str, Any] | None:
     section = _Section(
         "gain",
         "Gain from context",
-        f"Nats a token that a longer context gains over {shortest} tokens, on the same tokens.",
+        f"Nats per token gained by a longer context over {shortest} tokens, on the same tokens.",
         ["context", "gain", "95% from", "to", *(["original"] if theirs else [])],
         data=[vars(g) for g in gains],
     )
@@ -134,8 +134,9 @@ def _retrieval(found: Profile, reference: Profile | None) -> dict[str, Any]:
     section = _Section(
         "retrieval",
         "Retrieval",
-        "Answers are teacher-forced: exact is the share whose every token was the favourite, rank the mean rank of an "
-        "answer's tokens among all (1 is best). Means over depths; the picture has every depth.",
+        "Answers are teacher-forced. Exact is the share of answers whose every token was the most probable one; rank "
+        "is the mean rank of an answer's tokens in the vocabulary (1 is best). Both are means over depths; the picture "
+        "shows every depth.",
         ["task", "length", "exact", "rank", *(["exact, original", "rank, original"] if reference else [])],
         picture="retrieval.png",
         data=[cell.to_dict() for cell in found.retrieval],
@@ -155,8 +156,8 @@ def _structure(found: Profile, reference: Profile | None) -> dict[str, Any]:
     section = _Section(
         "structure",
         "Attention structure",
-        "A sink is a head that gives the first token more than 0.3 on average; a dead head attends to nothing for 95% "
-        "of the queries. Activations are the hidden states after each layer.",
+        "A sink is a head that gives the first token a weight above 0.3 on average. A dead head attends to nothing for "
+        "95% of the queries. Activations are the hidden states after each layer.",
         ["figure", "value", *(["original"] if reference else [])],
         picture="structure.png",
         data=found.structure.to_dict(),
@@ -171,8 +172,8 @@ def _quantized(found: Profile, reference: Profile | None) -> dict[str, Any]:
     section = _Section(
         "quantization",
         "Rounded weights",
-        "Nats a token lost when linear layers' weights are rounded to the nearest of few levels, per group of 64: "
-        f"{found.rounded_share:.0%} of the model's parameters. No number: the losses were not finite."
+        "Nats per token lost when the weights of linear layers are rounded to int8 or int4 levels, in groups of 64. "
+        f"This rounds {found.rounded_share:.0%} of the model's parameters. No number: the losses were not finite."
         + (" The difference is paired by token, with its standard error." if reference else ""),
         ["weights", "NLL", "lost", *(["lost, original", "difference", "standard error"] if reference else [])],
     )
@@ -201,7 +202,7 @@ def _fidelity(found: Profile, reference: Profile | None) -> dict[str, Any] | Non
     return _Section(
         "fidelity",
         "Divergence from the original",
-        "KL of the original's next-token distribution to this model's, and how often both have the same favourite.",
+        "KL(original || model) of the next-token distributions, and how often both agree on the most probable token.",
         ["figure", "value"],
         rows=[["KL (nats a token)", values["kl"]], ["same favourite", values["top1"]], ["tokens", values["tokens"]]],
         data=values,

@@ -65,15 +65,22 @@ def page(results: dict[str, dict[str, Any]]) -> str:
 
 Made by `python -m attnswap.healing.leaderboard results` from the `result.json` of each folder; do not edit.
 
-Each experiment is one recipe and its control, the same recipe without the swap: without the stages that teach the swap
-alone, and the original itself where nothing is left to learn. Tokens count those trained on, and those that a start was
-fitted to before; minutes are those of its training on two cores, with pauses; "measured on" is the number of tokens
-scored at each context. "/ control" is the healed model's perplexity over the control's on the same tokens, with its
-paired 95% interval over stretches of that text: 8,192 tokens fill two windows of 8192, and such an interval does not
-know how windows differ. "Recovered" is the share of the damage that was healed, in nats, at the worst context; "cost
-without swap" what passing the swap by costs the healed model in perplexity, at the context where it costs least; sinks
-and dead heads are shares of all heads, the row sum a mean over heads and queries; KL is to the original model, in nats
-a token.
+An experiment trains a recipe and its control: the same recipe without the swap, and without the stages that train only
+the swap. Where a control has nothing to learn, it is the original model.
+
+- **where**: the layers (and heads) that have the swap.
+- **tokens**: the tokens of training, and those that a least-squares start was fitted to.
+- **minutes**: the time of training on two cores, pauses included.
+- **measured on**: the number of tokens scored at each context length.
+- **/ control**: the healed model's perplexity divided by the control's on the same tokens, with a paired 95% interval.
+  The interval is a bootstrap over blocks of that text. 8,192 tokens fill only two windows of 8192, so there the
+  interval does not cover how much windows differ.
+- **recovered**: the share of the damage, in nats, that healing recovered, at the worst context length.
+- **cost without swap**: the increase in the healed model's perplexity when the swap is ablated (softmax in its place),
+  at the context length with the smallest increase.
+- **sinks, dead heads**: the shares of heads that are attention sinks, or that attend to nothing.
+- **row sum**: the sum of a query's weights, averaged over heads and queries.
+- **KL**: the KL divergence from the original model, in nats per token.
 
 {table(results)}
 """

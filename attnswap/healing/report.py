@@ -121,17 +121,17 @@ def markdown(result: dict[str, Any]) -> str:
     scored = result["protocol"]["scored_tokens"]
     looked = result.get("structure_tokens")  # the first results do not say
     seen = f", attention on {looked:,}" if looked else ""
-    said = [f"Trained in {minutes_of(result)} minutes, measured on {scored:,} tokens at each context{seen}."]
-    said += [f"KL to the original {fidelity['kl']:.4f} nats a token, the same favourite token {fidelity['top1']:.1%}."]
+    said = [f"Trained in {minutes_of(result)} minutes, measured on {scored:,} tokens at each context length{seen}."]
+    said += [f"KL from the original {fidelity['kl']:.4f} nats per token, top-1 agreement {fidelity['top1']:.1%}."]
     if use["movement"]:
         moves = ", ".join(f"{name} {largest:.2g}" for name, largest in use["movement"].items())
-        said.append(f"Largest move of the swap's parameters: {moves}.")
+        said.append(f"Largest change of the swap's parameters: {moves}.")
     if use["used"] is not None:
-        said.append(f"The swap is used: {use['used']}.")
+        said.append(f"Proof of use: the swap is {'used' if use['used'] else 'not used'}.")
     if control.get("steps_at_rest"):
         said.append(
-            f"The control had nothing to learn: {control['steps_at_rest']} of its {control['steps']} steps were left "
-            "out after others whose gradients were 0."
+            f"The control had nothing to learn: {control['steps_at_rest']} of its {control['steps']} steps were "
+            "skipped, because the gradients of the steps before them were 0."
         )
     lines += ["", " ".join(said), ""]
     return visible("\n".join(lines))

@@ -215,17 +215,20 @@ TEXT = """# The Triton kernels, compiled ahead of time
 {command}
 ```
 
-Triton {version}, without a GPU: what the compilers say of the kernels at the tile sizes the launcher uses, for
-softpick, sigmoid (learned bias), the forgetting gate, and entmax of a fixed and of a learned alpha; shared memory and
-registers are the highest of the five. `forward_rows` is the forward pass of row swaps such as entmax, `forward` that of
-the others. {clean} of {count} kernels spill nothing. Shared memory is in bytes, registers are per thread, spills are
-bytes stored and loaded (gfx942: vector registers). fp32 products are exact, which NVIDIA's matrix instructions are not,
-so they use none there. **Nothing here ran on a GPU, and no speed follows from it.** `aot.json` has every row.
+Compiled with Triton {version} on a machine without a GPU. **Nothing here ran on a GPU, so these numbers say nothing
+about speed.** {clean} of {count} kernels spill no registers. `aot.json` has every kernel.
 
-Tiles are at least 64 x 64 in bf16, but for `backward_keys` at width 64 on sm_80 and 128 on sm_90. That kernel holds
-four tiles of a block at once (keys, values and their two gradients) beside those of the scores: at 64 x 64 some swap
-spills 72 bytes or more there at every number of warps (4, 8, 16) and stages (1, 2) that was tried, and so it does with
-transposed tiles.
+The table shows what the compilers report at the tile sizes that attnswap launches, for softpick, sigmoid (learned
+bias), the forgetting gate, and entmax with a fixed and with a learned alpha. Shared memory and registers are the
+maximum over these five. `forward_rows` is the forward pass of swaps that need a threshold of the whole row, such
+as entmax; `forward` is that of the others. Shared memory is in bytes, registers are per thread, spills are bytes stored
+and loaded (gfx942: vector registers). Products in fp32 are exact; NVIDIA's matrix instructions would round them, so the
+fp32 kernels do not use these.
+
+Tiles are at least 64 x 64 in bf16, except for `backward_keys` at head width 64 on sm_80 and 128 on sm_90. That kernel
+holds four tiles of a block at once (keys, values and their two gradients) in addition to those of the scores. With
+tiles of 64 x 64, at least one swap spills 72 bytes or more with every number of warps (4, 8, 16) and stages (1, 2) that
+was tried, also with transposed tiles.
 
 {table}
 """
