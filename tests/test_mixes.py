@@ -218,7 +218,7 @@ def test_gradients_of_a_mix_are_those_of_the_reference(kind, tokens, monkeypatch
     reference = copy.deepcopy(model)
     model(tokens, labels=tokens).loss.backward()
     monkeypatch.setattr(combine, "compute", functools.partial(combine.compute, backend="dense"))
-    monkeypatch.setattr(Previous, "some", lambda self, heads: self.everything()[0].transpose(1, 2)[:, list(heads)])
+    monkeypatch.setattr(Previous, "some_heads", lambda self, heads: self.all_heads()[0].transpose(1, 2)[:, list(heads)])
     reference(tokens, labels=tokens).loss.backward()
     for (name, mine), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
         if theirs.grad is None:

@@ -7,13 +7,13 @@ letters the threshold is tau = (alpha - 1) t - 1; written with t the formula has
 along alpha: alpha(lambda) = 1 + lambda (alpha - 1). A learned alpha stays in (1, 2) and does not learn before lambda is
 1, because its gradient is noise near alpha = 1.
 
-At equal scores entmax is much sharper than softmax: a change of score moves its weights as it moves softmax's, times
-about sum_j p_j^alpha over p, softmax's weights. ``scale="predicted"`` multiplies a query's scores by e^t_i, t being
-a function of its token and ln n (``attnswap.swaps.predicted``) whose regression starts at
+At equal scores entmax is much sharper than softmax: with n keys of equal weight a change of score moves its weights
+n^(alpha - 1) times as far. ``scale="predicted"`` multiplies a query's scores by e^t_i. t is predicted from the hidden
+state and ln n (``attnswap.swaps.predicted``), by a regression that starts, with softmax's weights p, at
 
     e^t_i = sum_j p_ij^alpha / alpha,
 
-where entmax comes as near to softmax as a scale takes it, with most weights 0 still. ASEntmax scales scores by
+where entmax is as close to softmax as a scale can make it, with most weights still 0. ASEntmax scales scores by
 delta + beta (ln n)^gamma to the same end.
 
 Caveats: a pretrained model's scores spread over tens of units, where few keys survive; predict a scale, or start at
