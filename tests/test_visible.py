@@ -22,7 +22,7 @@ from attnswap.healing.report import table as healing_table
 from attnswap.markdown import markdown_table
 from attnswap.training.summary import table as training_table
 from attnswap.visible import visible
-from tests.conftest import tiny
+from tests.helpers.tiny_models import tiny
 
 HOSTILE = {
     "closing tag": "[/red]",

@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from conftest import move_away, tiny
 from peft import (
     AutoPeftModelForCausalLM,
     PeftConfig,
@@ -21,6 +20,8 @@ import attnswap
 from attnswap import AttnSwapConfig
 from attnswap.errors import CheckpointError, ConfigError
 from attnswap.surgery.attach import spec_of
+from tests.helpers.patched_models import move_away
+from tests.helpers.tiny_models import tiny
 
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 

@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from conftest import SWAPS, move_away, tiny
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration
@@ -16,6 +15,8 @@ import attnswap
 from attnswap import AttnSwapConfig
 from attnswap.errors import ConfigError, UnsupportedModelError
 from attnswap.surgery.attach import spec_of
+from tests.helpers.patched_models import move_away
+from tests.helpers.tiny_models import SWAPS, tiny
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 

@@ -5,7 +5,6 @@ import warnings
 
 import pytest
 import torch
-from conftest import tiny
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import (
@@ -20,6 +19,7 @@ import attnswap
 from attnswap import AttnSwapConfig
 from attnswap.adapters.fingerprint import check, fingerprint
 from attnswap.errors import ConfigError
+from tests.helpers.tiny_models import tiny
 
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 

@@ -1,17 +1,10 @@
 """The functional face: masks, alignment, features, ramps, dropout, memory, and every refusal."""
 
-import ast
-import importlib
 import math
-import re
-import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from cases import Case, backends_of, bound, draw, output, short_blocks, variant_id, variants
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -20,7 +13,8 @@ from attnswap.attention import chunked, folded
 from attnswap.attention.dispatch import BACKENDS
 from attnswap.attention.visibility import Visibility
 from attnswap.errors import ConfigError
-from attnswap.swaps import REGISTRY, Swap
+from attnswap.swaps import Swap
+from tests.helpers.calls import Case, backends_of, bound, draw, output, short_blocks, variant_id, variants
 
 PACKAGE = Path(attnswap.__file__).parent
 ALL = backends_of(Swap())
@@ -353,128 +347,6 @@ def test_blocks_cover_every_query_once_and_every_visible_key():
                     outside[k0:k1] = False
                     assert not whole[:, :, start:stop, outside].any()
             assert torch.equal(visibility.n.flatten(), whole.sum(-1).flatten())
-
-
-# --- what the package promises about itself ---------------------------------------------------------------------------
-
-
-def imports_of(path: Path) -> set[str]:
-    """Every module a file imports, wherever in the file, as absolute names."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name}: a relative import"
-            found.add(node.module or "")
-            if node.module == "attnswap":
-                found |= {f"attnswap.{alias.name}" for alias in node.names}
-    return found
-
-
-def within(name: str, *allowed: str) -> bool:
-    return any(name == a or name.startswith(f"{a}.") for a in allowed)
-
-
-@pytest.mark.parametrize("path", sorted((PACKAGE / "swaps").glob("*.py")), ids=lambda p: p.name)
-def test_swaps_import_only_torch_and_themselves(path: Path):
-    for name in imports_of(path):
-        standard = name.split(".")[0] in sys.stdlib_module_names
-        assert standard or within(name, "torch", "attnswap.swaps", "attnswap.errors"), f"{path.name} imports {name}"
-
-
-@pytest.mark.parametrize("path", sorted((PACKAGE / "attention").glob("*.py")), ids=lambda p: p.name)
-def test_attention_imports_only_torch_and_swaps(path: Path):
-    for name in imports_of(path):
-        standard = name.split(".")[0] in sys.stdlib_module_names
-        allowed = within(name, "torch", "attnswap.attention", "attnswap.swaps", "attnswap.errors")
-        assert standard or allowed, f"{path.name} imports {name}"
-
-
-def test_imports_point_downward():
-    above = {
-        "surgery": ["evaluation", "training", "cli"],
-        "evaluation": ["training", "cli"],
-        "training": ["cli"],
-        "": ["cli", "training"],  # the package itself and its single files
-    }
-    for folder, forbidden in above.items():
-        files = (PACKAGE / folder).glob("*.py")
-        for path in files:
-            for name in imports_of(path):
-                bad = within(name, *(f"attnswap.{part}" for part in forbidden))
-                assert not bad, f"{path.relative_to(PACKAGE)} imports {name}"
-
-
-def test_no_file_is_longer_than_600_lines():
-    sizes = {p: len(p.read_text(encoding="utf-8").splitlines()) for p in PACKAGE.rglob("*.py")}
-    assert len(sizes) > 20
-    assert not {str(p.relative_to(PACKAGE)): n for p, n in sizes.items() if n > 600}
-
-
-SWAP_FILES = sorted(Path(sys.modules[cls.__module__].__file__).stem for cls in REGISTRY.values())
-CURVE = re.compile(r"^ *(-?\d+\.\d) +(\d\.\d{4}) ([# |]*)$")
-
-
-def curve(text: str) -> dict[float, float]:
-    """Reads what ``python -m attnswap.swaps.<file>`` prints: the weight by score; bars must show the weights."""
-    header, *lines = text.splitlines()
-    assert "weight of one key" in header
-    found = {}
-    for line in lines:
-        match = CURVE.match(line)
-        assert match, line
-        score, weight, bar = float(match[1]), float(match[2]), match[3]
-        assert abs(bar.count("#") - weight * 50) <= 1.5, line
-        assert bar.count("|") == 1
-        found[score] = weight
-    return found
-
-
-@pytest.mark.parametrize("name", SWAP_FILES)
-def test_every_swap_file_draws_its_curve(name: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
-    known = dict(REGISTRY)
-    try:
-        with pytest.warns(RuntimeWarning, match="found in sys.modules"):
-            runpy.run_module(f"attnswap.swaps.{name}", run_name="__main__")
-    finally:
-        REGISTRY.clear()
-        REGISTRY.update(known)
-    weights = curve(capsys.readouterr().out)
-    assert len(weights) >= 15
-    values = [weights[s] for s in sorted(weights)]
-    assert values == sorted(values), "a higher score gets less weight"
-    assert values[0] < values[-1] <= 1
-    if name == "softpick":
-        assert all((w == 0) == (s <= 0) for s, w in weights.items())
-    if name == "forgetting_gate":  # no gate in the drawing: softmax's own curve
-        torch.manual_seed(0)
-        others = torch.randn(63, dtype=torch.float64)
-        for score, weight in weights.items():
-            row = torch.cat([torch.tensor([score], dtype=torch.float64), others])
-            assert weight == pytest.approx(float(row.softmax(0)[0]), abs=6e-5)
-
-
-def test_a_swap_file_runs_as_a_command():
-    command = [sys.executable, "-W", "ignore::RuntimeWarning", "-m", "attnswap.swaps.softpick"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=PACKAGE.parent, check=False)
-    assert done.returncode == 0, done.stderr
-    assert curve(done.stdout)[-3.0] == 0
-
-
-def test_config_classes_are_public_by_their_own_names():
-    for cls in REGISTRY.values():
-        assert getattr(attnswap, cls.__name__) is cls
-        assert cls.__name__ in dir(attnswap)
-        assert cls.paper, f"{cls.__name__} names no paper"
-        assert "arXiv" in cls.paper
-        assert cls.summary
-        assert importlib.import_module(cls.__module__).__doc__
-    with pytest.raises(AttributeError, match="SoftPick"):
-        attnswap.SoftPick  # noqa: B018
-    listed = attnswap.list_swaps()
-    assert [s.name for s in listed] == sorted(REGISTRY)
-    assert all(s.traits.paper for s in listed)
 
 
 @pytest.mark.parametrize("batch", [1, 2])

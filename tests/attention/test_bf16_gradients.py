@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from cases import Case, bound, compare, draw, run
 
 import attnswap
+from tests.helpers.calls import Case, bound, compare, draw, run
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

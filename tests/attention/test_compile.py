@@ -16,8 +16,6 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import MASKS, Case, backends_of, bound, draw, variant_id, variants
-from conftest import VOCABULARY, move_away, tiny
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -32,6 +30,9 @@ from attnswap.attention.problem import Problem
 from attnswap.attention.visibility import Visibility
 from attnswap.errors import CheckpointError, UnsupportedModelError
 from attnswap.swaps import Swap
+from tests.helpers.calls import MASKS, Case, backends_of, bound, draw, variant_id, variants
+from tests.helpers.patched_models import move_away
+from tests.helpers.tiny_models import VOCABULARY, tiny
 
 SWAPS = [
     attnswap.SSMax(init="paper"),

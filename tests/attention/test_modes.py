@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from cases import MASKS, Case, Inputs, backends_of, bound, draw, short_blocks
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, jvp, vmap
 
@@ -16,6 +15,7 @@ import attnswap
 from attnswap.attention.dispatch import BACKENDS
 from attnswap.errors import ConfigError, DerivativeError
 from attnswap.swaps import Swap
+from tests.helpers.calls import MASKS, Case, Inputs, backends_of, bound, draw, short_blocks
 
 NAMES = attnswap.swaps.names()
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -13,16 +13,13 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from cases import Case, allowed_error, bound, compare, draw, run, variant_id
 from torch import Tensor
-from triton_calls import KINDS, Worker, check, negated, solve
 
 import attnswap
 from attnswap.attention import triton as triton_backend
@@ -33,6 +30,9 @@ from attnswap.errors import ConfigError
 from attnswap.swaps import Swap
 from attnswap.swaps import expression as fn
 from attnswap.swaps.base import Feature
+from tests.helpers.calls import Case, allowed_error, bound, compare, draw, run, variant_id
+from tests.helpers.paths import ROOT
+from tests.helpers.triton_calls import KINDS, Worker, check, negated, solve
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -266,7 +266,7 @@ def test_importing_attnswap_leaves_triton_alone():
 
 def committed() -> dict[str, Any]:
     """What the ahead-of-time check found."""
-    return json.loads((Path(__file__).parents[1] / "results/triton/aot.json").read_text(encoding="utf-8"))
+    return json.loads((ROOT / "results/triton/aot.json").read_text(encoding="utf-8"))
 
 
 def test_the_committed_table_is_of_the_sizes_that_are_launched():

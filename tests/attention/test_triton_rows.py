@@ -7,9 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import Case, allowed_error, compare, draw, run, variant_id
 from torch import Tensor
-from triton_calls import KINDS, Worker, check, negated, solve
 
 import attnswap
 from attnswap.attention import triton as triton_backend
@@ -19,6 +17,8 @@ from attnswap.attention.visibility import Visibility
 from attnswap.swaps import Swap
 from attnswap.swaps import expression as fn
 from attnswap.swaps.base import Call, Feature, Terms
+from tests.helpers.calls import Case, allowed_error, compare, draw, run, variant_id
+from tests.helpers.triton_calls import KINDS, Worker, check, negated, solve
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 

@@ -7,9 +7,7 @@ from importlib.resources import files
 import jsonschema
 import pytest
 import torch
-from conftest import tiny
 from rich.console import Console
-from test_cli import run  # noqa: F401
 
 import attnswap
 from attnswap import bench
@@ -20,6 +18,7 @@ from attnswap.bench.cases import SDPA, Case, Setting, Shape
 from attnswap.bench.peers import PEERS
 from attnswap.bench.statistics import Ratio
 from attnswap.errors import AttnSwapError, ConfigError, UnsupportedModelError
+from tests.helpers.tiny_models import tiny
 
 TINY = Shape("tiny", 4, 2, 16)
 
@@ -287,7 +286,7 @@ def test_memory_that_cannot_be_measured_is_reported(short_samples, monkeypatch):
     assert all(cell.ratio for cell in found.cells)
 
 
-def test_command_line(run, short_samples):  # noqa: F811
+def test_command_line(run, short_samples):
     options = ["--swaps", "ssmax", "--shapes", "smollm2", "--lengths", "64", "--dtype", "fp32", "--no-memory"]
     code, out, err = run("bench", *options, "--no-peers", "--threads", "1", "--json")
     report = json.loads(out)
@@ -312,7 +311,7 @@ def test_command_line(run, short_samples):  # noqa: F811
         (["--out", "FILE"], "name a directory"),
     ],
 )
-def test_bad_input(run, tmp_path, options, message):  # noqa: F811
+def test_bad_input(run, tmp_path, options, message):
     (tmp_path / "FILE").write_text("")
     code, out, err = run("bench", *[str(tmp_path / o) if o == "FILE" else o for o in options])
     assert (code, out, err.count("\n")) == (2, "", 1), err
@@ -322,7 +321,7 @@ def test_bad_input(run, tmp_path, options, message):  # noqa: F811
 # --- whole models -----------------------------------------------------------------------------------------------------
 
 
-def test_a_whole_model_is_timed_against_itself_unpatched(tmp_path, short_samples, run):  # noqa: F811
+def test_a_whole_model_is_timed_against_itself_unpatched(tmp_path, short_samples, run):
     """Both tasks with every round on record, as a table, as JSON and in a file."""
     tiny().save_pretrained(tmp_path / "model")
     plan = bench.ModelPlan(
@@ -358,6 +357,6 @@ def test_a_whole_model_with_a_slow_swap_is_told_apart(tmp_path, short_samples, m
     ("options", "told"),
     [(["--tasks", "stepp"], 'Did you mean "step"'), (["--rounds", "2"], "at least 3")],
 )
-def test_wrong_options_of_a_whole_model(options, told, run):  # noqa: F811
+def test_wrong_options_of_a_whole_model(options, told, run):
     code, _, error = run("bench", "--model", "embedded", *options)
     assert code == 2 and told in error

@@ -6,27 +6,11 @@ import sys
 
 import pytest
 import torch
-from conftest import SWAPS, tiny
-from training_helpers import byte_tokenizer, tiny_llama, write_model
 from transformers import AutoModelForCausalLM, MambaConfig
 
 import attnswap
-from attnswap import cli
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    """Runs the command line in this process and returns (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["attnswap", *map(str, arguments)])
-        capsys.readouterr()  # what fixtures printed
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        captured = capsys.readouterr()
-        return stopped.value.code or 0, captured.out, captured.err
-
-    return call
+from tests.helpers.tiny_models import SWAPS, tiny
+from tests.helpers.training import byte_tokenizer, tiny_llama, write_model
 
 
 @pytest.fixture

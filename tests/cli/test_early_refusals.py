@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import yaml
-from training_helpers import recipe, tiny_llama
 
 from attnswap.cli import main
+from tests.helpers.training import recipe, tiny_llama
 
 TOO_LONG = {"data": {"sequence_length": 256}}
 RECIPES: dict[str, tuple[dict[str, Any], str]] = {

@@ -1,21 +1,20 @@
 """``attnswap inspect``: its figures are those of measure_structure, in the terminal, in files and in a picture."""
 
 import json
-import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
-from training_helpers import byte_tokenizer, tiny_gpt2, tiny_llama, write_model
 from transformers import AutoModelForCausalLM, MambaConfig
 
 import attnswap
-from attnswap import cli
 from attnswap.errors import ConfigError
 from attnswap.evaluation.figure import short_names
 from attnswap.evaluation.structure import Structure, measure_structure
 from attnswap.evaluation.structure_figure import plot_structure
+from tests.helpers.training import byte_tokenizer, tiny_gpt2, tiny_llama, write_model
 
 TEXT = "The cat sat on the mat, and the dog did not. " * 8
 SMALL = ("--window", "100", "--windows", "2", "--device", "cpu")
@@ -34,18 +33,9 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture
-def run(capsys, monkeypatch):
+def run(run):
     """Runs ``attnswap inspect`` in this process and returns (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["attnswap", "inspect", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        captured = capsys.readouterr()
-        return stopped.value.code or 0, captured.out, captured.err
-
-    return call
+    return partial(run, "inspect")
 
 
 def expected(swap=None) -> Structure:

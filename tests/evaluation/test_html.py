@@ -6,11 +6,11 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from browser import chromium, looked_at
 from matplotlib.image import imread, imsave
 
 from attnswap.errors import ConfigError
 from attnswap.evaluation.html import shown, write_html
+from tests.helpers.browser import chromium, looked_at
 
 HOSTILE = "<script>alert(1)</script> \"><img src=x onerror='alert(2)'> </title></style><!-- & &lt;"
 VOID = {"meta", "img", "br", "link", "input", "hr"}

@@ -14,16 +14,17 @@ import lm_eval
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import SWAPS, move_away
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tokenizers import decoders
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from training_helpers import byte_tokenizer, tiny_llama, write_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import attnswap
+from tests.helpers.patched_models import move_away
+from tests.helpers.tiny_models import SWAPS
+from tests.helpers.training import byte_tokenizer, tiny_llama, write_model
 
 LENGTH = 32
 MIX = {"softpick": [0, 1], "ssmax": [2]}

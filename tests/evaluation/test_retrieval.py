@@ -5,12 +5,12 @@ import re
 
 import pytest
 import torch
-from training_helpers import byte_tokenizer, tiny_gpt2, tiny_llama
 
 import attnswap
 from attnswap.errors import ConfigError, NumericsError, UnsupportedModelError
 from attnswap.evaluation.quantize import round_to_nearest, rounded
 from attnswap.evaluation.retrieval import TASKS, _Builder, measure_retrieval
+from tests.helpers.training import byte_tokenizer, tiny_gpt2, tiny_llama
 
 LENGTH = 400
 

@@ -5,7 +5,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-from training_helpers import byte_tokenizer, tiny_gemma2, tiny_gpt2, tiny_llama
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -20,6 +19,7 @@ import attnswap
 from attnswap.errors import ConfigError, NumericsError, UnsupportedModelError
 from attnswap.evaluation.fidelity import measure_fidelity
 from attnswap.evaluation.structure import measure_structure
+from tests.helpers.training import byte_tokenizer, tiny_gemma2, tiny_gpt2, tiny_llama
 
 TEXT = "The cat sat on the mat, and the dog did not. " * 8
 

@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from browser import looked_at
-from training_helpers import byte_tokenizer, tiny_llama, write_model
 
 import attnswap
 from attnswap.cli import main
@@ -19,6 +17,8 @@ from attnswap.evaluation.quantize import rounded
 from attnswap.evaluation.retrieval import measure_retrieval
 from attnswap.evaluation.sections import suite_report
 from attnswap.evaluation.suite import Profile, SuiteOptions, gain_from_context, profile
+from tests.helpers.browser import looked_at
+from tests.helpers.training import byte_tokenizer, tiny_llama, write_model
 
 TEXT = "The cat sat on the mat, and the dog did not. " * 40
 OPTIONS = SuiteOptions(

@@ -369,7 +369,9 @@ def backends_of(swap: Swap) -> list[str]:
         refusing.add("native")
     if swap.shift_gradient or swap.threshold:
         refusing.add("tiled")
-    if swap.shift_gradient or not triton.interpreted():  # tests/test_triton.py runs it, in a process of its own
+    if (
+        swap.shift_gradient or not triton.interpreted()
+    ):  # tests/attention/test_triton.py runs it, in a process of its own
         refusing.add("triton")
     return [name for name in ("auto", *BACKENDS) if name not in refusing]
 

@@ -10,7 +10,16 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from cases import (
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import attnswap
+from attnswap.attention.dispatch import BACKENDS
+from attnswap.errors import ConfigError
+from attnswap.swaps import Swap, resolve
+from tests.helpers.calls import (
     LEVELS,
     SETTINGS,
     Case,
@@ -30,15 +39,6 @@ from cases import (
     softmax_output,
     weights,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
-
-import attnswap
-from attnswap.attention.dispatch import BACKENDS
-from attnswap.errors import ConfigError
-from attnswap.swaps import Swap, resolve
 
 
 def check_backends(swap: Swap) -> None:

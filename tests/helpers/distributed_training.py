@@ -1,4 +1,4 @@
-"""One process of a training run: python tests/distributed_run.py ENGINE RECIPE [key=value ...].
+"""One process of a training run: python tests/helpers/distributed_training.py ENGINE RECIPE [key=value ...].
 
 ENGINE is "ddp", "fsdp2" or "fsdp2 checkpointing". accelerate offers FSDP2 where there are accelerators only; torch's
 shards on a CPU just as well, so this lets accelerate take the processes for ones with a GPU.

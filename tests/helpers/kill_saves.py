@@ -1,6 +1,6 @@
 """Kills a training process over and over while it saves; prints one JSON line for each kill.
 
-    python tests/kill_saves.py FOLDER KILLS
+    python tests/helpers/kill_saves.py FOLDER KILLS
 
 Each child is forked from this process, trains a tiny model that saves after every step, and is killed at a random
 moment after it began to write. What it leaves is checked, and the next child goes on from there.
@@ -21,12 +21,12 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 from tqdm import tqdm
-from training_helpers import tiny_llama
 from transformers import Trainer, TrainingArguments
 
 import attnswap
 from attnswap.training import DurableCheckpoints, latest_checkpoint
 from attnswap.training.durable import WRITING
+from tests.helpers.training import tiny_llama
 
 WAIT = 60.0
 

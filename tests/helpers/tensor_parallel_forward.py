@@ -1,4 +1,4 @@
-"""One process of a tensor parallel forward: tensor_parallel_run.py FOLDER SWAP... Prints what came of each."""
+"""One process of a tensor parallel forward: tensor_parallel_forward.py FOLDER SWAP... Prints what came of each."""
 
 import os
 import sys

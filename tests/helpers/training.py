@@ -23,8 +23,8 @@ from transformers import (
 
 from attnswap.training import parse_config, train
 from attnswap.training.trainer import StepLog
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 VOCABULARY = 260
 
 

@@ -5,13 +5,13 @@ from typing import Any
 from unittest import mock
 
 import torch
-from cases import Case, Inputs, bound, compare, draw, run, variant_id
 from torch import Tensor
 
 from attnswap.attention.dispatch import BACKENDS
 from attnswap.attention.problem import Problem, complete_features
 from attnswap.attention.visibility import Visibility
 from attnswap.swaps import Swap
+from tests.helpers.calls import Case, Inputs, bound, compare, draw, run, variant_id
 
 Worker = Callable[..., Any]
 ROUNDING = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}

@@ -1,12 +1,12 @@
-"""The shape of the package itself."""
+"""The layout of the code and of its tests: who imports whom, and how long files and functions are."""
 
 import ast
 import graphlib
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import tiny
 from transformers import PreTrainedModel
 
 from attnswap.modes import evaluating
@@ -15,8 +15,10 @@ from attnswap.surgery.spec import _taken
 from attnswap.swaps import ModelInfo
 from attnswap.training.loss import _prove
 from attnswap.training.packing import check_separation
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny_models import tiny
 
-ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "attnswap"
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): ast.parse(path.read_text())
     for path in ROOT.glob("attnswap/**/*.py")
@@ -55,9 +57,72 @@ def test_packages_import_downward_only() -> None:
                 assert package in level and level[other] < level[package], f"{name} imports attnswap.{other}"
 
 
+def imports_of(path: Path) -> set[str]:
+    """Every module or name that a file imports, wherever in the file, as absolute names."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: a relative import"
+            found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def within(name: str, *allowed: str) -> bool:
+    return any(name == a or name.startswith(f"{a}.") for a in allowed)
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "swaps").glob("*.py")), ids=lambda p: p.name)
+def test_swaps_import_only_torch_and_themselves(path: Path):
+    for name in imports_of(path):
+        standard = name.split(".")[0] in sys.stdlib_module_names
+        assert standard or within(name, "torch", "attnswap.swaps", "attnswap.errors"), f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "attention").glob("*.py")), ids=lambda p: p.name)
+def test_attention_imports_only_torch_and_swaps(path: Path):
+    for name in imports_of(path):
+        standard = name.split(".")[0] in sys.stdlib_module_names
+        allowed = within(name, "torch", "attnswap.attention", "attnswap.swaps", "attnswap.errors")
+        assert standard or allowed, f"{path.name} imports {name}"
+
+
+def test_imports_point_downward():
+    above = {
+        "surgery": ["evaluation", "training", "cli"],
+        "evaluation": ["training", "cli"],
+        "training": ["cli"],
+        "": ["cli", "training"],  # the package itself and its single files
+    }
+    for folder, forbidden in above.items():
+        files = (PACKAGE / folder).glob("*.py")
+        for path in files:
+            for name in imports_of(path):
+                bad = within(name, *(f"attnswap.{part}" for part in forbidden))
+                assert not bad, f"{path.relative_to(PACKAGE)} imports {name}"
+
+
 def test_files_have_at_most_600_lines() -> None:
-    long = {str(p) for p in ROOT.glob("attnswap/**/*.py") if len(p.read_text().splitlines()) > 600}
-    assert not long
+    files = [*ROOT.glob("attnswap/**/*.py"), *ROOT.glob("tests/**/*.py")]
+    assert not {str(p.relative_to(ROOT)) for p in files if len(p.read_text().splitlines()) > 600}
+
+
+def test_no_test_module_imports_another() -> None:
+    """What several test modules use is in tests/helpers, or is a fixture of a conftest."""
+    files = list(ROOT.glob("tests/**/*.py"))
+    modules = {path.stem for path in files if path.stem.startswith("test_")} | {"conftest"}
+    assert len(modules) > 50
+    for path in files:
+        for name in imports_of(path):
+            assert modules.isdisjoint(name.split(".")), f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_every_package_has_its_folder_of_tests() -> None:
+    packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert {path.parent.name for path in ROOT.glob("tests/*/test_*.py")} == packages | {"project"}
+    folders = {path.parent for path in ROOT.glob("tests/**/*.py")}
+    assert not [folder for folder in folders if not (folder / "__init__.py").is_file()]
 
 
 def test_functions_have_at_most_80_lines() -> None:

@@ -12,7 +12,8 @@ from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.helpers.paths import ROOT
+
 NOTEBOOK = ROOT / "notebooks" / "quickstart.ipynb"
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -2,14 +2,13 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 
 from attnswap.cli.show import table_of_swaps
 from attnswap.healing.leaderboard import read_results, table
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 README = PAGES["README.md"]
 

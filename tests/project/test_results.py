@@ -20,8 +20,8 @@ from attnswap.healing.leaderboard import PAGE, page, read_results, table
 from attnswap.healing.report import markdown
 from attnswap.healing.rerun import check_rerun, read_committed, within
 from attnswap.training.config import as_run, load_config, parse_config
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
 FOUND = read_results(RESULTS)
 RATIO = {

@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from accelerate.big_modeling import _attach_context_parallel_hooks
-from conftest import tiny
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 from torch.distributed.tensor.experimental import context_parallel
@@ -20,6 +19,7 @@ from attnswap.errors import UnsupportedModelError
 from attnswap.surgery import arguments
 from attnswap.surgery.attach import enter_of
 from attnswap.surgery.stacks import attention_modules
+from tests.helpers.tiny_models import tiny
 
 SWAPS = ["softpick", "ssmax", "forgetting-gate"]
 

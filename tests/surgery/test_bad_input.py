@@ -6,8 +6,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
-from test_surgery import snapshot
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -18,6 +16,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 import attnswap
 from attnswap.errors import ConfigError, UnsupportedModelError
 from attnswap.surgery.stacks import attention_modules
+from tests.helpers.patched_models import snapshot
+from tests.helpers.tiny_models import tiny
 
 MISTAKES = [
     ({"swap": "sofpick"}, 'Did you mean "softpick"'),

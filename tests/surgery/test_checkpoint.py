@@ -4,12 +4,10 @@ import json
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from conftest import ARCHITECTURES, SWAPS, tiny
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -22,8 +20,10 @@ from transformers import (
 import attnswap
 from attnswap.errors import CheckpointError
 from attnswap.surgery.attach import spec_of
+from tests.helpers.paths import FIXTURES
+from tests.helpers.tiny_models import ARCHITECTURES, SWAPS, tiny
 
-FIXTURE = Path(__file__).parent / "fixtures" / "format1"
+FIXTURE = FIXTURES / "format1"
 
 
 def logits(model, tokens):

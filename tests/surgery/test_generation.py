@@ -4,13 +4,14 @@ import copy
 
 import pytest
 import torch
-from conftest import SWAPS, move_away, tiny
 from transformers import CompileConfig, DynamicCache
 
 import attnswap
 from attnswap.coverage import tiny_model
 from attnswap.coverage.columns import move_away as away
 from attnswap.surgery import state
+from tests.helpers.patched_models import move_away
+from tests.helpers.tiny_models import SWAPS, tiny
 
 KINDS = ["llama", "mistral", "gemma2", "qwen3", "gpt_oss"]
 NEW = 8

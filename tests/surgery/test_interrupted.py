@@ -6,10 +6,10 @@ import threading
 
 import pytest
 import torch
-from conftest import tiny
 
 import attnswap
 from attnswap.surgery.attach import spec_of
+from tests.helpers.tiny_models import tiny
 
 
 def state(model):

@@ -7,7 +7,6 @@ import warnings
 import pytest
 import torch
 from accelerate import dispatch_model
-from conftest import tiny
 from peft import LoraConfig, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel
@@ -17,6 +16,7 @@ from attnswap.errors import AttnSwapError, CheckpointError, NumericsError
 from attnswap.surgery.attach import spec_of
 from attnswap.surgery.ramps import slot_at
 from attnswap.surgery.spec import Slot
+from tests.helpers.tiny_models import tiny
 
 SWAPS = ["softpick", "entmax", "ssmax"]  # lambda inside the maths, a blend of two outputs, a scaled query
 

@@ -3,9 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from conftest import move_away, tiny
-from oracle import recording
-from test_surgery import LENGTH, check_layers, layout, slots_of
 from transformers import DataCollatorWithFlattening, StaticCache
 
 import attnswap
@@ -13,6 +10,9 @@ from attnswap.attention import chunked
 from attnswap.errors import UnsupportedModelError
 from attnswap.surgery.attach import child_of
 from attnswap.surgery.stacks import attention_modules
+from tests.helpers.oracle import recording
+from tests.helpers.patched_models import LENGTH, check_layers, layout, move_away, slots_of
+from tests.helpers.tiny_models import tiny
 
 GATED = ["forgetting-gate", "selective-temperature"]
 

@@ -7,9 +7,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import move_away, tiny_config
-from oracle import recording
-from test_surgery import LENGTH, check_layers, layout
 from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import AttentionInterface
 
@@ -19,6 +16,9 @@ from attnswap.errors import UnsupportedModelError
 from attnswap.surgery import combine
 from attnswap.surgery.previous import Previous
 from attnswap.surgery.stacks import attention_modules
+from tests.helpers.oracle import recording
+from tests.helpers.patched_models import LENGTH, check_layers, layout, move_away
+from tests.helpers.tiny_models import tiny_config
 
 ODD = [4, 0, 7, 5]
 """Of eight heads that share four key/value heads two by two: every pair but the last is parted, in no order."""

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import tiny
 from torch import Tensor, nn
 
 import attnswap
+from tests.helpers.tiny_models import tiny
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ import textwrap
 
 import pytest
 import torch
-from conftest import tiny, tiny_config
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import attnswap
 from attnswap.errors import CheckpointError
+from tests.helpers.tiny_models import tiny, tiny_config
 
 
 @torch.no_grad()

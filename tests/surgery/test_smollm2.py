@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from conftest import SWAPS, move_away
 
 import attnswap
 from attnswap.loading import load_model, load_tokenizer, resolve
 from attnswap.text import evaluation_text
+from tests.helpers.patched_models import move_away
+from tests.helpers.tiny_models import SWAPS
 
 LENGTH = 64
 

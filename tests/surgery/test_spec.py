@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPTJConfig, PreTrainedModel
 import attnswap
 from attnswap.errors import AttnSwapError, CheckpointError, ConfigError
 from attnswap.surgery.spec import PatchSpec
-from tests.conftest import tiny
+from tests.helpers.tiny_models import tiny
 
 ENTRY: dict[str, Any] = {
     "format": 2,

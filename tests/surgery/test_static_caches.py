@@ -6,7 +6,6 @@ import copy
 import pytest
 import torch
 from accelerate import dispatch_model
-from conftest import WINDOW, move_away, tiny
 from peft import get_peft_model
 from torch.utils._pytree import tree_map
 from transformers import (
@@ -23,6 +22,8 @@ from transformers.exporters.utils import decompose_prefill_decode
 from transformers.masking_utils import create_causal_mask
 
 import attnswap
+from tests.helpers.patched_models import move_away
+from tests.helpers.tiny_models import WINDOW, tiny
 
 LENGTH = 20
 CUTS = {"by token": [14, *range(15, LENGTH + 1)], "in chunks": [6, 13, LENGTH]}

@@ -5,69 +5,15 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, SWAPS, VOCABULARY, WINDOW, move_away, tiny, tiny_config
-from oracle import expected, recording
 from transformers import AutoModel, AutoModelForCausalLM
 
 import attnswap
 from attnswap.surgery.attach import child_of, spec_of
 from attnswap.surgery.select import select_layers
 from attnswap.surgery.stacks import attention_modules
-
-LENGTH = 20
-
-
-def layout(name, length=LENGTH):
-    """Input of two rows: tokens, attention mask, position ids, document numbers (None: not passed to the model)."""
-    generator = torch.Generator().manual_seed(11)
-    ids = torch.randint(3, VOCABULARY, (2, length), generator=generator)
-    mask, documents = torch.ones_like(ids), torch.zeros_like(ids)
-    given = {"input_ids": ids}
-    if name == "left":
-        mask[1, :7] = 0
-        given["attention_mask"] = mask
-    elif name == "interior":
-        mask[0, 5:8], mask[1, 12:15] = 0, 0
-        given["attention_mask"] = mask
-    elif name == "packed":
-        documents[0, 8:], documents[1, 3:11], documents[1, 11:] = 1, 1, 2
-        starts = torch.stack([torch.tensor([min(np.flatnonzero(row == d)) for d in row]) for row in documents.numpy()])
-        given["position_ids"] = torch.arange(length) - starts
-        given["use_cache"] = False
-    if name in ("left", "interior"):
-        given["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-    return given, mask.numpy().astype(bool), documents.numpy()
-
-
-def window_of(model, layer):
-    types = getattr(model.config, "layer_types", None)
-    if types is not None:
-        return WINDOW if types[layer] == "sliding_attention" else None
-    return getattr(model.config, "sliding_window", None)
-
-
-def slots_of(module):
-    child = child_of(module)
-    return [
-        (
-            s.swap,
-            s.heads,
-            s.ramp,
-            {k: p.detach().double().numpy() for k, p in child.get_submodule(n).named_parameters()},
-        )
-        for n, s in (child.slots.items() if child is not None else [])
-    ]
-
-
-def check_layers(model, name, tolerance=1e-5):
-    given, mask, documents = layout(name)
-    with torch.no_grad(), recording(model) as calls:
-        logits = model(**given).logits
-    for layer, (_, module) in attention_modules(model).items():
-        out, _ = expected(calls[layer], slots_of(module), mask, documents, window_of(model, layer))
-        worst = np.abs(calls[layer].out - out)[mask].max()
-        assert worst < tolerance, f"layer {layer} {name}: {worst}"
-    return logits, torch.tensor(mask)
+from tests.helpers.oracle import expected, recording
+from tests.helpers.patched_models import LENGTH, check_layers, layout, move_away, slots_of, snapshot, window_of
+from tests.helpers.tiny_models import ARCHITECTURES, SWAPS, VOCABULARY, tiny, tiny_config
 
 
 @pytest.mark.parametrize("swap", SWAPS)
@@ -282,15 +228,6 @@ def test_ramp_per_head_and_per_layer():
     slots = [(child.slots["softpick"].swap, (h,), lam, {}) for h, lam in enumerate([0.25, 0.5, 0.75, 1.0])]
     out, _ = expected(calls[0], slots, mask, documents, None)
     assert np.abs(calls[0].out - out)[mask].max() < 1e-5
-
-
-def snapshot(model):
-    """Everything a patch could leave behind, module by module."""
-    traces = {}
-    for name, module in model.named_modules():
-        kept = {k: v for k, v in module.__dict__.items() if not isinstance(v, torch.nn.Module)}
-        traces[name] = {k: (repr(v) if not isinstance(v, dict) else sorted(map(str, v))) for k, v in kept.items()}
-    return traces, model.config.to_dict(), model.config._attn_implementation, list(model.state_dict())
 
 
 @pytest.mark.parametrize("swap", SWAPS)

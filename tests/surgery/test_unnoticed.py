@@ -5,13 +5,14 @@ import threading
 
 import pytest
 import torch
-from conftest import move_away, tiny
 from transformers import AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
 import attnswap
 from attnswap.errors import AttnSwapError, CheckpointError, UnsupportedModelError
+from tests.helpers.patched_models import move_away
+from tests.helpers.tiny_models import tiny
 
 SWAPS = ["forgetting-gate", "ssmax", "softpick"]
 

@@ -6,19 +6,18 @@
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from cases import Inputs, backends_of
-from cases import weights as weights_of
 from torch import Tensor
 
 import attnswap
 from attnswap.swaps import Swap
+from tests.helpers.calls import Inputs, backends_of
+from tests.helpers.calls import weights as weights_of
+from tests.helpers.paths import GOLDEN
 
-GOLDEN = Path(__file__).parent / "golden"
 SOURCES = json.loads((GOLDEN / "MANIFEST.json").read_text(encoding="utf-8"))
 
 

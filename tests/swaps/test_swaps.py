@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import (
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import attnswap
+from attnswap.errors import ConfigError
+from attnswap.swaps import REGISTRY, Call, Swap, resolve
+from tests.helpers.calls import (
     SETTINGS,
     Case,
     Inputs,
@@ -20,14 +27,7 @@ from cases import (
     variant_id,
     variants,
 )
-from contract import CHECKS, check_ids
-from hypothesis import given
-from hypothesis import strategies as st
-from torch import Tensor
-
-import attnswap
-from attnswap.errors import ConfigError
-from attnswap.swaps import REGISTRY, Call, Swap, resolve
+from tests.helpers.contract import CHECKS, check_ids
 
 # --- the shared contract ----------------------------------------------------------------------------------------------
 

@@ -21,8 +21,8 @@ from attnswap.healing.experiment import Experiment
 from attnswap.training import load_config, parse_config
 from attnswap.training.config import to_mapping
 from attnswap.training.strict import MAX_BYTES, dump_yaml, parse_value, parse_yaml, read_yaml
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 BASE = {"output_dir": "out", "swap": "ssmax"}
 

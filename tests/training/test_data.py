@@ -11,10 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from training_helpers import byte_tokenizer, documents, recipe, tiny_gemma2, tiny_llama
 from transformers import PreTrainedTokenizerBase
 
 import attnswap
@@ -28,6 +26,8 @@ from attnswap.training.config import DataSection
 from attnswap.training.data import load_documents, split_documents
 from attnswap.training.inputs import gather_inputs
 from attnswap.training.packing import IGNORED, Document, check_separation, pack
+from tests.helpers.tiny_models import tiny
+from tests.helpers.training import byte_tokenizer, documents, recipe, tiny_gemma2, tiny_llama
 
 
 def windows(lengths: list[int], length: int, bos: int | None, whole: bool = False) -> list[dict[str, list[int]]]:

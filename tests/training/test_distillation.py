@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from training_helpers import VOCABULARY, tiny_gemma2, tiny_gpt2, tiny_llama
 from transformers import BartConfig, BartForConditionalGeneration, PreTrainedModel
 
 import attnswap
@@ -21,6 +20,7 @@ from attnswap.training import (
 from attnswap.training.config import LoraSection
 from attnswap.training.lora import add_lora
 from attnswap.training.transfer import transferring
+from tests.helpers.training import VOCABULARY, tiny_gemma2, tiny_gpt2, tiny_llama
 
 
 def batch() -> dict[str, Tensor]:

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import tiny
 from safetensors.torch import load_file
-from training_helpers import accelerate, byte_tokenizer, logged, recipe, spawn
 
 import attnswap
 from attnswap import processes
 from attnswap.errors import NumericsError
 from attnswap.evaluation import evaluate_perplexity
 from attnswap.training import latest_checkpoint, parse_config, train
+from tests.helpers.tiny_models import tiny
+from tests.helpers.training import accelerate, byte_tokenizer, logged, recipe, spawn
 
 IDS = torch.arange(4, 60)[None]
 STEPS = 20
@@ -25,7 +25,7 @@ STEPS = 20
 
 def launch(processes: int, engine: str, path: Path, *overrides: str, stop_at: int | None = None) -> Any:
     environment = {} if stop_at is None else {"STOP_AT": str(stop_at)}
-    done = accelerate(processes, "tests/distributed_run.py", engine, str(path), *overrides, **environment)
+    done = accelerate(processes, "tests/helpers/distributed_training.py", engine, str(path), *overrides, **environment)
     assert stop_at is not None or done.returncode == 0, done.stderr[-6000:]
     assert done.stdout.count(f"weights are {'Tensor' if engine == 'ddp' else 'DTensor'}") == processes
     return done
@@ -187,7 +187,7 @@ def test_the_best_weights_of_a_sharded_run_are_those_of_one_process(tmp_path):
 @pytest.mark.slow
 def test_layers_that_are_sharded_cannot_learn_one_by_one(tmp_path):
     path = staged(tmp_path)
-    done = accelerate(2, "tests/distributed_run.py", "fsdp2", str(path), f"output_dir={tmp_path}/many")
+    done = accelerate(2, "tests/helpers/distributed_training.py", "fsdp2", str(path), f"output_dir={tmp_path}/many")
     assert done.returncode != 0
     assert "launch such stages with DDP" in done.stderr
     assert not (tmp_path / "many").exists()
@@ -276,7 +276,7 @@ def test_tensor_parallelism_computes_the_swap_or_refuses(tmp_path):
         attnswap.patch(model, **options)
         model.save_pretrained(tmp_path / name)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = spawn(*launch, "tests/tensor_parallel_run.py", str(tmp_path), *cases)
+    done = spawn(*launch, "tests/helpers/tensor_parallel_forward.py", str(tmp_path), *cases)
     assert done.returncode == 0, done.stderr[-3000:]
     for name, (_, outcome) in cases.items():
         lines = [line.removeprefix(f"{name} ") for line in done.stdout.splitlines() if line.startswith(f"{name} ")]

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from training_helpers import VOCABULARY, cut_off, recipe, tiny_llama
 
 import attnswap
 from attnswap.errors import ConfigError
@@ -16,6 +15,7 @@ from attnswap.swaps import predicted
 from attnswap.swaps.base import Call, Observed
 from attnswap.training import fit, parse_config, train
 from attnswap.training.run import FITTED
+from tests.helpers.training import VOCABULARY, cut_off, recipe, tiny_llama
 
 
 @pytest.mark.slow

@@ -4,13 +4,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from training_helpers import VOCABULARY, tiny_gemma2, tiny_gpt2, tiny_llama
 from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import attnswap
 from attnswap.errors import ConfigError, UnsupportedModelError
 from attnswap.training import chunked_loss
+from tests.helpers.training import VOCABULARY, tiny_gemma2, tiny_gpt2, tiny_llama
 
 MODELS = [tiny_llama, tiny_gemma2, tiny_gpt2, lambda: tiny_llama(tie_word_embeddings=True)]
 NAMES = ["llama", "gemma2", "gpt2", "tied"]

@@ -15,7 +15,7 @@ from attnswap.training.config import TrainConfig, parse_config
 from attnswap.training.durable import check, latest_checkpoint, seal
 from attnswap.training.output import Output
 from attnswap.training.ramp import SPEC, follow_checkpoint
-from tests.conftest import tiny
+from tests.helpers.tiny_models import tiny
 
 
 @pytest.fixture

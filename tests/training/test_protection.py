@@ -11,16 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from kill_saves import Tokens
-from training_helpers import tiny_llama
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import attnswap
 from attnswap.errors import CheckpointError, NumericsError
 from attnswap.training import RampSchedule, SkipNonFinite, latest_checkpoint, protect
 from attnswap.training.durable import MARKER, REPLACED, WRITING
-
-TESTS = Path(__file__).parent
+from tests.helpers.kill_saves import Tokens
+from tests.helpers.paths import HELPERS, ROOT
+from tests.helpers.training import tiny_llama
 
 
 def trainer_of(
@@ -128,8 +127,8 @@ def test_an_interrupted_replacement_is_put_back(tmp_path):
 
 
 def kills(folder: Path, number: int) -> list[dict[str, Any]]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
-    command = [sys.executable, str(TESTS / "kill_saves.py"), str(folder), str(number)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(HELPERS / "kill_saves.py"), str(folder), str(number)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -340,10 +339,10 @@ def test_accumulated_steps_are_left_out_as_a_whole(tmp_path):
 
 def test_in_trl(tmp_path):
     from datasets import Dataset
-    from training_helpers import byte_tokenizer
     from trl import SFTConfig, SFTTrainer
 
     from attnswap import AttnSwapConfig
+    from tests.helpers.training import byte_tokenizer
 
     tokenizer = byte_tokenizer()
     tokenizer.pad_token = "</s>"

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_healing import run, written
-from training_helpers import recipe
 
 from attnswap.healing.run import same_weights
 from attnswap.training import SwapTrainer, parse_config, train
 from attnswap.training.rest import TRIED
+from tests.helpers.healing import run, written
+from tests.helpers.training import recipe
 
 TWO = [
     {"name": "outputs", "share": 0.1, "loss": {"transfer": 1.0, "ce": 0.0}, "train": "attention"},

@@ -16,7 +16,6 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from training_helpers import accelerate, byte_tokenizer, logged, recipe, tiny_llama, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import attnswap
@@ -34,8 +33,9 @@ from attnswap.training import (
     train,
 )
 from attnswap.training.config import to_mapping
+from tests.helpers.paths import ROOT
+from tests.helpers.training import accelerate, byte_tokenizer, logged, recipe, tiny_llama, write_model
 
-ROOT = Path(__file__).parent.parent
 IDS = torch.arange(4, 44)[None]
 
 

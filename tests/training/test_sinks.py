@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from training_helpers import VOCABULARY, tiny_llama
 from transformers import GPTJConfig, GPTJForCausalLM
 
 import attnswap
@@ -16,6 +15,7 @@ from attnswap.training import Distillation, LossSection, chunked_loss, sinks
 from attnswap.training.observing import observing
 from attnswap.training.regression import Errors
 from attnswap.training.sinks import Sinks
+from tests.helpers.training import VOCABULARY, tiny_llama
 
 TINY_GPTJ = GPTJConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, rotary_dim=8, n_positions=128)
 

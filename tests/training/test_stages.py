@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from kill_saves import Tokens
 from safetensors.torch import load_file
-from training_helpers import ROOT, cut_off, logged, recipe, stop_at, tiny_llama, write_model
 from transformers import Trainer, TrainingArguments
 
 import attnswap
@@ -32,6 +30,9 @@ from attnswap.training import (
 )
 from attnswap.training.ramp import ramps
 from attnswap.training.stages import StagedWindows, staged_schedule, without_swaps
+from tests.helpers.kill_saves import Tokens
+from tests.helpers.paths import ROOT
+from tests.helpers.training import cut_off, logged, recipe, stop_at, tiny_llama, write_model
 
 
 def test_sections_that_say_nothing_sensible_are_refused() -> None:

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import move_away, tiny
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -12,6 +11,8 @@ from trl.trainer.utils import create_model_from_path
 
 import attnswap
 from attnswap import AttnSwapConfig
+from tests.helpers.patched_models import move_away
+from tests.helpers.tiny_models import tiny
 
 LORA = {"r": 2, "target_modules": ["q_proj"]}
 WORDS = [f"w{i}" for i in range(90)]
