@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 import attnswap
 from attnswap import cli
+from tests.helpers.ids import case_id
 from tests.helpers.patched_models import move_away
 from tests.helpers.tiny_models import VOCABULARY, tiny
 
@@ -38,6 +39,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         mark = item.get_closest_marker("thinned")
         if mark is not None and sum(item.callspec.indices.values()) % mark.args[0]:  # type: ignore[attr-defined]
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Names the cases of a test by what they hold, where pytest would number them."""
+    return case_id(val, argname)
 
 
 @pytest.fixture(scope="session")

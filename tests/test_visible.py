@@ -130,7 +130,6 @@ def printed(shown: Any, console: type[Console]) -> str:
 @pytest.mark.parametrize(
     ("channel", "console"),
     [*((channel, Terminal) for channel in COMMANDS), *((channel, Console) for channel in LIBRARY)],
-    ids=str,
 )
 def test_tables_show_names_as_they_are(name: str, channel: str, console: type[Console]):
     found = printed(COMMANDS[channel](HOSTILE[name]), console)

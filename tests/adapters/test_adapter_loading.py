@@ -187,7 +187,11 @@ def test_a_damaged_adapter_is_refused(route, damage, saved, tokens, tmp_path):
 
 
 @pytest.mark.parametrize("swap", ["ssmax", "softpick"])  # with tensors of its own, and with none
-@pytest.mark.parametrize("inject", [get_peft_model, lambda base, config: inject_adapter_in_model(config, base)])
+@pytest.mark.parametrize(
+    "inject",
+    [get_peft_model, lambda base, config: inject_adapter_in_model(config, base)],
+    ids=["get_peft_model", "inject_adapter_in_model"],
+)
 def test_a_saved_config_alone_is_no_adapter(inject, swap, saved, tokens, tmp_path):
     """What was never read is not computed with: not low-rank weights either, whether or not the swap has tensors."""
     get_peft_model(base_of(saved), AttnSwapConfig(swap=swap, **LORA)).save_pretrained(tmp_path)
@@ -218,6 +222,7 @@ def test_low_memory_is_for_loading(saved):
         pytest.param("peft", copy.deepcopy, marks=pytest.mark.slow),
         pytest.param("transformers", lambda config: copy.copy(copy.deepcopy(config)), marks=pytest.mark.slow),
     ],
+    ids=["peft-same config", "transformers-deep copy", "peft-deep copy", "transformers-copy of a copy"],
 )
 def test_an_adapter_made_with_the_config_of_another_starts_at_its_lambda(
     through, before, copied, saved, tokens, tmp_path

@@ -331,7 +331,9 @@ def test_a_patched_base_is_refused(patched, tokens):
 
 
 @pytest.mark.parametrize(
-    "load_it", [lambda base, path: PeftModel.from_pretrained(base, path), lambda base, path: base.load_adapter(path)]
+    "load_it",
+    [lambda base, path: PeftModel.from_pretrained(base, path), lambda base, path: base.load_adapter(path)],
+    ids=["PeftModel", "load_adapter"],
 )
 def test_the_wrong_base_is_refused(load_it, stock, tokens, tmp_path):
     adapted(stock, "ssmax").save_pretrained(tmp_path)

@@ -18,8 +18,9 @@ from attnswap.attention.codegen import arguments, cpp, trace
 from attnswap.swaps import ModelInfo, Swap, base
 from attnswap.swaps import expression as fn
 from attnswap.swaps.expression import VOCABULARY, Expr, constant, derivative, symbol
-from tests.helpers.calls import Case, bound, variant_id, variants
+from tests.helpers.calls import Case, bound, variants
 from tests.helpers.generated_code import FUNCTIONS, assert_close, build, check_cpp, rows_of, torch_forms
+from tests.helpers.ids import variant_id
 
 
 class EveryWord(Swap):
@@ -223,7 +224,7 @@ def test_the_word_cases_cover_the_vocabulary():
     assert all(callable(getattr(fn, word)) for word in VOCABULARY)
 
 
-@pytest.mark.parametrize(("word", "points"), word_cases(), ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(("word", "points"), word_cases(), ids=[word for word, _ in word_cases()])
 def test_a_word_says_the_same_in_every_form(word: str, points: tuple[Tensor, ...]):
     leaves = [p.clone().requires_grad_() for p in points]
     value = getattr(fn, word)(*leaves)

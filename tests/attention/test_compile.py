@@ -30,7 +30,8 @@ from attnswap.attention.problem import Problem
 from attnswap.attention.visibility import Visibility
 from attnswap.errors import CheckpointError, UnsupportedModelError
 from attnswap.swaps import Swap
-from tests.helpers.calls import MASKS, Case, backends_of, bound, draw, variant_id, variants
+from tests.helpers.calls import MASKS, Case, backends_of, bound, draw, variants
+from tests.helpers.ids import variant_id
 from tests.helpers.patched_models import move_away
 from tests.helpers.tiny_models import VOCABULARY, tiny
 
@@ -136,7 +137,11 @@ def test_inductor_computes_the_same(swap: Swap, backend: str):
 
 
 @pytest.mark.thinned(2)
-@pytest.mark.parametrize("ramp", [0.0, 0.5, torch.tensor(0.3), torch.tensor([0.1, 0.2, 0.3, 0.4])], ids=str)
+@pytest.mark.parametrize(
+    "ramp",
+    [0.0, 0.5, torch.tensor(0.3), torch.tensor([0.1, 0.2, 0.3, 0.4])],
+    ids=["0", "0.5", "tensor", "tensor per head"],
+)
 def test_every_ramp_is_one_graph(ramp: Any):
     for swap in (attnswap.Softpick(), attnswap.Sigmoid(bias=-1.5)):
         torch._dynamo.reset()
@@ -316,7 +321,6 @@ def operator_arguments(swap: Swap, dtype: torch.dtype, layout: str) -> tuple[Any
         (attnswap.Entmax(), torch.float32, "causal"),
         (attnswap.Entmax(alpha="learned"), torch.float32, "sinks"),
     ],
-    ids=str,
 )
 def test_the_native_operators_satisfy_torch(swap: Swap, dtype: torch.dtype, layout: str):
     arguments = operator_arguments(swap, dtype, layout)

@@ -15,7 +15,8 @@ from attnswap.attention.heads import in_order, kv_heads_of, pick, regular_heads
 from attnswap.attention.native import build
 from attnswap.attention.problem import Problem, complete_features
 from attnswap.attention.visibility import Visibility, split_mask
-from tests.helpers.calls import Case, allowed_error, bound, compare, draw, short_blocks, variant_id, variants
+from tests.helpers.calls import Case, allowed_error, bound, compare, draw, short_blocks, variants
+from tests.helpers.ids import variant_id
 
 MAPS = {
     "odd order": (2, 0, 3, 2),

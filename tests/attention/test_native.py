@@ -125,7 +125,7 @@ def layouts() -> dict[str, Visibility]:
 @pytest.mark.thinned(10)
 @pytest.mark.parametrize("backend", [pytest.param(native, marks=needs_compiler), tiled], ids=["native", "tiled"])
 @pytest.mark.parametrize("name", layouts())
-@pytest.mark.parametrize("swap", SWAPS, ids=str)
+@pytest.mark.parametrize("swap", SWAPS)
 def test_every_layout_in_fp64(swap: Swap, name: str, backend: Any, monkeypatch):
     """Outputs and all gradients, to rounding, for grouped keys, caps, sinks and ramps."""
     visibility = layouts()[name]
@@ -149,7 +149,7 @@ def test_every_layout_in_fp64(swap: Swap, name: str, backend: Any, monkeypatch):
 @needs_compiler
 @pytest.mark.thinned(10)
 @pytest.mark.parametrize("name", layouts())
-@pytest.mark.parametrize("swap", SWAPS, ids=str)
+@pytest.mark.parametrize("swap", SWAPS)
 def test_every_layout_in_bf16(swap: Swap, name: str):
     """Within 2e-2 of fp64 on the same rounded inputs, by products of bf16 where the processor has them.
 
@@ -223,7 +223,7 @@ def test_fp32_is_as_exact_as_stock_softmax(
 
 
 @needs_compiler
-@pytest.mark.parametrize("swap", SWAPS, ids=repr)
+@pytest.mark.parametrize("swap", SWAPS)
 @pytest.mark.parametrize("level", [1e4, -1e4, -300.0])
 def test_extreme_scores_stay_finite(swap: Swap, level: float):
     """Scores of +-1e4, and rows whose scores all lie far below 0."""
@@ -238,7 +238,7 @@ def test_extreme_scores_stay_finite(swap: Swap, level: float):
 
 
 @needs_compiler
-@pytest.mark.parametrize("swap", SWAPS, ids=repr)
+@pytest.mark.parametrize("swap", SWAPS)
 @pytest.mark.parametrize("attend", [oracle, native.attend, tiled.attend], ids=["dense", "native", "tiled"])
 def test_a_number_that_is_none_is_not_swallowed(swap: Swap, attend: Any):
     """NaN in a query reaches that row's output and no other: a broken model must not look sound."""

@@ -30,7 +30,8 @@ from attnswap.errors import ConfigError
 from attnswap.swaps import Swap
 from attnswap.swaps import expression as fn
 from attnswap.swaps.base import Feature
-from tests.helpers.calls import Case, allowed_error, bound, compare, draw, run, variant_id
+from tests.helpers.calls import Case, allowed_error, bound, compare, draw, run
+from tests.helpers.ids import variant_id
 from tests.helpers.paths import ROOT
 from tests.helpers.triton_calls import KINDS, Worker, check, negated, solve
 
@@ -367,7 +368,6 @@ def refusal(
         ("not torch.float64", ({}, None, 8, torch.float64)),
         ("additive mask", ({"visibility": {"bias": torch.zeros(1, 1, 3, 3, requires_grad=True)}},)),
     ],
-    ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_refusals_name_their_cause(interpreted: Worker, reason: str, arguments: tuple[Any, ...]):
     said = interpreted(refusal, *arguments)

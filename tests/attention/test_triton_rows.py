@@ -17,7 +17,8 @@ from attnswap.attention.visibility import Visibility
 from attnswap.swaps import Swap
 from attnswap.swaps import expression as fn
 from attnswap.swaps.base import Call, Feature, Terms
-from tests.helpers.calls import Case, allowed_error, compare, draw, run, variant_id
+from tests.helpers.calls import Case, allowed_error, compare, draw, run
+from tests.helpers.ids import variant_id
 from tests.helpers.triton_calls import KINDS, Worker, check, negated, solve
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

@@ -153,7 +153,7 @@ def greedy(model: PreTrainedModel, prompt: str) -> str:
     return tokenizer.decode(new, skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("swap", [None, "softpick", "ssmax", MIX], ids=str)
+@pytest.mark.parametrize("swap", [None, "softpick", "ssmax", MIX])
 def test_rolling_bits_per_byte_are_those_of_evaluate_perplexity(swap: Any, tmp_path: Path) -> None:
     model, tokenizer = build(swap), byte_tokenizer()
     ours = bits_per_byte(model, tokenizer)
@@ -190,7 +190,7 @@ def test_a_saved_model_loads_by_its_path(tmp_path: Path) -> None:
     assert metric(found, "loglikelihood_rolling", "bits_per_byte") == pytest.approx(ours, abs=1e-6)
 
 
-@pytest.mark.parametrize("swap", [None, "softpick", "ssmax", MIX], ids=str)
+@pytest.mark.parametrize("swap", [None, "softpick", "ssmax", MIX])
 def test_choices_are_scored_as_from_the_logits(swap: Any, tmp_path: Path) -> None:
     model = build(swap)
     expected = [[log_likelihood(model, prompt, f" {choice}") for choice in CHOICES] for prompt in PROMPTS]
@@ -209,7 +209,7 @@ def test_choices_are_scored_as_from_the_logits(swap: Any, tmp_path: Path) -> Non
         assert abs(log_likelihood(stock, PROMPTS[0], f" {CHOICES[0]}")[0] - scores[0, 0]) > 1e-2
 
 
-@pytest.mark.parametrize("swap", [None, "softpick", "ssmax", MIX], ids=str)
+@pytest.mark.parametrize("swap", [None, "softpick", "ssmax", MIX])
 def test_generation_is_greedy_decoding_of_each_prompt_alone(swap: Any, tmp_path: Path) -> None:
     model = build(swap)
     whole = [greedy(model, prompt) for prompt in PROMPTS]
@@ -224,7 +224,7 @@ def test_generation_is_greedy_decoding_of_each_prompt_alone(swap: Any, tmp_path:
         assert whole != [greedy(build(None), prompt) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("swap", [*SWAPS, MIX], ids=str)
+@pytest.mark.parametrize("swap", [*SWAPS, MIX])
 def test_padded_batches_give_the_numbers_of_single_rows(swap: Any, tmp_path: Path) -> None:
     model, found, read = build(swap), [], []
     texts = [TEXT[:70], TEXT[:15], TEXT[7:50], TEXT]

@@ -71,14 +71,6 @@ def variants() -> list[Swap]:
     return known + [swap for swap in attnswap.list_swaps() if swap.name not in covered]
 
 
-def variant_id(swap: Swap) -> str:
-    """A readable test id: the name and the options that differ from the default."""
-    options = swap.to_dict()
-    default = type(swap)().to_dict()
-    changed = [f"{k}={v}" for k, v in options.items() if v != default[k]]
-    return " ".join([swap.name, *changed])
-
-
 # --- calls ----------------------------------------------------------------------------------------------------------
 
 

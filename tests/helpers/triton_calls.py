@@ -11,7 +11,8 @@ from attnswap.attention.dispatch import BACKENDS
 from attnswap.attention.problem import Problem, complete_features
 from attnswap.attention.visibility import Visibility
 from attnswap.swaps import Swap
-from tests.helpers.calls import Case, Inputs, bound, compare, draw, run, variant_id
+from tests.helpers.calls import Case, Inputs, bound, compare, draw, run
+from tests.helpers.ids import variant_id
 
 Worker = Callable[..., Any]
 ROUNDING = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}

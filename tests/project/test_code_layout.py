@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -123,6 +124,15 @@ def test_every_package_has_its_folder_of_tests() -> None:
     assert {path.parent.name for path in ROOT.glob("tests/*/test_*.py")} == packages | {"project"}
     folders = {path.parent for path in ROOT.glob("tests/**/*.py")}
     assert not [folder for folder in folders if not (folder / "__init__.py").is_file()]
+
+
+def test_the_id_of_a_case_says_what_it_holds(request: pytest.FixtureRequest) -> None:
+    """pytest numbers what has no name, such as ``options3``; such cases need ``ids=`` in their parametrization."""
+    for item in request.session.items:
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+            numbered = {f"{name}{index}" for name, index in item.callspec.indices.items()}
+            assert numbered.isdisjoint(item.callspec.id.split("-")), item.nodeid
+            assert not re.search(r"<lambda>|<function|<class| at 0x", item.callspec.id), item.nodeid
 
 
 def test_functions_have_at_most_80_lines() -> None:

@@ -107,7 +107,6 @@ def test_an_implementation_whose_masks_say_less_is_not_taken_up_on_the_way(name,
 @pytest.mark.parametrize(
     "options",
     [{"heads": [0, 1]}, {}, {"layers": [1]}, {"ramp": 0.5}],
-    ids=str,
 )
 def test_layers_compiled_one_by_one(options, tokens):
     """In place or wrapped, before or after patching, each a whole graph."""

@@ -55,7 +55,7 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[m for _, m in MISTAKES])
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES)
 def test_mistakes_in_patch(arguments, message, tokens):
     model = tiny("llama")
     traces = snapshot(model)
@@ -68,7 +68,7 @@ def test_mistakes_in_patch(arguments, message, tokens):
         assert torch.equal(model(tokens).logits, before)
 
 
-@pytest.mark.parametrize(("arguments", "message"), MISTAKES[:14], ids=[m for _, m in MISTAKES[:14]])
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES[:14])
 def test_a_failed_second_patch_leaves_the_first(arguments, message, patched, tokens):
     model = patched("llama", "forgetting-gate", heads=[0, 1])
     with torch.no_grad():

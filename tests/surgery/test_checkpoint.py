@@ -169,7 +169,9 @@ def test_layer_that_does_not_exist(patched, tmp_path):
         attnswap.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("load", [attnswap.from_pretrained, AutoModelForCausalLM.from_pretrained])
+@pytest.mark.parametrize(
+    "load", [attnswap.from_pretrained, AutoModelForCausalLM.from_pretrained], ids=["attnswap", "transformers"]
+)
 def test_missing_swap_parameters(load, patched, tmp_path):
     """Swap parameters that are not in the file are an error, never fresh values."""
     from safetensors.torch import load_file, save_file

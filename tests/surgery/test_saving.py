@@ -129,7 +129,9 @@ def _unpickled(model):
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("origin", [lambda model: model, _frozen, copy.deepcopy, _unpickled])
+@pytest.mark.parametrize(
+    "origin", [lambda model: model, _frozen, copy.deepcopy, _unpickled], ids=["built", "frozen", "copied", "unpickled"]
+)
 def test_a_part_is_patched_and_the_whole_is_saved(origin, tokens, tmp_path):
     """Saved with the swap, or refused with a way out that works."""
     whole = origin(LlamaForCausalLM(tiny_config("llama")).eval())

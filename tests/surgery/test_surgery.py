@@ -66,7 +66,6 @@ def test_layouts_and_ramps(kind, swap, name, ramp):
         attnswap.SoftmaxOne(start=1.0),
         attnswap.ForgettingGate(init="paper"),
     ],
-    ids=lambda s: f"{s.name}",
 )
 @pytest.mark.parametrize(("kind", "ramp"), [("gemma2", 1.0), ("gpt_oss", 1.0), ("llama", 0.25)])
 def test_other_forms(swap, kind, ramp):

@@ -24,10 +24,10 @@ from tests.helpers.calls import (
     draw,
     run,
     shares_value_features,
-    variant_id,
     variants,
 )
 from tests.helpers.contract import CHECKS, check_ids
+from tests.helpers.ids import variant_id
 
 # --- the shared contract ----------------------------------------------------------------------------------------------
 

@@ -264,7 +264,6 @@ def test_what_is_written_is_read_back(value: Any) -> None:
         "a" * (MAX_BYTES + 1),
         "é" * (MAX_BYTES // 2 + 10),
     ],
-    ids=lambda text: text[:20],
 )
 def test_long_recipes_take_no_time(text: str, tmp_path: Path) -> None:
     """Whatever they hold."""

@@ -176,6 +176,7 @@ def test_enough_and_different_text_is_passed_over_in_silence(tmp_path: Path) -> 
         ([text + "  \n" + text for text in unlike(40)] + unlike(40), {}, r"\d+ of 64 passages .* the held-out"),
         (["a chapter " + " ".join(unlike(40)), *unlike(40)], {}, r"\d+ of 64 passages .* the held-out"),
     ],
+    ids=["repeated texts", "a large step", "many steps", "short texts", "repeated passages", "all texts in one"],
 )
 def test_data_that_shows_or_teaches_little_is_mentioned(
     texts: list[str], training: dict[str, Any], message: str, tmp_path: Path

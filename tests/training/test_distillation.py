@@ -41,7 +41,9 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 # --- logit distillation ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [tiny_llama, lambda: tiny_llama(tie_word_embeddings=True), tiny_gemma2])
+@pytest.mark.parametrize(
+    "make", [tiny_llama, lambda: tiny_llama(tie_word_embeddings=True), tiny_gemma2], ids=["llama", "tied", "gemma2"]
+)
 @pytest.mark.parametrize(("kl", "ce", "temperature"), [(1.0, 0.0, 1.0), (0.9, 0.1, 1.0), (0.5, 0.25, 3.0)])
 def test_distillation_is_kl_and_cross_entropy(make: Any, kl: float, ce: float, temperature: float) -> None:
     teacher = teacher_of(make(), dtype=torch.float32)
@@ -173,7 +175,9 @@ def gpt2_without_dropout() -> PreTrainedModel:
 
 
 @pytest.mark.parametrize(
-    "make", [tiny_llama, lambda: tiny_llama(tie_word_embeddings=True), tiny_gemma2, gpt2_without_dropout]
+    "make",
+    [tiny_llama, lambda: tiny_llama(tie_word_embeddings=True), tiny_gemma2, gpt2_without_dropout],
+    ids=["llama", "tied", "gemma2", "gpt2"],
 )
 def test_in_mixed_precision_a_model_has_nothing_to_learn_from_itself(make: Any) -> None:
     model, values = make(), batch()

@@ -68,7 +68,7 @@ PROTECTED = [
 ]
 
 
-@pytest.mark.parametrize("result", [False, True], ids=["", "holding a result"])
+@pytest.mark.parametrize("result", [False, True], ids=["without a result", "holding a result"])
 @pytest.mark.parametrize("path", PROTECTED)
 def test_no_result_takes_the_place_of_what_is_protected(home: Path, path: str, result: bool):
     """Even where somebody has put the files of a result."""

@@ -135,7 +135,7 @@ def test_observers_stand_side_by_side() -> None:
     assert seen == ["a0", "b0", "a1", "b1", "a0", "a1"]
 
 
-@pytest.mark.parametrize("make", [tiny_llama, lambda: GPTJForCausalLM(TINY_GPTJ)])
+@pytest.mark.parametrize("make", [tiny_llama, lambda: GPTJForCausalLM(TINY_GPTJ)], ids=["llama", "gptj"])
 def test_a_slot_at_lambda_0_is_seen_and_costs_nothing(make: Any) -> None:
     model = make().eval()
     ids = torch.randint(0, 100, (1, 20), generator=torch.Generator().manual_seed(0))
