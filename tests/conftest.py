@@ -23,6 +23,7 @@ import attnswap
 from attnswap import cli
 from tests.helpers.ids import case_id
 from tests.helpers.patched_models import move_away
+from tests.helpers.thinning import axes_of, kept
 from tests.helpers.tiny_models import VOCABULARY, tiny
 
 settings.register_profile(
@@ -35,10 +36,15 @@ settings.load_profile("quick")  # --hypothesis-profile=whole comes after this
 @pytest.hookimpl(tryfirst=True)  # before what is slow is left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leaves all but one of n of a grid's cases to make test-all, so that each value of each axis stays."""
+    grids: dict[str, list[pytest.Function]] = {}
     for item in items:
-        mark = item.get_closest_marker("thinned")
-        if mark is not None and sum(item.callspec.indices.values()) % mark.args[0]:  # type: ignore[attr-defined]
-            item.add_marker(pytest.mark.slow)
+        if isinstance(item, pytest.Function) and item.get_closest_marker("thinned"):
+            grids.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in grids.values():
+        chosen = kept([axes_of(item) for item in cases], cases[0].get_closest_marker("thinned").args[0])
+        for position, item in enumerate(cases):
+            if position not in chosen:
+                item.add_marker(pytest.mark.slow)
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from attnswap.swaps import ModelInfo
 from attnswap.training.loss import _prove
 from attnswap.training.packing import check_separation
 from tests.helpers.paths import ROOT
+from tests.helpers.thinning import kept
 from tests.helpers.tiny_models import tiny
 
 PACKAGE = ROOT / "attnswap"
@@ -133,6 +135,16 @@ def test_the_id_of_a_case_says_what_it_holds(request: pytest.FixtureRequest) -> 
             numbered = {f"{name}{index}" for name, index in item.callspec.indices.items()}
             assert numbered.isdisjoint(item.callspec.id.split("-")), item.nodeid
             assert not re.search(r"<lambda>|<function|<class| at 0x", item.callspec.id), item.nodeid
+
+
+@pytest.mark.parametrize("n", [2, 3, 10])
+@pytest.mark.parametrize("sizes", [(2, 2), (7, 4), (8, 12, 2), (3, 1, 5)])
+def test_a_thinned_grid_keeps_each_value_of_each_axis(sizes: tuple[int, ...], n: int) -> None:
+    cases = list(itertools.product(*map(range, sizes)))
+    chosen = kept(cases, n)
+    for axis, size in enumerate(sizes):
+        assert {cases[i][axis] for i in chosen} == set(range(size))
+    assert len(chosen) <= len(cases) / n + sum(sizes)
 
 
 def test_functions_have_at_most_80_lines() -> None:
