@@ -20,11 +20,11 @@ def kept(cases: Sequence[tuple[Hashable, ...]], n: int) -> set[int]:
     chosen = {i for i, total in enumerate(sums) if total % n == 0}
     if len(orders) == 1:
         return chosen
-    for axis, order in enumerate(orders):
-        for value in order:
-            having = [i for i, case in enumerate(cases) if case[axis] == value]
-            if chosen.isdisjoint(having):
-                chosen.add(having[0])
+    met = {pair for i in chosen for pair in enumerate(cases[i])}
+    while missing := [pair for case in cases for pair in enumerate(case) if pair not in met]:
+        best = max(range(len(cases)), key=lambda i: len(set(missing).intersection(enumerate(cases[i]))))
+        chosen.add(best)
+        met.update(enumerate(cases[best]))
     return chosen
 
 

@@ -1,5 +1,7 @@
 """Tiny random models of every tested architecture."""
 
+from pathlib import Path
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -63,3 +65,32 @@ def tiny(kind: str = "llama", layers: int = 2, seed: int = 0) -> PreTrainedModel
         if "sinks" in name:
             parameter.data.normal_(0, 1)
     return model
+
+
+def write_gguf(path: Path) -> None:
+    """Writes a tiny Llama as a GGUF file, quantized where the rows of a weight can be."""
+    import gguf
+
+    model = tiny("llama")
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    quantized = gguf.GGMLQuantizationType.Q8_0
+    for name, tensor in model.state_dict().items():
+        values, kind = tensor.numpy(), None
+        if tensor.ndim == 2 and tensor.shape[1] % 32 == 0:
+            values, kind = gguf.quants.quantize(values, quantized), quantized
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), values, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

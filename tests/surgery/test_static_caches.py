@@ -67,6 +67,7 @@ def caches(model):
     }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gpt_oss"])

@@ -30,6 +30,7 @@ def test_every_layer_equals_the_oracle(kind, swap):
     assert (logits - before)[real].abs().max() > 1e-2
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("ramp", [0.5, 1.0])
 @pytest.mark.parametrize(
     ("kind", "name"),
@@ -101,6 +102,7 @@ def test_a_wrong_n_would_be_noticed(monkeypatch):
         check_layers(model, "left")
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("swap", SWAPS)
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_padded_and_packed_rows_equal_separate_ones(kind, swap, patched):
@@ -350,6 +352,7 @@ def test_gradient_checkpointing(swap, reentrant, patched, tokens):
         assert torch.allclose(a.grad, b.grad, atol=1e-6), name
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("swap", SWAPS)
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_cached_decoding_equals_the_full_forward(kind, swap, patched, tokens):
@@ -374,6 +377,7 @@ def test_cached_decoding_equals_the_full_forward(kind, swap, patched, tokens):
     assert worst < 1e-4
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("swap", SWAPS)
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_generation_with_a_static_cache(kind, swap, patched, tokens):
