@@ -5,8 +5,6 @@ import importlib.util
 import json
 import re
 import runpy
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -20,8 +18,8 @@ import attnswap
 from attnswap.errors import CheckpointError, ConfigError
 from attnswap.swaps import REGISTRY, Swap, resolve
 from tests.helpers.contract import CHECKS, check_ids
+from tests.helpers.drawing import curve
 from tests.helpers.generated_code import build, check_cpp
-from tests.helpers.paths import ROOT
 
 ELEMENTWISE = '''
 """Softplus attention: w_ij = softplus(alpha z_ij) over their sum, alpha learned per head."""
@@ -230,24 +228,7 @@ def moved(swap: Swap) -> LlamaForCausalLM:
     return model
 
 
-SWAP_FILES = sorted(Path(sys.modules[cls.__module__].__file__).stem for cls in REGISTRY.values())
-CURVE = re.compile(r"^ *(-?\d+\.\d) +(\d\.\d{4}) ([# |]*)$")
 TOKENS = torch.randint(3, 61, (2, 17), generator=torch.Generator().manual_seed(2))
-
-
-def curve(text: str) -> dict[float, float]:
-    """Reads what ``python -m attnswap.swaps.<file>`` prints: the weight by score; bars must show the weights."""
-    header, *lines = text.splitlines()
-    assert "weight of one key" in header
-    found = {}
-    for line in lines:
-        match = CURVE.match(line)
-        assert match, line
-        score, weight, bar = float(match[1]), float(match[2]), match[3]
-        assert abs(bar.count("#") - weight * 50) <= 1.5, line
-        assert bar.count("|") == 1
-        found[score] = weight
-    return found
 
 
 @torch.no_grad()
@@ -415,52 +396,3 @@ def test_its_checkpoint_is_refused_where_the_file_was_not_imported(swap: Swap, t
                 load(tmp_path / "model")
     finally:
         REGISTRY[swap.name] = known
-
-
-# --- the files of the package ---
-
-
-@pytest.mark.parametrize("name", SWAP_FILES)
-def test_every_swap_file_draws_its_curve(name: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
-    known = dict(REGISTRY)
-    try:
-        with pytest.warns(RuntimeWarning, match="found in sys.modules"):
-            runpy.run_module(f"attnswap.swaps.{name}", run_name="__main__")
-    finally:
-        REGISTRY.clear()
-        REGISTRY.update(known)
-    weights = curve(capsys.readouterr().out)
-    assert len(weights) >= 15
-    values = [weights[s] for s in sorted(weights)]
-    assert values == sorted(values), "a higher score gets less weight"
-    assert values[0] < values[-1] <= 1
-    if name == "softpick":
-        assert all((w == 0) == (s <= 0) for s, w in weights.items())
-    if name == "forgetting_gate":  # no gate in the drawing: softmax's own curve
-        torch.manual_seed(0)
-        others = torch.randn(63, dtype=torch.float64)
-        for score, weight in weights.items():
-            row = torch.cat([torch.tensor([score], dtype=torch.float64), others])
-            assert weight == pytest.approx(float(row.softmax(0)[0]), abs=6e-5)
-
-
-def test_a_swap_file_runs_as_a_command():
-    command = [sys.executable, "-W", "ignore::RuntimeWarning", "-m", "attnswap.swaps.softpick"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr
-    assert curve(done.stdout)[-3.0] == 0
-
-
-def test_config_classes_are_public_by_their_own_names():
-    for cls in REGISTRY.values():
-        assert getattr(attnswap, cls.__name__) is cls
-        assert cls.__name__ in dir(attnswap)
-        assert cls.paper, f"{cls.__name__} names no paper"
-        assert "arXiv" in cls.paper
-        assert cls.summary
-        assert importlib.import_module(cls.__module__).__doc__
-    with pytest.raises(AttributeError, match="SoftPick"):
-        attnswap.SoftPick  # noqa: B018
-    listed = attnswap.list_swaps()
-    assert [s.name for s in listed] == sorted(REGISTRY)
-    assert all(s.traits.paper for s in listed)
