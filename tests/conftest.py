@@ -1,7 +1,8 @@
-"""Tiny models of every tested architecture, and a way to move a swap's parameters away from identity."""
+"""Settings of the test run, and fixtures of all tests."""
 
 import gc
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -15,29 +16,15 @@ from unittest import mock
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    GPT2Config,
-    GPTNeoXConfig,
-    GptOssConfig,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen3Config,
-)
+from torch import Tensor
+from transformers import PreTrainedModel
 
 import attnswap
-from attnswap import swaps
-from attnswap.surgery.module import child_of
-from attnswap.surgery.stacks import find_stack
-
-ARCHITECTURES = ["llama", "mistral", "qwen3", "gemma2", "gpt_oss", "gpt2", "gpt_neox"]
-SWAPS = swaps.names()
-VOCABULARY = 97
-WINDOW = 6
+from attnswap import cli
+from tests.helpers.ids import case_id
+from tests.helpers.patched_models import move_away
+from tests.helpers.thinning import axes_of, kept
+from tests.helpers.tiny_models import VOCABULARY, tiny
 
 settings.register_profile(
     "whole", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), max_examples=40
@@ -49,81 +36,20 @@ settings.load_profile("quick")  # --hypothesis-profile=whole comes after this
 @pytest.hookimpl(tryfirst=True)  # before what is slow is left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leaves all but one of n of a grid's cases to make test-all, so that each value of each axis stays."""
+    grids: dict[str, list[pytest.Function]] = {}
     for item in items:
-        mark = item.get_closest_marker("thinned")
-        if mark is not None and sum(item.callspec.indices.values()) % mark.args[0]:  # type: ignore[attr-defined]
-            item.add_marker(pytest.mark.slow)
+        if isinstance(item, pytest.Function) and item.get_closest_marker("thinned"):
+            grids.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in grids.values():
+        chosen = kept([axes_of(item) for item in cases], cases[0].get_closest_marker("thinned").args[0])
+        for position, item in enumerate(cases):
+            if position not in chosen:
+                item.add_marker(pytest.mark.slow)
 
 
-def tiny_config(kind: str, layers: int = 2) -> PreTrainedConfig:
-    """A two-layer config of an architecture; sliding windows are ``WINDOW`` long."""
-    tokens = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2}
-    if kind == "gpt2":
-        return GPT2Config(n_embd=32, n_layer=layers, n_head=4, n_positions=128, **tokens)
-    shape = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 128,
-        "pad_token_id": 0,
-        **tokens,
-    }
-    if kind == "gpt_neox":
-        return GPTNeoXConfig(**shape)
-    shape |= {"num_key_value_heads": 2, "head_dim": 8}
-    if kind == "llama":
-        return LlamaConfig(**shape)
-    if kind == "mistral":
-        return MistralConfig(sliding_window=WINDOW, **shape)
-    if kind == "qwen3":
-        return Qwen3Config(**shape)
-    if kind == "gemma2":
-        return Gemma2Config(sliding_window=WINDOW, query_pre_attn_scalar=8, attn_logit_softcapping=2.0, **shape)
-    if kind == "gpt_oss":
-        return GptOssConfig(num_local_experts=2, num_experts_per_tok=1, sliding_window=WINDOW, **shape)
-    raise ValueError(kind)
-
-
-def tiny(kind: str = "llama", layers: int = 2, seed: int = 0) -> PreTrainedModel:
-    """A random model of an architecture whose attention is far from uniform."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(kind, layers)).eval()
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.data.normal_(0, 0.25)
-    for name, parameter in model.named_parameters():
-        if "sinks" in name:
-            parameter.data.normal_(0, 1)
-    return model
-
-
-@torch.no_grad()
-def move_away(model: nn.Module, length: int, seed: int = 1) -> None:
-    """Moves every swap parameter away from identity.
-
-    Per-token features get a standard deviation near 1 and the forgetting gate a half-life near half the length;
-    ln n gets a coefficient that makes a wrong n visible.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def noise(like: Tensor, scale: float) -> Tensor:
-        return torch.randn(like.shape, generator=generator) * scale
-
-    for _, module in find_stack(model).modules.values():
-        child = child_of(module)
-        if child is None:
-            continue
-        for slot in child.children():
-            for name, p in slot.named_parameters():
-                if name == "gain":  # log f = gain * logsigmoid(x): about ln(1/2) after half the length
-                    p.copy_(0.69 / (length / 2) / 0.69 * (1 + noise(p, 0.2).abs()))
-                elif name.endswith("weight"):
-                    p.copy_(noise(p, 1 / p.shape[-1] ** 0.5))
-                elif name in ("scale", "position_gain"):
-                    p.copy_(0.7 + noise(p, 0.2))
-                else:
-                    p.copy_(p + noise(p, 0.5))
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Names the cases of a test by what they hold, where pytest would number them."""
+    return case_id(val, argname)
 
 
 @pytest.fixture(scope="session")
@@ -143,6 +69,21 @@ def patched():
         return model
 
     return build
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command line in this process and returns (exit code, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["attnswap", *map(str, arguments)])
+        capsys.readouterr()  # what fixtures printed
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capsys.readouterr()
+        return stopped.value.code or 0, captured.out, captured.err
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny, tiny_config
 from safetensors.torch import load_file, save_file
-from training_helpers import write_model
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -22,6 +20,8 @@ import attnswap
 from attnswap.cli import main
 from attnswap.errors import CheckpointError
 from attnswap.loading import load_model
+from tests.helpers.tiny_models import tiny, tiny_config
+from tests.helpers.training import write_model
 
 BERT = {
     "vocab_size": 97,

@@ -22,7 +22,7 @@ from attnswap.healing.report import table as healing_table
 from attnswap.markdown import markdown_table
 from attnswap.training.summary import table as training_table
 from attnswap.visible import visible
-from tests.conftest import tiny
+from tests.helpers.tiny_models import tiny
 
 HOSTILE = {
     "closing tag": "[/red]",
@@ -130,7 +130,6 @@ def printed(shown: Any, console: type[Console]) -> str:
 @pytest.mark.parametrize(
     ("channel", "console"),
     [*((channel, Terminal) for channel in COMMANDS), *((channel, Console) for channel in LIBRARY)],
-    ids=str,
 )
 def test_tables_show_names_as_they_are(name: str, channel: str, console: type[Console]):
     found = printed(COMMANDS[channel](HOSTILE[name]), console)
