@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from attnswap.distributed import all_gather_dicts, raise_on_all_ranks, rank_and_world_size
 from attnswap.errors import ConfigError, NumericsError
 from attnswap.evaluation.bootstrap import BLOCK, check_comparable, standard_error
 from attnswap.evaluation.corpus import load_corpus
@@ -24,7 +25,6 @@ from attnswap.evaluation.estimate import Estimate, Progress, estimate, peak_memo
 from attnswap.evaluation.result import ContextMetrics, Evaluation, PositionNLL, mean_nll
 from attnswap.evaluation.scoring import Scorer
 from attnswap.evaluation.windows import Protocol, Window, plan
-from attnswap.processes import gather, one_fate, place
 from attnswap.visible import visible
 
 CONTEXTS = (512, 1024, 2048, 4096, 8192)
@@ -139,12 +139,12 @@ def _score(
     quiet: bool,
 ) -> _Scored:
     """Scores the windows of every job, shared between the processes, after an estimate of what that takes."""
-    rank, count = place(scorer.model)
+    rank, count = rank_and_world_size(scorer.model)
     batches = {job: list(enumerate(_batches(windows, batch_size))) for job, windows in jobs.items()}
     mine = {job: every[rank::count] for job, every in batches.items()}
     everything = [window for every in mine.values() for _, batch in every for window in batch]
     everything = everything or [window for windows in jobs.values() for window in windows]  # none is left for us
-    with one_fate():
+    with raise_on_all_ranks():
         forecast = estimate(scorer, ids, everything, prefix_id, batch_size)
     quiet = quiet or rank > 0
     if not quiet:
@@ -157,11 +157,11 @@ def _score(
             for job, every in mine.items():
                 started = time.perf_counter()
                 found: dict[int, np.ndarray] = {}
-                with one_fate():
+                with raise_on_all_ranks():
                     for index, batch in every:
                         found[index] = scorer.score(ids, batch, prefix_id).numpy()
                         progress.advance(job, batch)
-                found = gather(found, count)
+                found = all_gather_dicts(found, count)
                 losses[job] = [nll for index in sorted(found) for nll in found[index]]
                 seconds[job] = time.perf_counter() - started
     finally:

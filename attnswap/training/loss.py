@@ -20,9 +20,9 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from attnswap.distributed import rank_and_world_size, to_local
 from attnswap.errors import ConfigError, UnsupportedModelError
 from attnswap.modes import evaluating
-from attnswap.processes import place, share
 from attnswap.surgery.attach import body_name, body_of
 from attnswap.training.head import IGNORED, CrossEntropy, RowLoss, head_loss
 
@@ -166,8 +166,8 @@ def forward_with_loss(
     divisor = here if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=nll.device)
     if lesson is not None:
         total = total + here * lesson.of_layers()
-    if loss is None and place(model)[1] > 1:  # other processes wait for every gradient
-        total = total + 0.0 * torch.stack([share(p).sum() for p in model.parameters() if p.requires_grad]).sum()
+    if loss is None and rank_and_world_size(model)[1] > 1:  # other processes wait for every gradient
+        total = total + 0.0 * torch.stack([to_local(p).sum() for p in model.parameters() if p.requires_grad]).sum()
     return ChunkedLossOutput(
         loss=total / divisor.clamp(min=1),
         nll=torch.zeros(len(labels), device=nll.device).index_add(0, rows, nll),
