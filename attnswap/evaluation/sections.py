@@ -1,4 +1,4 @@
-"""The suite's report: sections with a text, a table, a picture and the data behind them."""
+"""The report of the long-context suite, as sections with a text, a table, a picture and the data."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -14,18 +14,18 @@ SCHEMA = "attnswap.suite/1"
 
 
 def suite_report(found: Profile, reference: Profile | None = None, *, title: str | None = None) -> dict[str, Any]:
-    """Returns the suite's JSON: sections with a text, a table, the name of a picture and the data behind it.
+    """Returns the report of the suite as plain JSON values.
 
     Args:
-        found: The model in question.
-        reference: The model it was, measured with the same options.
-        title: Of the report; default: the model's name.
+        found: The measurements of the model.
+        reference: The measurements of the model before patching, with the same options.
+        title: Title of the report; default: the model's name.
 
     Raises:
-        ConfigError: The two were measured differently.
+        ConfigError: The two were measured with different options.
     """
     if reference is not None and [_key(c) for c in found.retrieval] != [_key(c) for c in reference.retrieval]:
-        raise ConfigError("the two models were asked different questions: measure both with the same options")
+        raise ConfigError("the two models were measured with different prompts: measure both with the same options")
     evaluation = found.evaluation
     sections = [_perplexity, _gain, _position, _retrieval, _structure, _quantized, _fidelity]
     return {
@@ -103,7 +103,7 @@ def _position(found: Profile, reference: Profile | None) -> dict[str, Any] | Non
     section = _Section(
         "position",
         "NLL by position",
-        f"Nats a token, by how many tokens of text stand before it in windows of {max(found.evaluation.nll)}.",
+        f"Nats per token, by the number of text tokens before it in windows of {max(found.evaluation.nll)}.",
         ["from", "to", "NLL", "tokens", *(["original"] if theirs else [])],
         data=[vars(entry) | {} for entry in curve],
     )
@@ -121,7 +121,7 @@ def _gain(found: Profile, reference: Profile | None) -> dict[str, Any] | None:
     section = _Section(
         "gain",
         "Gain from context",
-        f"Nats a token that a longer context gains over {shortest} tokens, on the same tokens.",
+        f"Gain of longer contexts over {shortest} tokens of context, in nats per token, on the same tokens.",
         ["context", "gain", "95% from", "to", *(["original"] if theirs else [])],
         data=[vars(g) for g in gains],
     )
@@ -134,8 +134,9 @@ def _retrieval(found: Profile, reference: Profile | None) -> dict[str, Any]:
     section = _Section(
         "retrieval",
         "Retrieval",
-        "Answers are teacher-forced: exact is the share whose every token was the favourite, rank the mean rank of an "
-        "answer's tokens among all (1 is best). Means over depths; the picture has every depth.",
+        'Answers are teacher-forced. "exact" is the share of answers of which every token was the most likely one; '
+        '"rank" is the mean rank of an answer\'s tokens in the vocabulary (1 is best). Both are means over depths; the '
+        "picture shows every depth.",
         ["task", "length", "exact", "rank", *(["exact, original", "rank, original"] if reference else [])],
         picture="retrieval.png",
         data=[cell.to_dict() for cell in found.retrieval],
@@ -155,8 +156,8 @@ def _structure(found: Profile, reference: Profile | None) -> dict[str, Any]:
     section = _Section(
         "structure",
         "Attention structure",
-        "A sink is a head that gives the first token more than 0.3 on average; a dead head attends to nothing for 95% "
-        "of the queries. Activations are the hidden states after each layer.",
+        "A sink is a head that gives the first token a weight of more than 0.3 on average. A dead head has weights of "
+        "almost 0 for 95% of the queries. Activations are the hidden states after each layer.",
         ["figure", "value", *(["original"] if reference else [])],
         picture="structure.png",
         data=found.structure.to_dict(),
@@ -171,9 +172,9 @@ def _quantized(found: Profile, reference: Profile | None) -> dict[str, Any]:
     section = _Section(
         "quantization",
         "Rounded weights",
-        "Nats a token lost when linear layers' weights are rounded to the nearest of few levels, per group of 64: "
-        f"{found.rounded_share:.0%} of the model's parameters. No number: the losses were not finite."
-        + (" The difference is paired by token, with its standard error." if reference else ""),
+        "Loss in nats per token when the weights of linear layers are rounded to nearest, with one scale per 64 "
+        f"weights. {found.rounded_share:.0%} of the model's parameters are rounded. A cell is empty if the losses were "
+        "not finite." + (" The difference to the original is paired by token." if reference else ""),
         ["weights", "NLL", "lost", *(["lost, original", "difference", "standard error"] if reference else [])],
     )
     section.data = {name: float(nll.astype(np.float64).mean()) for name, nll in found.quantized.items()}
@@ -189,7 +190,7 @@ def _quantized(found: Profile, reference: Profile | None) -> dict[str, Any]:
 
 
 def _lost(profile: Profile, name: str) -> np.ndarray | None:
-    """Returns how many nats each token lost by rounding; None where what was left has no losses."""
+    """Returns how many nats each token loses by rounding; None if the rounded model has no finite losses."""
     full = profile.quantized["full"].astype(np.float64)
     return profile.quantized[name] - full if name in profile.quantized else None
 
@@ -201,8 +202,13 @@ def _fidelity(found: Profile, reference: Profile | None) -> dict[str, Any] | Non
     return _Section(
         "fidelity",
         "Divergence from the original",
-        "KL of the original's next-token distribution to this model's, and how often both have the same favourite.",
+        "KL divergence of the next-token distributions, KL(original || model), and how often both models find the same "
+        "token most likely.",
         ["figure", "value"],
-        rows=[["KL (nats a token)", values["kl"]], ["same favourite", values["top1"]], ["tokens", values["tokens"]]],
+        rows=[
+            ["KL (nats per token)", values["kl"]],
+            ["same most likely token", values["top1"]],
+            ["tokens", values["tokens"]],
+        ],
         data=values,
     ).to_dict()
