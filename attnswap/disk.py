@@ -1,11 +1,11 @@
-"""What is written reaches the disk before anything relies on it."""
+"""Flush files to the disk, so that they survive a crash of the machine."""
 
 import os
 from pathlib import Path
 
 
 def sync(path: Path) -> None:
-    """Forces a file or a folder's list of names to the disk."""
+    """Flushes a file, or the entries of a folder, to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

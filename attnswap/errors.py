@@ -1,11 +1,11 @@
-"""The errors attnswap raises. Each names the cause and the way out; the CLI prints the message alone."""
+"""The errors attnswap raises. A message says what is wrong and what to do; the command line prints only the message."""
 
 
 class AttnSwapError(Exception):
-    """Base class of every error raised on purpose.
+    """Base class of every error that attnswap raises itself.
 
     Attributes:
-        exit_code: What the command line returns for this kind of error.
+        exit_code: The exit code of the command line for this kind of error.
     """
 
     exit_code: int = 1
@@ -18,11 +18,11 @@ class ConfigError(AttnSwapError, ValueError):
 
 
 class DerivativeError(ConfigError, RuntimeError):
-    """A derivative that a backend does not compute; a RuntimeError too, as torch raises for its own kernels."""
+    """A derivative that a backend does not compute. Also a RuntimeError, which torch raises in the same situation."""
 
 
 class UnsupportedModelError(AttnSwapError):
-    """The model, mask, cache or attention argument cannot be served exactly, so it is refused."""
+    """A model, mask, cache or attention argument with which attnswap cannot compute the exact result."""
 
     exit_code = 3
 
@@ -40,34 +40,38 @@ class NumericsError(AttnSwapError):
 
 
 def non_finite(what: str) -> NumericsError:
-    """Returns the error for ``what`` a model gave that is not finite, with what a user can do about it."""
+    """Returns the error for a model output that is not finite.
+
+    Args:
+        what: What is not finite, and where.
+    """
     return NumericsError(f"{what}: check the model's weights, or measure with --dtype fp32 (dtype=torch.float32)")
 
 
 class StoppedError(AttnSwapError):
-    """Training ended early because the process was asked to stop. Nothing is lost: a checkpoint was saved."""
+    """Training ended early on a signal such as SIGTERM. A checkpoint was saved first."""
 
-    exit_code = 143  # what a process returns that SIGTERM ends, so that schedulers queue it again
+    exit_code = 143  # 128 + SIGTERM: schedulers then queue the job again
 
 
 def nearest(name: str, choices: list[str]) -> str:
     """Returns ``' Did you mean "x"?'`` for the choice closest to ``name``, or an empty string.
 
-    One that the name begins with (``eps`` for ``epsilon``), or that begins with the name, is closest.
+    A choice that is a prefix of the name, or has the name as a prefix (``eps`` and ``epsilon``), counts as closest.
     """
     import difflib
 
-    begun = [c for c in choices if len(name) > 2 < len(c) and (name.startswith(c) or c.startswith(name))]
-    match = difflib.get_close_matches(name, begun or choices, n=1, cutoff=0.0 if begun else 0.4)
+    prefixes = [c for c in choices if len(name) > 2 < len(c) and (name.startswith(c) or c.startswith(name))]
+    match = difflib.get_close_matches(name, prefixes or choices, n=1, cutoff=0.0 if prefixes else 0.4)
     return f' Did you mean "{match[0]}"?' if match else ""
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message, or its type where it says nothing."""
+    """Returns the first line of an error's message, or the name of its type if the message is empty."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def require(condition: bool, message: str) -> None:
-    """Raises ConfigError with a message unless a condition holds."""
+    """Raises ConfigError with this message unless the condition holds."""
     if not condition:
         raise ConfigError(message)

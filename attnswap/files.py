@@ -10,20 +10,20 @@ from typing import Any
 from attnswap.errors import ConfigError
 
 JSON_LINES = (".jsonl", ".ndjson")
-"""Names of files with one JSON value a line."""
+"""Suffixes of files with one JSON value per line."""
 
-FOREIGN = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".zip", ".zst", ".xz", ".bz2", ".tar", ".pdf", ".docx")
-"""Names of files whose text is inside a format of its own."""
+CONTAINERS = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".zip", ".zst", ".xz", ".bz2", ".tar", ".pdf", ".docx")
+"""Suffixes of formats that must be decoded to get at their text, which attnswap does not do."""
 
-WRAPPED = ("text", "messages")
-"""Keys under which JSON lines usually keep their texts."""
+TEXT_KEYS = ("text", "messages")
+"""Keys that usually hold the text in JSON lines."""
 
 
 def read_file(path: str | Path) -> str:
-    """Returns what a text file holds, without a byte-order mark.
+    """Returns the content of a text file, without a byte-order mark.
 
     Raises:
-        ConfigError: There is no such file, or it is not UTF-8 text.
+        ConfigError: The file does not exist, or is not UTF-8 text.
     """
     path = Path(path)
     try:
@@ -33,14 +33,14 @@ def read_file(path: str | Path) -> str:
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise ConfigError(f'cannot read the text file "{path}" as UTF-8 text: {error}') from None
     if "\0" in text:
-        raise ConfigError(f'cannot read the text file "{path}" as UTF-8 text: it holds NUL characters; is it UTF-16?')
+        raise ConfigError(f'cannot read the text file "{path}" as UTF-8 text: it has NUL characters; is it UTF-16?')
     return text
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[str, str]]:
-    """Yields the lines of a file that are not blank, each with its place for errors.
+    """Yields ``(location, line)`` for each line that is not blank; the location is for error messages.
 
-    Only a line feed ends a line: a JSON string may hold every other separator that ``str.splitlines`` knows.
+    Splits at line feeds only, since JSON strings may contain the other separators of ``str.splitlines``.
     """
     for number, line in enumerate(read_file(path).split("\n"), start=1):
         if line.strip():
@@ -50,15 +50,19 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, str]]:
 def parse_line(line: str, where: str) -> Any:
     """Returns the value of a line of JSON.
 
+    Args:
+        line: The line.
+        where: Its location, for the error message.
+
     Raises:
-        ConfigError: The line is none; ``where`` names it.
+        ConfigError: The line is not valid JSON.
     """
     try:
         value = json.loads(line)
         if "\\u" in line:
-            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is JSON, but no text
+            json.dumps(value, ensure_ascii=False).encode()  # an unpaired surrogate is valid JSON but cannot be encoded
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: not a line of JSON: {error}") from None
+        raise ConfigError(f"{where}: not valid JSON: {error}") from None
     return value
 
 
@@ -66,39 +70,39 @@ def read_documents(path: str | Path, key: str = "text") -> Iterator[str]:
     """Yields the documents of a file: its whole text, or in a file of JSON lines the text of each line.
 
     Args:
-        path: A ``.jsonl`` or ``.ndjson`` file, or one of any other name that holds the text itself; also with ``.gz``.
+        path: A ``.jsonl`` or ``.ndjson`` file, or a plain text file with any other suffix; ``.gz`` may follow.
         key: The key of JSON lines that holds the text.
 
     Raises:
-        ConfigError: The file cannot be read, keeps its text in another format, or a line has no such text.
+        ConfigError: The file cannot be read or is of a format that must be decoded, or a line lacks the key.
     """
-    suffix = kind_of(path)
+    suffix = suffix_of(path)
     if suffix in JSON_LINES:
         yield from (_text_of(parse_line(line, where), key, where) for where, line in read_lines(path))
         return
-    refuse_foreign(path)
+    refuse_container(path)
     text = read_file(path)
     first = next(filter(str.strip, text.split("\n")), "")
-    if _wraps_text(first, key):
+    if _is_json_record(first, key):
         raise ConfigError(
-            f'"{path}" holds lines of JSON, not the text itself: name it .jsonl, so that the text in each line is read'
+            f'"{path}" contains JSON lines, not plain text: rename it to .jsonl, so that the text of each line is read'
         )
     yield text
 
 
-def kind_of(path: str | Path) -> str:
-    """Returns the last part of a file's name in lower case, apart from ``.gz``."""
+def suffix_of(path: str | Path) -> str:
+    """Returns a file's suffix in lower case; of ``name.jsonl.gz`` it is ``.jsonl``."""
     path = Path(path)
     return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
 
 
-def refuse_foreign(path: str | Path, allowed: tuple[str, ...] = ()) -> None:
-    """Raises ConfigError for a file whose name says that its text is inside another format."""
-    suffix = kind_of(path)
-    if suffix in FOREIGN and suffix not in allowed:
+def refuse_container(path: str | Path, allowed: tuple[str, ...] = ()) -> None:
+    """Raises ConfigError for a file with one of the suffixes in :data:`CONTAINERS`."""
+    suffix = suffix_of(path)
+    if suffix in CONTAINERS and suffix not in allowed:
         raise ConfigError(
-            f'"{path}" is a {suffix} file, whose text is inside that format: write it as JSON lines (.jsonl, '
-            '{"text": ...} in each line), or name a copy .txt to read the file as it is'
+            f'"{path}" is a {suffix} file, from which attnswap extracts no text: convert it to JSON lines (.jsonl, '
+            '{"text": ...} in each line), or copy it to a .txt file to read it as plain text'
         )
 
 
@@ -106,16 +110,17 @@ def _text_of(value: Any, key: str, where: str) -> str:
     text = value.get(key) if isinstance(value, dict) else None
     if not isinstance(text, str):
         found = f"keys: {', '.join(map(str, value))}" if isinstance(value, dict) else f"a {type(value).__name__}"
-        chat = '; conversations are read by "kind: chat"' if isinstance(value, dict) and "messages" in value else ""
-        raise ConfigError(f'{where}: needs an object with a text "{key}" ({found}){chat}')
+        chat = '; for conversations, set "kind: chat"' if isinstance(value, dict) and "messages" in value else ""
+        raise ConfigError(f'{where}: must be an object with a string "{key}" ({found}){chat}')
     return text
 
 
-def _wraps_text(line: str, key: str) -> bool:
+def _is_json_record(line: str, key: str) -> bool:
+    """Whether a line is a JSON object that has its text under a key."""
     if not line.lstrip().startswith("{"):
         return False
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
         return False
-    return isinstance(value, dict) and not value.keys().isdisjoint((key, *WRAPPED))
+    return isinstance(value, dict) and not value.keys().isdisjoint((key, *TEXT_KEYS))

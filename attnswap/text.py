@@ -1,7 +1,7 @@
-"""Text that is on every machine with CPython, so that everything runs offline.
+"""Text that comes with every CPython, so that training and evaluation run offline.
 
-Training reads the standard library's sources, evaluation the language reference of ``pydoc_data.topics``; the two
-share no file.
+Training reads the sources of the standard library. Evaluation reads the language reference in ``pydoc_data.topics``,
+which the training text leaves out.
 """
 
 import sysconfig
@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 EVALUATION = "pydoc-topics"
-"""The name under which reports list :func:`evaluation_text`."""
+"""The name of :func:`evaluation_text` in reports."""
 
 TRAINING = "stdlib-sources"
-"""The name under which recipes and reports list :func:`training_documents`."""
+"""The name of :func:`training_documents` in recipes and reports."""
 
 
 def evaluation_text() -> str:
@@ -23,13 +23,13 @@ def evaluation_text() -> str:
 
 
 def training_documents(min_chars: int = 2000) -> Iterator[str]:
-    """Yields the sources of the standard library, one document a file, in a fixed order.
+    """Yields the source files of the standard library as documents, in a fixed order.
 
     Args:
-        min_chars: Shorter files are passed over.
+        min_chars: Skip files with fewer characters.
 
     Yields:
-        The text of each file, except ``pydoc_data`` (kept for evaluation), tests and installed packages.
+        The text of each file. ``pydoc_data`` (kept for evaluation), tests and installed packages are left out.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"pydoc_data", "site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings"}

@@ -1,11 +1,11 @@
-"""Text from files, such as names in a config, shown as the text it is."""
+"""Print untrusted text, such as names from a config, without letting it control the terminal."""
 
 
 def visible(text: object) -> str:
-    r"""Returns text with everything that cannot be seen as an escape: the character ESC as the four ``\x1b``.
+    r"""Returns text in which unprintable characters are escaped: ESC becomes the four characters ``\x1b``.
 
-    A terminal obeys control characters: they move the cursor, clear the screen, set its title. Others turn the
-    direction of what follows. Line breaks and tabs stay.
+    Control characters could move a terminal's cursor or clear its screen, and others reverse the direction of the
+    text that follows. Line breaks and tabs are kept.
     """
     return "".join(
         c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii") for c in str(text)

@@ -18,12 +18,12 @@ from rich.table import Table
 import attnswap
 from attnswap.cli import quieten
 from attnswap.cli.terminal import Terminal
+from attnswap.devices import has_bf16_instructions
 from attnswap.errors import AttnSwapError
 from attnswap.evaluation import Evaluation, compare, evaluate_perplexity, plot
 from attnswap.evaluation.result import write_atomically
 from attnswap.loading import EMBEDDED, load_model, load_tokenizer
 from attnswap.markdown import markdown_table
-from attnswap.processes import multiplies_bf16
 from attnswap.text import evaluation_text
 
 RECIPES = Path(attnswap.__file__).parent.parent / "recipes"
@@ -58,7 +58,7 @@ def main(out: Path = Path("out"), size: Size | None = None, contexts: tuple[int,
     quieten()
     device = "cuda" if torch.cuda.is_available() else "cpu"  # as fine_tune
     if size is None:
-        size = WHOLE if multiplies_bf16(device) else SHORT
+        size = WHOLE if has_bf16_instructions(device) else SHORT
     if size is SHORT:
         print("this processor has no instructions for bf16: a shorter demo, in fp32", flush=True)
     show_identity()

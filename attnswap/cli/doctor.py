@@ -12,8 +12,8 @@ from rich.table import Table
 
 from attnswap.attention.native import build
 from attnswap.cli.terminal import Terminal
+from attnswap.devices import default_device
 from attnswap.errors import UnsupportedModelError
-from attnswap.processes import default_device
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "evaluate", "safetensors", "gguf")
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from attnswap.cli.options import check_folder, parse_device, parse_dtype, parse_size
 from attnswap.cli.terminal import Terminal
+from attnswap.distributed import destroy_process_group, init_process_group, rank_and_world_size
 from attnswap.errors import ConfigError
 from attnswap.evaluation import Evaluation, evaluate_perplexity, table, write_report
 from attnswap.evaluation.bootstrap import check_comparable
@@ -20,7 +21,6 @@ from attnswap.evaluation.report import full_report
 from attnswap.evaluation.suite import SuiteOptions
 from attnswap.evaluation.windows import plan
 from attnswap.loading import load_config_of, load_model, load_tokenizer
-from attnswap.processes import join, leave, place
 
 
 def eval_command(
@@ -56,7 +56,7 @@ def eval_command(
     if suite not in (None, "long"):
         raise ConfigError(f'--suite "{suite}" does not exist; there is "long"')
     check_folder(out)
-    shared = join(device)
+    shared = init_process_group(device)
     measurement = _Measurement(
         dtype=parse_dtype(dtype),
         device=shared or parse_device(device),
@@ -94,8 +94,8 @@ def eval_command(
     if against is not None:
         reference = measurement.run(against, None)
     found = measurement.run(model, reference)
-    first = place()[0] == 0
-    leave()
+    first = rank_and_world_size()[0] == 0
+    destroy_process_group()
     if first:
         if out and reference is not None and not is_report:
             write_report(reference, out, name="baseline")

@@ -38,16 +38,17 @@ def heal_command(
     import torch
 
     from attnswap.cli.options import parse_device, parse_dtype, parse_size
+    from attnswap.devices import has_bf16_instructions
+    from attnswap.distributed import destroy_process_group, rank_and_world_size
     from attnswap.evaluation.corpus import read_text
     from attnswap.healing import Experiment, heal, summarise_healing
     from attnswap.healing.report import table, write
     from attnswap.healing.rerun import check_rerun, read_committed, within
-    from attnswap.processes import leave, multiplies_bf16, place
     from attnswap.training import load_config
 
     config = load_config(recipe, overrides or [])
     placed = parse_device(device)
-    default = torch.bfloat16 if multiplies_bf16(placed) else torch.float32
+    default = torch.bfloat16 if has_bf16_instructions(placed) else torch.float32
     experiment = Experiment(
         config=config,
         out=Path(config.output_dir).expanduser(),
@@ -64,9 +65,9 @@ def heal_command(
         check_rerun(experiment, committed)
     try:
         result = summarise_healing(experiment, heal(experiment))
-        first = place()[0] == 0
+        first = rank_and_world_size()[0] == 0
     finally:
-        leave()
+        destroy_process_group()
     if first:
         folder = experiment.out / "result"
         write(result, folder, experiment.out / "healed")

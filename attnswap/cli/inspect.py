@@ -37,7 +37,7 @@ def inspect_command(
     model before it was patched or trained.
     """
     from attnswap.cli.options import check_folder, parse_device, parse_dtype, parse_size  # here, as in heal
-    from attnswap.evaluation.corpus import read_text, spread_windows
+    from attnswap.evaluation.corpus import read_text, sample_windows
     from attnswap.evaluation.figure import short_names
     from attnswap.loading import load_config_of, load_tokenizer
 
@@ -48,7 +48,7 @@ def inspect_command(
     read["text"] = None if text is None else read_text(text)
     for reference in references:  # before any model is loaded, and the first one measured
         load_config_of(reference)
-        spread_windows(load_tokenizer(reference), read["text"], read["window"], 1)
+        sample_windows(load_tokenizer(reference), read["text"], read["window"], 1)
     found = [_measure(reference, placed, read) for reference in references]
     reports = [
         {**structure.to_dict(), "model": reference, "text": text and text.name, "window": read["window"]}
@@ -65,11 +65,11 @@ def inspect_command(
 
 
 def _measure(reference: str, placed: dict[str, Any], read: dict[str, Any]) -> "Structure":
-    from attnswap.evaluation.estimate import counting
+    from attnswap.evaluation.estimate import token_progress
     from attnswap.evaluation.structure import measure_structure
     from attnswap.loading import load_model, load_tokenizer
 
-    with counting(read["window"] * read["windows"], sys.stderr.isatty()) as advance:
+    with token_progress(read["window"] * read["windows"], sys.stderr.isatty()) as advance:
         return measure_structure(load_model(reference, **placed), load_tokenizer(reference), **read, advance=advance)
 
 

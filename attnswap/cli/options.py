@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
+from attnswap.devices import default_device
 from attnswap.errors import ConfigError, nearest
 from attnswap.folders import check_writable
-from attnswap.processes import default_device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 

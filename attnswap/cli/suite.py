@@ -10,7 +10,7 @@ from rich.table import Table
 from attnswap.cli.terminal import Terminal
 from attnswap.errors import ConfigError
 from attnswap.evaluation.corpus import load_corpus
-from attnswap.evaluation.fidelity import comparable
+from attnswap.evaluation.fidelity import scorers_of_both
 from attnswap.evaluation.figure import plot, short_names
 from attnswap.evaluation.html import write_html
 from attnswap.evaluation.result import write_atomically
@@ -63,7 +63,7 @@ def run_suite(
     before = twin = None
     if original is not None:
         twin = load_model(original, dtype=model.dtype, device=device)
-        comparable(model, twin)
+        scorers_of_both(model, twin)
         before = profile(twin, tokenizer, model_id=original, **common)
     baseline = None if before is None else before.evaluation
     found = profile(model, tokenizer, reference=twin, baseline=baseline, model_id=reference, **common)

@@ -17,14 +17,14 @@ def train_command(
     ] = None,
 ) -> None:
     """Fine-tune a model with swapped attention from a recipe."""
-    from attnswap.processes import leave
+    from attnswap.distributed import destroy_process_group
     from attnswap.training import load_config, train  # here, so that --help need not wait for torch
     from attnswap.training.summary import table
 
     try:
         result = train(load_config(recipe, overrides or []))
     finally:
-        leave()
+        destroy_process_group()
     if _first_process():
         console = Terminal()
         console.print(table(result.summary))

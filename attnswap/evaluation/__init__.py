@@ -1,4 +1,4 @@
-"""Measure a model, swapped or not: perplexity and bits per byte at several context lengths over the same tokens."""
+"""Measure a model, patched or not: perplexity and bits per byte at several context lengths over the same tokens."""
 
 from attnswap.evaluation.bootstrap import Comparison, block_bootstrap, compare
 from attnswap.evaluation.figure import plot

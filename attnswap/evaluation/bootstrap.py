@@ -1,6 +1,6 @@
 """Standard errors and paired intervals by block bootstrap.
 
-Neighbouring tokens have correlated losses, so blocks of consecutive tokens are drawn with replacement, not tokens.
+The losses of neighbouring tokens are correlated, so blocks of consecutive tokens are resampled, not single tokens.
 """
 
 from collections.abc import Callable
@@ -26,9 +26,9 @@ class Comparison:
     Attributes:
         length: Context length in tokens.
         ratio: Perplexity over the baseline's; below 1 is better than the baseline.
-        log_ratio: Its logarithm: mean NLL minus the baseline's, in nats.
-        lo: Lower end of the log ratio's interval.
-        hi: Upper end.
+        log_ratio: The logarithm of the ratio: mean NLL minus the baseline's, in nats.
+        lo: Lower end of the confidence interval of the log ratio.
+        hi: Upper end of that interval.
         se: Standard error of the log ratio.
     """
 
@@ -41,14 +41,14 @@ class Comparison:
 
 
 def block_bootstrap(values: np.ndarray, *, block: int = BLOCK, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """Draws means of resampled blocks.
+    """Returns the means of bootstrap samples that are made of blocks.
 
     Args:
-        values: One value a token, (tokens,).
-        block: Tokens in a block; the last block may be shorter. Fewer than 8 blocks say nothing about a spread, so
-            short data are cut into 8 (or as many as there are tokens).
-        resamples: How many means.
-        seed: Seed of the draw.
+        values: One value per token, shape (tokens,).
+        block: Tokens in a block; the last block may be shorter. The variance of fewer than 8 blocks cannot be
+            estimated, so short data are cut into 8 blocks, or one per token.
+        resamples: Number of bootstrap samples.
+        seed: Seed of the resampling.
 
     Returns:
         Means, fp64 (resamples,).
@@ -67,7 +67,7 @@ def block_bootstrap(values: np.ndarray, *, block: int = BLOCK, resamples: int = 
 
 
 def standard_error(values: np.ndarray, **options: int) -> float:
-    """Returns the standard error of the mean; options as for :func:`block_bootstrap`."""
+    """Returns the standard error of the mean of some values; for the options see :func:`block_bootstrap`."""
     return float(block_bootstrap(values, **options).std(ddof=1))
 
 
@@ -83,18 +83,18 @@ def compare(
     """Compares two evaluations of the same tokens, paired token by token.
 
     Args:
-        evaluation: The model in question.
-        baseline: What it is compared with.
-        block: See :func:`block_bootstrap`; default: what the evaluation's own standard errors used.
+        evaluation: The evaluation of the model of interest.
+        baseline: The evaluation of the model that it is compared with.
+        block: See :func:`block_bootstrap`; default: the block size of the evaluation's own standard errors.
         resamples: See :func:`block_bootstrap`.
         seed: See :func:`block_bootstrap`; default: the evaluation's.
-        level: Coverage of the percentile interval.
+        level: Confidence level of the percentile interval.
 
     Returns:
-        One entry for each context length both have, ascending.
+        One entry for each context length of both evaluations, ascending.
 
     Raises:
-        ConfigError: They scored other tokens, under another protocol, or share no context length.
+        ConfigError: The two scored different tokens, used different protocols, or share no context length.
     """
     check_comparable(evaluation.protocol, baseline.protocol)
     block = evaluation.env["block"] if block is None else block

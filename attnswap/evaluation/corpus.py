@@ -1,4 +1,4 @@
-"""The text an evaluation reads: its token ids, and how many bytes of it each token stands for."""
+"""The evaluation text: its token ids, and the bytes of text that each token covers."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from attnswap.errors import ConfigError, first_line
 from attnswap.files import read_documents
 
 WINDOWS = 4
-"""Windows of :func:`spread_windows` that are read unless told otherwise."""
+"""Default number of windows for measurements that use :func:`sample_windows`."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Corpus:
 
     Attributes:
         id: Name in reports.
-        text: The whole text; documents are joined by a blank line.
+        text: The text; documents are joined by a blank line.
         ids: Token ids, int64 (tokens,), without special tokens.
         byte_ends: Bytes (UTF-8) of the text up to the end of each token, int64 (tokens,), never decreasing.
         tokenizer_sha256: Hash of the tokenizer's full definition.
@@ -38,7 +38,7 @@ class Corpus:
     tokenizer_sha256: str
 
     def bytes_between(self, first: int, end: int) -> int:
-        """Returns how many bytes of the text the tokens ``first`` to ``end - 1`` stand for."""
+        """Returns how many bytes of the text the tokens ``first`` to ``end - 1`` cover."""
         before = int(self.byte_ends[first - 1]) if first else 0
         return int(self.byte_ends[end - 1]) - before
 
@@ -61,8 +61,8 @@ def load_corpus(
     """Tokenises a text.
 
     Args:
-        tokenizer: The model's tokenizer. A fast one gives byte counts from its offsets into the original text, which
-            holds for text that does not survive a round trip; with a slow one the text must round trip.
+        tokenizer: The model's tokenizer. A fast tokenizer gives the bytes of each token by its offsets into the text.
+            With a slow one, the decoded tokens must add up to the text.
         text: One text, documents (joined by a blank line), or None for the offline evaluation text.
         name: Name in reports.
 
@@ -84,23 +84,23 @@ def load_corpus(
         ends = _ends_by_decoding(tokenizer, ids, text)
     if not ids:
         raise ConfigError("the evaluation text is empty: it has no tokens")
-    # A character split over several tokens counts for its first one, and whatever the tokenizer skipped for the next
-    # token, so the bytes of all tokens add up to those of the text.
+    # The bytes of a character that is split over several tokens count for the first of them, and those of text that the
+    # tokenizer skipped for the next token. So the bytes of all tokens add up to those of the text.
     bytes_before = np.concatenate([[0], np.cumsum(_utf8_lengths(text))])
     byte_ends = bytes_before[np.maximum.accumulate(np.asarray(ends))]
     return Corpus(name or "text", text, torch.tensor(ids), byte_ends, _tokenizer_sha256(tokenizer))
 
 
-def spread_windows(
+def sample_windows(
     tokenizer: PreTrainedTokenizerBase, text: str | Sequence[str] | None, length: int, count: int
 ) -> list[torch.Tensor]:
-    """Cuts windows out of a text, from all over it.
+    """Cuts windows out of a text, at regular distances.
 
     Args:
         tokenizer: The model's tokenizer.
-        text: As in :func:`load_corpus`.
-        length: Tokens of a window, BOS included.
-        count: How many windows at most.
+        text: See :func:`load_corpus`.
+        length: Tokens in a window, BOS included.
+        count: Maximum number of windows.
 
     Returns:
         Token ids, each of shape (1, length).
@@ -131,11 +131,11 @@ def read_dataset(reference: str) -> list[str]:
     """Reads the documents of a hub or local data set.
 
     Args:
-        reference: ``NAME[:CONFIG[:SPLIT]]``; without a split the first there is of test, validation and train. The
-            text is the column ``text``, else the only column of strings.
+        reference: ``NAME[:CONFIG[:SPLIT]]``. The default split is the first of test, validation and train that exists.
+            The text is in the column ``text``, else in the only column of strings.
 
     Raises:
-        ConfigError: The data set, configuration, split or column is not there.
+        ConfigError: The data set, configuration, split or column does not exist.
     """
     from datasets import get_dataset_split_names, load_dataset
 
@@ -144,7 +144,7 @@ def read_dataset(reference: str) -> list[str]:
         names = get_dataset_split_names(name, config or None)
         chosen = split or next((s for s in ("test", "validation", "train") if s in names), names[0])
         data = load_dataset(name, config or None, split=chosen)
-    except Exception as error:  # datasets raises a dozen unrelated types, all of which mean the same here
+    except Exception as error:  # datasets raises a dozen unrelated types
         raise ConfigError(
             f'cannot load the data set "{reference}" (NAME[:CONFIG[:SPLIT]]): {first_line(error)}'
         ) from error
@@ -153,17 +153,19 @@ def read_dataset(reference: str) -> list[str]:
     ]
     column = "text" if "text" in columns else columns[0] if len(columns) == 1 else None
     if column is None:
-        raise ConfigError(f'the data set "{reference}" has no column "text"; its columns of strings: {columns}')
+        raise ConfigError(
+            f'the data set "{reference}" has no column "text", and not just one column of strings: {columns}'
+        )
     return [row for row in data[column] if row]
 
 
 def _ends_by_decoding(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str) -> list[int]:
-    """Character ends without offsets: lengths of the decoded tokens, valid only if they spell out the text."""
+    """Returns where in the text each token ends, by decoding every token."""
     pieces = [str(tokenizer.decode([token], clean_up_tokenization_spaces=False)) for token in ids]
     if "".join(pieces) != text:
         raise ConfigError(
-            "bits per byte need to know which bytes each token stands for: this slow tokenizer does not spell out the "
-            "text token by token; use the fast tokenizer of the model"
+            "bits per byte need the text that each token covers, and the decoded tokens of this slow tokenizer do not "
+            "add up to the text: use a fast tokenizer"
         )
     return np.cumsum([len(piece) for piece in pieces]).tolist()
 
@@ -173,7 +175,7 @@ def _encode(text: str) -> bytes:
 
 
 def _utf8_lengths(text: str) -> np.ndarray:
-    """Bytes each character takes in UTF-8, int64 (characters,)."""
+    """Returns the number of UTF-8 bytes of each character, int64 (characters,)."""
     points = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype=np.uint32)
     return 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
 

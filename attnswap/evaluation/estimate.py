@@ -1,4 +1,4 @@
-"""What an evaluation will cost, from a few short timed windows, and how far it has come."""
+"""Estimate the time and memory of an evaluation from a few short windows, and show its progress."""
 
 import sys
 import threading
@@ -15,22 +15,22 @@ from attnswap.evaluation.scoring import Scorer
 from attnswap.evaluation.windows import Window
 
 PROBES = (256, 1024, 4096)
-"""Lengths of the timed windows, of which the last two taken count; a shorter one warms up first."""
+"""Lengths of the timed windows. The estimate uses the last two that were timed; a shorter window warms up first."""
 
 PROBE_SHARE = 0.15
-"""A third window is timed if it takes at most this share of the run: some costs only show at length."""
+"""A third window is timed if it takes at most this share of the run: some costs only appear at long lengths."""
 
 
 @dataclass(frozen=True)
 class Growth:
-    """A quantity of a forward pass as ``linear * tokens + quadratic * tokens ** 2``."""
+    """A cost of a forward pass, as ``linear * tokens + quadratic * tokens ** 2``."""
 
     linear: float
     quadratic: float
 
     @classmethod
     def fit(cls, lengths: Sequence[int], values: Sequence[float]) -> "Growth":
-        """Passes through two measurements; a quadratic or linear part that noise made negative is dropped."""
+        """Fits the curve to two measurements; a part that comes out negative, due to noise, is set to 0."""
         (short, long), (low, high) = lengths, values
         if short == long:
             return cls(high / long, 0.0)
@@ -39,19 +39,19 @@ class Growth:
         return cls(linear, quadratic) if linear >= 0 else cls(0.0, high / long**2)
 
     def at(self, tokens: int) -> float:
-        """Returns the quantity for one window."""
+        """Returns the cost of one window."""
         return self.linear * tokens + self.quadratic * tokens**2
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Forecast of an evaluation.
+    """The estimated cost of an evaluation.
 
     Attributes:
-        seconds: Whole run.
-        memory_bytes: Peak on top of the loaded weights.
-        available_bytes: What is free now.
-        window_seconds: One window as a function of the positions it reads.
+        seconds: Duration of the run.
+        memory_bytes: Peak memory in addition to the loaded weights.
+        available_bytes: Free memory at the time of the estimate.
+        window_seconds: Seconds of one window by the number of positions that the model reads.
     """
 
     seconds: float
@@ -62,7 +62,7 @@ class Estimate:
     def __str__(self) -> str:
         line = f"estimate: {duration(self.seconds)}, up to {self.memory_bytes / 2**30:.1f} GiB on top of the weights"
         if self.memory_bytes > self.available_bytes:
-            line += f", but only {self.available_bytes / 2**30:.1f} GiB are free: leave out the largest contexts"
+            line += f", but only {self.available_bytes / 2**30:.1f} GiB are free: leave out the longest contexts"
         return line
 
 
@@ -72,11 +72,11 @@ def estimate(
     """Times two or three short windows of the text and extrapolates.
 
     Args:
-        scorer: Ready to score.
+        scorer: Scores the windows.
         ids: Token ids of the text.
         windows: All windows that will be scored.
         prefix_id: Id of the prefix token.
-        batch_size: Windows in a forward pass.
+        batch_size: Windows per forward pass.
     """
     longest = min(max(window.fed for window in windows), len(ids) - 1)
     _measure(scorer, ids, prefix_id, min(64, longest))
@@ -104,7 +104,7 @@ def estimate(
 
 
 def _measure(scorer: Scorer, ids: torch.Tensor, prefix_id: int | None, length: int) -> tuple[float, int]:
-    """Seconds and peak bytes of a window that reads ``length`` tokens and scores half of them."""
+    """Returns seconds and peak memory of a window that reads ``length`` tokens and scores half of them."""
     window = Window(0, (length + 1) // 2, length + 1, prefix=False)
     with peak_memory(scorer.device, interval=0.002) as peak:
         started = time.perf_counter()
@@ -114,7 +114,13 @@ def _measure(scorer: Scorer, ids: torch.Tensor, prefix_id: int | None, length: i
 
 
 class Progress:
-    """A progress bar in tokens read whose time left weighs windows by what they cost; silent if not shown."""
+    """A progress bar in tokens. Its remaining time weighs each window by its estimated cost.
+
+    Args:
+        windows: All windows that will be scored.
+        cost: The estimated cost of a window.
+        show: Whether to draw the bar.
+    """
 
     def __init__(self, windows: Sequence[Window], cost: Growth, show: bool) -> None:
         self.cost, self.left = cost, sum(cost.at(window.fed) for window in windows)
@@ -129,7 +135,7 @@ class Progress:
         )
 
     def advance(self, what: str, windows: Sequence[Window]) -> None:
-        """Counts windows as done."""
+        """Marks windows as done."""
         cost = sum(self.cost.at(window.fed) for window in windows)
         self.spent, self.left = self.spent + cost, self.left - cost
         elapsed = time.perf_counter() - self.started
@@ -138,13 +144,13 @@ class Progress:
         self.bar.update(sum(window.fed for window in windows))
 
     def close(self) -> None:
-        """Ends the bar."""
+        """Removes the bar."""
         self.bar.close()
 
 
 @contextmanager
-def counting(tokens: int, show: bool) -> Iterator[Callable[[int], None]]:
-    """Shows a bar for work whose tokens all cost the same, and yields what counts them as read."""
+def token_progress(tokens: int, show: bool) -> Iterator[Callable[[int], None]]:
+    """Shows a progress bar and yields a function that advances it by a number of tokens."""
     with tqdm(total=tokens, unit="tok", unit_scale=True, disable=not show, file=sys.stderr) as bar:
 
         def advance(read: int) -> None:
@@ -155,16 +161,20 @@ def counting(tokens: int, show: bool) -> Iterator[Callable[[int], None]]:
 
 @dataclass
 class Peak:
-    """Peak memory seen, in bytes above the start."""
+    """Peak memory in bytes, above the memory at the start of the measurement."""
 
     bytes: int = 0
 
 
 @contextmanager
 def peak_memory(device: torch.device, interval: float = 0.05) -> Iterator[Peak]:
-    """Measures the peak memory of a block above what was held at its start.
+    """Measures the peak memory of a ``with`` block, above the memory in use at its start.
 
-    On CUDA the allocator counts it; elsewhere the resident size of the process is sampled every ``interval`` seconds.
+    On CUDA the allocator reports the peak; elsewhere the resident size of the process is sampled.
+
+    Args:
+        device: The device to measure.
+        interval: Seconds between two samples.
     """
     peak = Peak()
     if device.type == "cuda":
@@ -194,7 +204,7 @@ def peak_memory(device: torch.device, interval: float = 0.05) -> Iterator[Peak]:
 
 
 def duration(seconds: float) -> str:
-    """Returns a time as ``4 s``, ``3 min 20 s`` or ``2 h 5 min``."""
+    """Formats a duration as ``4 s``, ``3 min 20 s`` or ``2 h 5 min``."""
     total = round(seconds)
     hours, minutes = total // 3600, total % 3600 // 60
     if hours:

@@ -1,4 +1,4 @@
-"""How far a model's predictions are from another's: KL divergence and agreement of the most likely token."""
+"""Compare the predictions of two models: KL divergence and agreement of the most likely token."""
 
 import math
 from collections.abc import Callable
@@ -9,19 +9,19 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from attnswap.errors import ConfigError, non_finite
-from attnswap.evaluation.corpus import WINDOWS, spread_windows
+from attnswap.evaluation.corpus import WINDOWS, sample_windows
 from attnswap.evaluation.scoring import Scorer
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Means over tokens.
+    """How far a model's predictions are from a reference's; means over tokens.
 
     Attributes:
-        kl: KL(reference || model) of the next-token distributions, nats a token.
-        top1: Share of the tokens at which both have the same favourite.
-        tokens: How many.
-        context: Tokens of a window.
+        kl: KL(reference || model) of the next-token distributions, in nats per token.
+        top1: Share of the positions at which both models find the same token most likely.
+        tokens: Number of positions.
+        context: Tokens in a window.
     """
 
     kl: float
@@ -34,15 +34,18 @@ class Fidelity:
         return asdict(self)
 
 
-def comparable(model: nn.Module, reference: nn.Module) -> tuple[Scorer, Scorer]:
-    """Returns what reads two models whose predictions can be compared.
+def scorers_of_both(model: nn.Module, reference: nn.Module) -> tuple[Scorer, Scorer]:
+    """Returns the scorers of two models that are to be compared.
 
     Raises:
-        ConfigError: Their vocabularies differ.
+        ConfigError: The vocabularies of the models differ in size.
     """
     ours, theirs = Scorer(model), Scorer(reference)
     if ours.vocabulary != theirs.vocabulary:
-        raise ConfigError(f"vocabularies of {ours.vocabulary} and {theirs.vocabulary} tokens cannot be compared")
+        raise ConfigError(
+            f"the models have vocabularies of {ours.vocabulary} and {theirs.vocabulary} tokens, so their predictions "
+            "cannot be compared: give two models with the same tokenizer"
+        )
     return ours, theirs
 
 
@@ -56,27 +59,27 @@ def measure_fidelity(
     windows: int = WINDOWS,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> Fidelity:
-    """Compares a model's predictions with those of the model it was.
+    """Compares a model's predictions with those of a reference, such as the model before patching.
 
     Args:
         model: A causal language model.
-        reference: Another one with the same vocabulary.
-        tokenizer: Their tokenizer.
+        reference: The other model, with the same vocabulary.
+        tokenizer: The tokenizer of both.
         text: The text; default: the offline evaluation text.
-        context: Tokens of a window, BOS included.
-        windows: How many windows, from all over the text.
-        advance: Called with the number of tokens read by each model.
+        context: Tokens in a window, BOS included.
+        windows: Number of windows, at regular distances in the text.
+        advance: Called after each window with the number of tokens that each model has read.
 
     Raises:
         ConfigError: The vocabularies differ, or the text is shorter than a window.
         NumericsError: The divergence is not finite.
     """
-    ours, theirs = comparable(model, reference)
-    inputs = spread_windows(tokenizer, text, context, windows)
+    ours, theirs = scorers_of_both(model, reference)
+    inputs = sample_windows(tokenizer, text, context, windows)
     kl, same, tokens = 0.0, 0, 0
-    with ours.ready(), theirs.ready():
+    with ours.eval_no_grad(), theirs.eval_no_grad():
         for ids in inputs:
-            pairs = (scorer.rows(ids.to(scorer.device), context, size=128) for scorer in (ours, theirs))
+            pairs = (scorer.logit_chunks(ids.to(scorer.device), context, size=128) for scorer in (ours, theirs))
             for q, p in zip(*pairs, strict=True):
                 log_p = p.log_softmax(-1)
                 kl += float((log_p.exp() * (log_p - q.log_softmax(-1).to(log_p.device))).sum())
@@ -84,5 +87,5 @@ def measure_fidelity(
                 tokens += p.shape[0] * p.shape[1]
             advance(context)
     if not math.isfinite(kl):
-        raise non_finite(f"non-finite divergence of the two models at context {context}")
+        raise non_finite(f"the KL divergence of the two models at context {context} is not finite")
     return Fidelity(kl=kl / tokens, top1=same / tokens, tokens=tokens, context=context)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     Line = tuple[Evaluation, str, dict[str, Any]]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-"""Okabe and Ito's palette, told apart by colour-blind readers; black is kept for the baseline."""
+"""The Okabe-Ito palette, which colour-blind readers can tell apart; black is for the baseline."""
 
 
 def plot(
@@ -32,17 +32,17 @@ def plot(
     """Draws bits per byte against context, the log ratio to a baseline, and NLL by position, into a PNG.
 
     Args:
-        evaluations: What to draw, in this order; all over the same text.
+        evaluations: The evaluations to draw, in this order; all of the same text.
         path: The PNG file, written atomically.
-        baseline: Drawn dashed; without one the middle panel is left out.
-        labels: Names of the evaluations; default: their own.
-        baseline_label: Name of the baseline; default: its own.
+        baseline: An evaluation to draw as a dashed line; without it the middle panel is left out.
+        labels: Names of the evaluations; default: the names of their models.
+        baseline_label: Name of the baseline; default: the name of its model.
 
     Returns:
         The path.
 
     Raises:
-        ConfigError: There is nothing to draw, or a baseline of other tokens.
+        ConfigError: There is no evaluation to draw, or the baseline scored other tokens.
     """
     # Not at the top: importing attnswap should not cost the import of matplotlib.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -73,13 +73,13 @@ def plot(
 
 
 def short_names(references: Sequence[str]) -> list[str]:
-    """Returns a short name for each model: the last part of its path where that tells them apart."""
+    """Returns a short name for each model: the last parts of the paths if they all differ, else the full paths."""
     short = [Path(reference).name or reference for reference in references]
     return short if len(set(short)) == len(short) else list(references)
 
 
 def plain(label: str) -> str:
-    """Returns a name in which matplotlib reads no formulas, and which it does not leave out of a legend."""
+    """Escapes a name for matplotlib, which reads ``$`` as a formula and hides legend entries that begin with ``_``."""
     name = visible(label).replace("$", r"\$")
     return f" {name}" if name.startswith("_") else name
 
@@ -130,7 +130,7 @@ def _positions(axes: "Axes", lines: "list[Line]") -> None:
 
 
 def _contexts(axes: "Axes", lengths: list[int]) -> None:
-    """A logarithmic axis that is marked at the lengths evaluated."""
+    """Makes the x axis logarithmic, with ticks at the given context lengths."""
     ticks = sorted(set(lengths))
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(length) for length in ticks], minor=False)

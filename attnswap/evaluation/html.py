@@ -1,4 +1,4 @@
-"""A report of the evaluation suite as one HTML file that needs nothing else: no network, no script, no other file."""
+"""A report of the long-context suite as one self-contained HTML file, without scripts."""
 
 import base64
 import json
@@ -13,7 +13,7 @@ from attnswap.evaluation.result import write_atomically
 from attnswap.visible import visible
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-"""What the page may load: its own styles and embedded pictures. Not even a mistake in it could reach the network."""
+"""Content security policy: the page may use its own styles and embedded pictures, and load nothing else."""
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2329; --soft: #5a6672; --paper: #fff; --card: #f5f7f9; --line: #dce1e7;
@@ -66,14 +66,14 @@ img { display: block; max-width: max(100%, 36rem); height: auto; background: #ff
 
 
 def write_html(report: dict[str, Any], pictures: Sequence[tuple[str, Path]], path: str | Path, *, title: str) -> Path:
-    """Writes a report as a page for people, with the report itself embedded for programs.
+    """Writes a report as an HTML page, with its JSON embedded for programs.
 
     Args:
         report: Plain JSON values: ``model`` and ``notes``, a list of sentences (both shown at the top), and
             ``sections``, a list of dicts with ``title``, ``text``, ``table`` (``columns`` and ``rows``) and
-            ``picture`` (a file name); all but the title may be missing or None. The whole of it stands in the page's
-            ``<script type="application/json" id="report">``.
-        pictures: File names as the sections give them, and where each file lies.
+            ``picture`` (a file name); all but the title may be missing or None. The page contains the complete report
+            in ``<script type="application/json" id="report">``.
+        pictures: File names as the sections give them, and the path of each file.
         path: The HTML file, written atomically.
         title: Heading of the page.
 
@@ -81,9 +81,9 @@ def write_html(report: dict[str, Any], pictures: Sequence[tuple[str, Path]], pat
         The path.
 
     Raises:
-        ConfigError: A section names a picture that is not among the pictures or cannot be read, or the report holds
+        ConfigError: A section names a picture that is not among the pictures or cannot be read, or the report contains
             a value that is not JSON, such as NaN.
-        ValueError: A table's rows and columns do not fit each other.
+        ValueError: The rows of a table have another number of cells than it has columns.
     """
     try:
         # A script's text ends at "</script", and "<!--" changes where; \u003c is the same character in JSON.
@@ -119,12 +119,12 @@ def write_html(report: dict[str, Any], pictures: Sequence[tuple[str, Path]], pat
 </body>
 </html>
 """
-    write_atomically(Path(path), page.encode(errors="replace"))  # a file name of no encoding is in the JSON unharmed
+    write_atomically(Path(path), page.encode(errors="replace"))  # undecodable file names are still intact in the JSON
     return Path(path)
 
 
 def shown(value: Any) -> str:
-    """Returns a value as readers see it: four significant digits, ``-`` for None, yes or no; not escaped."""
+    """Formats a value for readers: four significant digits, ``-`` for None, yes or no. Not escaped for HTML."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -135,7 +135,7 @@ def shown(value: Any) -> str:
         rounded = float(f"{value:.4g}")
         if 1e4 <= abs(rounded) < 1e9:
             return f"{rounded:,.0f}"
-        return f"{value:#.4g}".rstrip(".")  # with zeros at the end, so that a column's digits are below each other
+        return f"{value:#.4g}".rstrip(".")  # keeps trailing zeros, so that the digits of a column align
     if isinstance(value, Mapping):
         return ", ".join(f"{key}: {shown(entry)}" for key, entry in value.items())
     if isinstance(value, Sequence) and not isinstance(value, str):
@@ -164,7 +164,7 @@ def _section(index: int, section: Mapping[str, Any], files: Mapping[str, Path]) 
         parts.append(f"{scroll}{_table(table['columns'], table['rows'])}</div>")
     if picture:
         if picture not in files:
-            raise ConfigError(f'the section "{_name(section)}" names the picture "{picture}", which is not there')
+            raise ConfigError(f'the section "{_name(section)}" names the picture "{picture}", which was not given')
         parts.append(f'<figure tabindex="0"><img src="{_data_uri(files[picture])}" alt="{title}"></figure>')
     return "\n".join([*parts, "</section>"])
 
@@ -185,7 +185,7 @@ def _table(columns: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _numeric(values: Sequence[Any]) -> bool:
-    """Whether a column holds numbers, some perhaps missing."""
+    """Whether a column contains numbers, of which some may be missing."""
     known = [value for value in values if value is not None]
     return bool(known) and all(isinstance(value, int | float) and not isinstance(value, bool) for value in known)
 

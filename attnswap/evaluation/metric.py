@@ -1,9 +1,9 @@
-"""The same measurement as a metric of the ``evaluate`` library.
+"""The perplexity measurement as a metric of the ``evaluate`` library.
 
     metric = evaluate.load("<path of this file>")        # or: from attnswap.evaluation.metric import AttnSwapPerplexity
     metric.compute(model=model, tokenizer=tokenizer, predictions=[text], contexts=[512, 2048])
 
-Unlike the library's own perplexity it takes a live model, patched or not, and scores every token once.
+Unlike the library's own perplexity metric it takes a model object, patched or not, and scores every token once.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from attnswap.evaluation.perplexity import evaluate_perplexity
 
 
 class AttnSwapPerplexity(evaluate.Metric):
-    """Perplexity and bits per byte of a live model at several context lengths over the same tokens."""
+    """Perplexity and bits per byte of a model object at several context lengths over the same tokens."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

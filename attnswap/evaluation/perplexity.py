@@ -1,4 +1,4 @@
-"""Perplexity and bits per byte of a live model at several context lengths, over the same tokens."""
+"""Perplexity and bits per byte of a model at several context lengths, over the same tokens."""
 
 import math
 import platform
@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from attnswap.distributed import all_gather_dicts, raise_on_all_ranks, rank_and_world_size
 from attnswap.errors import ConfigError, NumericsError
 from attnswap.evaluation.bootstrap import BLOCK, check_comparable, standard_error
 from attnswap.evaluation.corpus import load_corpus
@@ -24,7 +25,6 @@ from attnswap.evaluation.estimate import Estimate, Progress, estimate, peak_memo
 from attnswap.evaluation.result import ContextMetrics, Evaluation, PositionNLL, mean_nll
 from attnswap.evaluation.scoring import Scorer
 from attnswap.evaluation.windows import Protocol, Window, plan
-from attnswap.processes import gather, one_fate, place
 from attnswap.visible import visible
 
 CONTEXTS = (512, 1024, 2048, 4096, 8192)
@@ -49,37 +49,39 @@ def evaluate_perplexity(
 ) -> Evaluation:
     """Measures a causal language model, patched or not, at several context lengths over the same tokens.
 
-    At length L a window spans L tokens of text, the model reads BOS (if the tokenizer has one) and the first L - 1 of
-    them, and the last half is scored. Scoring starts at half the largest context, so every length scores the same
-    tokens, each exactly once and with at least half a window of text before it. The mean NLL is the summed NLL over
-    the summed count, accumulated in fp64 from an fp32 log-softmax. Logits are never held for a whole window. Where
-    ``torch.distributed`` runs, the processes share the windows, and each returns the whole evaluation.
+    At context length L a window spans L tokens of text. The model reads BOS (if the tokenizer has one) and the first
+    L - 1 of them, and the last half of the window is scored. Scoring starts at half the largest context, so that every
+    length scores the same tokens, each exactly once and with at least half a window of text before it. The mean NLL is
+    the summed NLL over the number of tokens, accumulated in fp64 from an fp32 log-softmax. The logits of a window are
+    computed in chunks. In a run of several processes (``torch.distributed``) the windows are divided among them, and
+    every process returns the same evaluation.
 
     Args:
-        model: The model, in any dtype and on any device; its training mode is restored.
-        tokenizer: Its tokenizer.
-        text: The text, or documents to be joined by blank lines; default: the offline evaluation text.
+        model: The model, in any dtype and on any device. It is put into evaluation mode meanwhile.
+        tokenizer: The model's tokenizer.
+        text: The text, or documents that are joined by blank lines; default: the offline evaluation text.
         contexts: Context lengths in tokens.
-        stride: None for the protocol above; an integer S for lm-eval's rolling windows: the prefix token in the first
-            window only, every token of the text scored from the first on, min(S, L) new ones a window. With S at
-            least L these are the disjoint windows of ``loglikelihood_rolling``.
+        stride: None for the protocol above. An integer S gives the rolling windows of lm-eval: only the first window
+            has the prefix token, scoring starts at the first token of the text, and each window scores min(S, L) new
+            tokens. With S >= L these are the disjoint windows of ``loglikelihood_rolling``.
         max_tokens: Upper limit of the scored tokens; default: the whole text.
-        batch_size: Windows of one forward pass.
+        batch_size: Windows per forward pass.
         positions: Also measure the NLL by position in disjoint windows of the largest context (one more pass).
         block: Tokens in a block of the bootstrap.
         seed: Seed of the bootstrap.
-        baseline: An evaluation this one will be compared with; refused before any work if it cannot be.
-        model_id: Name of the model in the report; default: what its configuration says.
+        baseline: An evaluation that this one will be compared with; checked before any work is done.
+        model_id: Name of the model in the report; default: the name in its config.
         corpus_id: Name of the text in the report.
-        quiet: Print no estimate and show no progress bar (which also stays off where stderr is no terminal).
+        quiet: Print no estimate and show no progress bar. The bar is also off if stderr is not a terminal.
 
     Returns:
-        The evaluation; :func:`attnswap.evaluation.write_report` puts it into files.
+        The evaluation; :func:`attnswap.evaluation.write_report` writes it to files.
 
     Raises:
-        ConfigError: A bad argument, a text shorter than the largest context, or a baseline of other tokens.
-        NumericsError: A loss is not finite; names the window.
-        UnsupportedModelError: The model has no base with a head on its last hidden state.
+        ConfigError: An argument is out of range, the text is shorter than the largest context, or the baseline scored
+            other tokens.
+        NumericsError: A loss is not finite; the message names the window.
+        UnsupportedModelError: The model is not a decoder with a head on its last hidden states.
     """
     if batch_size < 1 or block < 1:
         raise ConfigError(f"batch_size and block must be at least 1, got {batch_size} and {block}")
@@ -88,13 +90,13 @@ def evaluate_perplexity(
     protocol = plan(corpus, tokenizer, contexts, stride, max_tokens)
     if baseline is not None:
         check_comparable(protocol, baseline.protocol)
-    # The largest context first: what does not fit fails early.
+    # The largest context first: if it does not fit into memory, the run fails early.
     jobs = {str(length): protocol.windows(length) for length in reversed(protocol.contexts)}
     if positions:
         jobs["positions"] = protocol.position_windows()
     notes = _notes(scorer.model, protocol, baseline)
-    with scorer.ready():
-        scorer.check(corpus.ids, protocol.contexts)
+    with scorer.eval_no_grad():
+        scorer.check_scorable(corpus.ids, protocol.contexts)
         run = _score(scorer, corpus.ids, protocol.prefix_id, jobs, batch_size, notes, quiet)
     scored = {length: np.concatenate(run.losses[str(length)]) for length in protocol.contexts}
     return Evaluation(
@@ -114,13 +116,13 @@ def evaluate_perplexity(
 
 @dataclass(frozen=True)
 class _Scored:
-    """Losses and what they took.
+    """Losses, and the cost of computing them. A job is one context length, or the curve by position.
 
     Attributes:
-        losses: The NLL of the scored tokens, an array for each window, by job.
-        seconds: By job.
+        losses: The NLL of the scored tokens by job, one array per window.
+        seconds: Duration by job.
         peak_bytes: Peak memory while scoring.
-        forecast: What was expected.
+        forecast: The estimate made before.
     """
 
     losses: dict[str, list[np.ndarray]]
@@ -138,13 +140,14 @@ def _score(
     notes: list[str],
     quiet: bool,
 ) -> _Scored:
-    """Scores the windows of every job, shared between the processes, after an estimate of what that takes."""
-    rank, count = place(scorer.model)
+    """Estimates the cost, then scores the windows of every job, which are divided among the processes."""
+    rank, world_size = rank_and_world_size(scorer.model)
     batches = {job: list(enumerate(_batches(windows, batch_size))) for job, windows in jobs.items()}
-    mine = {job: every[rank::count] for job, every in batches.items()}
+    mine = {job: every[rank::world_size] for job, every in batches.items()}
     everything = [window for every in mine.values() for _, batch in every for window in batch]
-    everything = everything or [window for windows in jobs.values() for window in windows]  # none is left for us
-    with one_fate():
+    if not everything:  # fewer windows than processes: this process takes part in the estimate all the same
+        everything = [window for windows in jobs.values() for window in windows]
+    with raise_on_all_ranks():
         forecast = estimate(scorer, ids, everything, prefix_id, batch_size)
     quiet = quiet or rank > 0
     if not quiet:
@@ -157,11 +160,11 @@ def _score(
             for job, every in mine.items():
                 started = time.perf_counter()
                 found: dict[int, np.ndarray] = {}
-                with one_fate():
+                with raise_on_all_ranks():
                     for index, batch in every:
                         found[index] = scorer.score(ids, batch, prefix_id).numpy()
                         progress.advance(job, batch)
-                found = gather(found, count)
+                found = all_gather_dicts(found, world_size)
                 losses[job] = [nll for index in sorted(found) for nll in found[index]]
                 seconds[job] = time.perf_counter() - started
     finally:
@@ -170,7 +173,7 @@ def _score(
 
 
 def _batches(windows: list[Window], size: int) -> Iterator[list[Window]]:
-    """Groups neighbouring windows of one shape; no window is ever padded."""
+    """Yields batches of consecutive windows that have the same shape, so that none needs padding."""
     for _, same in groupby(windows, key=lambda window: (window.fed, window.scored, window.prefix)):
         group = list(same)
         yield from (group[i : i + size] for i in range(0, len(group), size))
@@ -179,7 +182,7 @@ def _batches(windows: list[Window], size: int) -> Iterator[list[Window]]:
 def _metrics(length: int, nll: np.ndarray, protocol: Protocol, block: int, seed: int) -> ContextMetrics:
     mean = mean_nll(nll)
     if mean > math.log(sys.float_info.max):
-        raise NumericsError(f"the mean NLL of {mean:.0f} nats at context {length} has no finite perplexity")
+        raise NumericsError(f"the perplexity at context {length} is not finite: the mean NLL is {mean:.0f} nats")
     return ContextMetrics(
         length=length,
         nll=mean,
@@ -190,7 +193,7 @@ def _metrics(length: int, nll: np.ndarray, protocol: Protocol, block: int, seed:
 
 
 def _by_position(windows: list[Window], losses: list[np.ndarray]) -> list[PositionNLL]:
-    """Averages over buckets 0, 1, 2-3, 4-7, ... of the number of text tokens before a token."""
+    """Averages the NLL over buckets of positions: 0, 1, 2-3, 4-7, ... text tokens before the scored one."""
     position = np.concatenate([np.arange(w.first, w.end) - w.begin for w in windows])
     nll = np.concatenate(losses)
     curve, lo = [], 0
@@ -215,7 +218,9 @@ def _notes(model: PreTrainedModel, protocol: Protocol, baseline: Evaluation | No
     ours = _dtype(model)
     if baseline is not None and baseline.env["dtype"] != ours:
         theirs = baseline.env["dtype"]
-        notes.append(f"warning: measured in {ours} and the baseline in {theirs}, so the ratio is of rounding, too")
+        notes.append(
+            f"warning: measured in {ours}, the baseline in {theirs}: their ratio includes the difference in rounding"
+        )
     return notes
 
 

@@ -1,4 +1,4 @@
-"""How much a model loses when its weights are rounded to few bits, which outliers make worse."""
+"""Round weights to few bits, to measure how well a model would survive quantization."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,27 +12,27 @@ from attnswap.surgery.body import base_of
 from attnswap.surgery.parameters import swap_parameters
 
 GROUP = 64
-"""Weights that share a scale, along the input dimension, where it divides by it."""
+"""Consecutive weights along the input dimension that share a scale, if the dimension is a multiple of it."""
 
 
 @contextmanager
 def rounded(model: nn.Module, bits: int, group: int = GROUP) -> Iterator[int]:
-    """Rounds the weights of a model's linear layers to the nearest of ``2^bits - 1`` levels while the context lasts.
+    """Rounds the weights of a model's linear layers to the nearest of ``2^bits - 1`` levels, inside a ``with`` block.
 
-    Symmetric round-to-nearest with a scale per group of a row; embeddings, the head, norms, experts that are kept in
-    one tensor and the swaps' own parameters stay. Afterwards the weights are what they were, bit for bit.
+    Symmetric round-to-nearest with one scale per group of a row. Embeddings, the head, norms, experts that share one
+    tensor and the swaps' parameters are not rounded. After the block the original weights are back, bit for bit.
 
     Args:
-        model: The model; a peft wrapper is looked through.
+        model: The model, with or without a PEFT wrapper.
         bits: From 2 to 8.
-        group: Weights that share a scale; rows that it does not divide have one scale each.
+        group: Weights that share a scale. A row whose length is not a multiple of it has one scale.
 
     Yields:
-        How many weights were rounded.
+        The number of rounded weights.
 
     Raises:
         ConfigError: ``bits`` is out of range.
-        UnsupportedModelError: The model has no linear layers to round, or they are quantized already.
+        UnsupportedModelError: The model has no linear layers to round, or is quantized already.
     """
     if not 2 <= bits <= 8:
         raise ConfigError(f"bits must lie between 2 and 8, not {bits}")
@@ -40,9 +40,9 @@ def rounded(model: nn.Module, bits: int, group: int = GROUP) -> Iterator[int]:
     kept = [module.weight.data for module in chosen]
     try:
         for module, weight in zip(chosen, kept, strict=True):
-            turned = isinstance(module, Conv1D)  # GPT-2's: (in, out)
+            transposed = isinstance(module, Conv1D)  # GPT-2 stores weights as (in, out)
             module.weight.data = (
-                round_to_nearest(weight.T, bits, group).T if turned else round_to_nearest(weight, bits, group)
+                round_to_nearest(weight.T, bits, group).T if transposed else round_to_nearest(weight, bits, group)
             )
         yield sum(weight.numel() for weight in kept)
     finally:
@@ -54,7 +54,7 @@ def layers_to_round(model: nn.Module) -> list[nn.Linear | Conv1D]:
     """Returns the layers whose weights :func:`rounded` rounds.
 
     Raises:
-        UnsupportedModelError: There are none, or their weights are quantized already.
+        UnsupportedModelError: The model has no such layers, or they are quantized already.
     """
     inner = base_of(model)
     own = {id(p) for p in swap_parameters(inner).values()}
@@ -66,14 +66,14 @@ def layers_to_round(model: nn.Module) -> list[nn.Linear | Conv1D]:
     coarse = next((m.weight.dtype for m in chosen if m.weight.dtype.itemsize < 2), None)
     if coarse is not None:
         raise UnsupportedModelError(
-            f"the weights of {type(inner).__name__} are {str(coarse).removeprefix('torch.')} already: "
-            "load the model unquantized"
+            f"the weights of {type(inner).__name__} are already quantized ({str(coarse).removeprefix('torch.')}): "
+            "load the model without quantization"
         )
     return chosen
 
 
 def round_to_nearest(weight: Tensor, bits: int, group: int = GROUP) -> Tensor:
-    """Returns a matrix (out, in) rounded symmetrically with one scale for each ``group`` of a row's weights."""
+    """Rounds a matrix of shape (out, in) symmetrically, with one scale per ``group`` weights of a row."""
     size = group if weight.shape[1] % group == 0 else weight.shape[1]
     parts = weight.float().reshape(weight.shape[0], -1, size)
     top = 2 ** (bits - 1) - 1

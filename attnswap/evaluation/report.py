@@ -16,9 +16,9 @@ from attnswap.visible import visible
 
 
 def table(evaluation: Evaluation, baseline: Evaluation | None = None) -> Table:
-    """Returns a table for the terminal, one row a context length; with a baseline also its columns and the ratio."""
+    """Returns a table for the terminal with one row per context length, and columns for a baseline if there is one."""
     notes = "\n".join(evaluation.notes)
-    # No box: all columns fit a terminal of 80 characters.
+    # Without a box all columns fit a terminal of 80 characters.
     shown = Table(
         title=Text(visible(_title(evaluation, baseline)), "table.title"),
         caption=Text(visible(notes), "table.caption") if notes else None,
@@ -42,7 +42,7 @@ def markdown(evaluation: Evaluation, baseline: Evaluation | None = None) -> str:
 
 
 def full_report(evaluation: Evaluation, baseline: Evaluation | None = None) -> dict[str, Any]:
-    """Returns the JSON report; with a baseline its metrics and the comparison stand in it."""
+    """Returns the JSON report, with the metrics of a baseline and the comparison if there is one."""
     return {**evaluation.to_dict(), **_baseline_entry(evaluation, baseline)}
 
 
@@ -52,9 +52,9 @@ def write_report(
     """Writes ``<name>.json``, ``.npz`` (losses of single tokens), ``.md`` and ``.png``, each atomically.
 
     Args:
-        evaluation: What to report.
-        out_dir: Directory; made if need be.
-        baseline: What to compare it with.
+        evaluation: The evaluation.
+        out_dir: Directory; created if it does not exist.
+        baseline: An evaluation to compare it with.
         name: Stem of the files, so that several evaluations can share a directory.
 
     Returns:

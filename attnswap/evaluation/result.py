@@ -1,4 +1,4 @@
-"""What an evaluation found, and the two files it is kept in."""
+"""The result of an evaluation, and the two files it is saved in."""
 
 import io
 import json
@@ -23,7 +23,7 @@ class ContextMetrics:
 
     Attributes:
         length: Context length in tokens.
-        nll: Mean negative log-likelihood in nats a token: summed NLL over summed count, accumulated in fp64.
+        nll: Mean negative log-likelihood in nats per token, accumulated in fp64.
         ppl: ``exp(nll)``.
         bpb: Bits per byte: summed NLL in bits over the bytes of the scored tokens' text.
         se: Standard error of ``nll`` by block bootstrap.
@@ -38,7 +38,7 @@ class ContextMetrics:
 
 @dataclass(frozen=True)
 class PositionNLL:
-    """Mean NLL (nats a token) and count ``n`` of tokens with ``lo`` to ``hi`` tokens of text before them."""
+    """Mean NLL, in nats per token, of the ``n`` tokens that have ``lo`` to ``hi`` tokens of text before them."""
 
     lo: int
     hi: int
@@ -51,18 +51,18 @@ class Evaluation:
     """A model's losses over one text.
 
     Attributes:
-        protocol: What was scored and how.
-        metrics: One entry a context length, ascending.
+        protocol: Which tokens were scored, and how.
+        metrics: One entry per context length, ascending.
         nll: NLL in nats of every scored token, fp32 (scored_tokens,), by context length.
-        position_nll: NLL by position in disjoint windows of the largest context, in buckets that double; empty if
-            not asked for.
+        position_nll: NLL by position in disjoint windows of the largest context, in buckets of doubling size; empty if
+            it was not measured.
         model: ``id``, ``revision``, ``arch``, ``params``, ``max_position_embeddings``.
         swap: The swap's entry in the model's configuration, or None.
         corpus: ``id``, ``license``, ``sha256``, ``bytes``, ``tokens``, ``tokenizer_sha256``.
         env: Versions, device, dtype, attention implementation, seed.
-        cost: Seconds and tokens read by context length, tokens per second, peak memory, the estimate made before.
+        cost: Seconds and tokens by context length, tokens per second, peak memory, and the estimate made before.
         created: UTC time, ISO 8601.
-        notes: What a reader should know, such as contexts beyond the trained length.
+        notes: Remarks for the reader, such as contexts beyond the trained length.
     """
 
     protocol: Protocol
@@ -79,7 +79,7 @@ class Evaluation:
 
     @property
     def label(self) -> str:
-        """A short name for tables and plots: the last part of the model's id."""
+        """Short name for tables and plots: the last part of the model's id."""
         return Path(str(self.model["id"])).name or str(self.model["id"])
 
     def at(self, length: int) -> ContextMetrics:
@@ -109,10 +109,10 @@ class Evaluation:
         }
 
     def save(self, path: str | Path, **extra: Any) -> Path:
-        """Writes the report to ``path`` (.json) and the tokens' losses beside it (.npz), each atomically.
+        """Writes the report to ``path`` (.json) and the losses of single tokens beside it (.npz), each atomically.
 
         Args:
-            path: The JSON file; its directory is made if need be.
+            path: The JSON file; its directory is created if it does not exist.
             **extra: More top-level entries of the report.
 
         Returns:
@@ -129,10 +129,13 @@ class Evaluation:
 
     @classmethod
     def load(cls, path: str | Path) -> "Evaluation":
-        """Reads what :meth:`save` wrote.
+        """Reads an evaluation that :meth:`save` wrote.
+
+        Args:
+            path: The JSON file; the .npz file must be beside it.
 
         Raises:
-            ConfigError: A file is missing, is no such report, or the two belong to different runs.
+            ConfigError: A file is missing or is not of an evaluation, or the two belong to different runs.
         """
         path = Path(path)
         try:
@@ -165,12 +168,12 @@ class Evaluation:
 
 
 def mean_nll(values: np.ndarray) -> float:
-    """Returns the fp64 mean of fp32 losses."""
+    """Returns the mean of fp32 losses, accumulated in fp64."""
     return float(values.astype(np.float64).sum() / len(values))
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name and renames it, so that no reader sees half of it."""
+    """Writes a file under a temporary name and renames it, so that a reader never sees an incomplete file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -184,7 +187,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def _umask() -> int:
-    """The process's umask, which mkstemp ignores."""
+    """Returns the umask of the process, which mkstemp does not apply."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

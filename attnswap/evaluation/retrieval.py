@@ -1,8 +1,8 @@
-"""Can a model find what stands far back? Passkeys, needles, associative recall and two tasks after RULER.
+"""Retrieval from long contexts: passkeys, needles, associative recall and two tasks after RULER.
 
-Every prompt is built from token ids to an exact length, from a seed. Answers are teacher-forced: the model reads the
-prompt with its answer once, and what counts is the rank of each answer token among all tokens. An exact match is what
-greedy decoding would have found; the ranks still tell models apart that never match.
+Prompts are built from token ids to an exact length, by a seed. Answers are teacher-forced: the model reads prompt and
+answer in one forward pass, and the metric is the rank of each answer token among all tokens of the vocabulary. If every
+rank is 1, greedy decoding would have given the answer. The ranks also distinguish models that never give it.
 """
 
 import itertools
@@ -32,13 +32,14 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt's pieces, as texts: what is hidden in the filler, the question, and its answer.
+    """The parts of a prompt, as texts.
 
     Attributes:
-        hidden: What stands in the filler, in order; the one asked for is ``hidden[wanted]``.
-        question: What the prompt ends with.
-        answer: What follows.
-        wanted: Index of the hidden text that stands at the depth asked for; the others are spread evenly.
+        hidden: Texts that are inserted into the filler, in order.
+        question: The end of the prompt.
+        answer: The continuation that is scored.
+        wanted: Index of the hidden text that contains the answer. It is inserted at the depth that is measured; the
+            others are spread evenly.
     """
 
     hidden: tuple[str, ...]
@@ -55,20 +56,20 @@ def _number(draw: random.Random) -> str:
 
 
 def passkey(draw: random.Random) -> Prompt:
-    """A number in filler that says nothing (Mohtashami and Jaggi, arXiv 2305.16300)."""
+    """A number in repeated filler sentences (Mohtashami and Jaggi, arXiv 2305.16300)."""
     key = _number(draw)
     return Prompt((f" The pass key is {key}. Remember it. {key} is the pass key. ",), " The pass key is", f" {key}")
 
 
 def needle(draw: random.Random) -> Prompt:
-    """A sentence that does not belong, in real text."""
+    """An unrelated sentence in real text."""
     word, key = draw.choice(WORDS), _number(draw)
     said = f"The special magic number for {word} is"
     return Prompt((f" {said} {key}. ",), f" {said}", f" {key}")
 
 
 def multikey(draw: random.Random) -> Prompt:
-    """A needle among three others of its kind (after RULER, arXiv 2404.06654)."""
+    """Four needles, one of which is asked for (after RULER, arXiv 2404.06654)."""
     words, keys = draw.sample(WORDS, 4), [_number(draw) for _ in range(4)]
     hidden = tuple(f" The special magic number for {w} is {k}. " for w, k in zip(words, keys, strict=True))
     wanted = draw.randrange(4)
@@ -76,7 +77,7 @@ def multikey(draw: random.Random) -> Prompt:
 
 
 def variables(draw: random.Random) -> Prompt:
-    """A chain of assignments whose last value is asked for (after RULER's variable tracking)."""
+    """A chain of assignments, whose last variable is asked for (after RULER's variable tracking)."""
     names = [f"{draw.choice(WORDS).upper()}_{i}" for i in range(3)]
     key = _number(draw)
     steps = [f" VAR {names[0]} = {key} ;", *(f" VAR {b} = {a} ;" for a, b in itertools.pairwise(names))]
@@ -84,7 +85,7 @@ def variables(draw: random.Random) -> Prompt:
 
 
 def recall(draw: random.Random) -> Prompt:
-    """One of many pairs (associative recall); the filler is made of more pairs."""
+    """One key-value pair among many (associative recall): the filler consists of other pairs."""
     word, key = draw.choice(WORDS), _number(draw)
     return Prompt((f"\nkey {word} : {key}",), f"\nkey {word} :", f" {key}")
 
@@ -96,7 +97,7 @@ TASKS: dict[str, tuple[Make, str]] = {
     "multikey": (multikey, "text"),
     "variables": (variables, "text"),
 }
-"""Each task with the filler around it."""
+"""The function that draws a prompt, and the kind of filler, by name of the task."""
 
 
 @dataclass(frozen=True)
@@ -105,13 +106,13 @@ class Cell:
 
     Attributes:
         task: Name of the task.
-        length: Tokens the model reads, answer included.
-        depth: Where what is asked for stands: 0 at the beginning, 1 right before the question.
-        n: Prompts.
-        accuracy: Share whose every answer token was the model's favourite.
+        length: Tokens that the model reads, answer included.
+        depth: Position of the hidden text: 0 at the beginning, 1 right before the question.
+        n: Number of prompts.
+        accuracy: Share of the prompts of which every answer token was the model's most likely one.
         logprob: Mean log-probability of an answer, in nats.
-        rank: Mean of the geometric-mean rank of an answer's tokens (1 is best; of equals the one that greedy decoding
-            takes comes first).
+        rank: Geometric mean of the ranks of an answer's tokens, averaged over prompts; 1 is best. Of tokens with equal
+            logits the one that greedy decoding takes comes first.
     """
 
     task: str
@@ -138,27 +139,27 @@ def measure_retrieval(
     seed: int = 0,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> list[Cell]:
-    """Measures how well a model finds what it has read, over a grid of lengths and depths.
+    """Measures retrieval over a grid of tasks, lengths and depths.
 
     Args:
         model: A causal language model, patched or not.
-        tokenizer: Its tokenizer.
-        tasks: Names out of :data:`TASKS`.
-        lengths: Tokens the model reads.
+        tokenizer: The model's tokenizer.
+        tasks: Names of :data:`TASKS`.
+        lengths: Tokens that the model reads.
         depths: From 0 (at the beginning) to 1 (right before the question).
-        n: Prompts of each cell.
-        seed: Two models measured with one seed read the same prompts.
-        advance: Called with the number of tokens read.
+        n: Prompts per cell.
+        seed: Determines the prompts, so that models measured with one seed read the same ones.
+        advance: Called after each prompt with the number of tokens read.
 
     Raises:
-        ConfigError: See :func:`check_questions`; or a learned position table is too short.
+        ConfigError: See :func:`check_prompts`, or a learned position embedding has too few positions.
         NumericsError: The model's logits are not finite.
     """
-    builder = check_questions(tokenizer, tasks, lengths, depths, n, seed)
+    builder = check_prompts(tokenizer, tasks, lengths, depths, n, seed)
     scorer = Scorer(model)
     scorer.check_positions(max(lengths))
     cells = []
-    with scorer.ready():
+    with scorer.eval_no_grad():
         for task in tasks:
             for length in lengths:
                 for depth in depths:
@@ -172,7 +173,7 @@ def measure_retrieval(
     return cells
 
 
-def check_questions(
+def check_prompts(
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[str],
     lengths: Sequence[int],
@@ -180,11 +181,11 @@ def check_questions(
     n: int,
     seed: int = 0,
 ) -> "_Builder":
-    """Checks that a grid can be asked, before any model runs, and returns what builds its prompts.
+    """Checks, before any model runs, that the prompts of a grid can be built, and returns their builder.
 
     Raises:
-        ConfigError: A task is unknown, a depth out of range, a length too short for a task, there is nothing to ask, or
-            the tokenizer joins a question with its answer.
+        ConfigError: A task is unknown, a depth is out of range, the grid is empty, a length is too short for a task, or
+            the tokenizer merges the end of a question with the beginning of its answer.
     """
     unknown = [task for task in tasks if task not in TASKS]
     if unknown:
@@ -201,13 +202,13 @@ def check_questions(
 
 
 def _score(scorer: Scorer, inputs: Tensor, answer: Tensor, task: str) -> tuple[float, float, float]:
-    """Returns whether greedy decoding finds an answer, its log-probability, and its tokens' mean rank."""
-    logits = torch.cat(list(scorer.rows(inputs[None, :-1].to(scorer.device), len(answer))), dim=1)[0].cpu()
+    """Returns whether greedy decoding gives the answer (1 or 0), its log-probability, and its tokens' mean rank."""
+    logits = torch.cat(list(scorer.logit_chunks(inputs[None, :-1].to(scorer.device), len(answer))), dim=1)[0].cpu()
     if not logits.isfinite().all():
-        raise non_finite(f"non-finite logits in a prompt of {len(inputs)} tokens ({task})")
+        raise non_finite(f"the logits of a prompt of {len(inputs)} tokens ({task}) are not finite")
     own = logits.gather(1, answer[:, None])
-    before = torch.arange(logits.shape[1]) < answer[:, None]  # argmax takes the first of equals
-    rank = ((logits > own) | ((logits == own) & before)).sum(-1) + 1
+    earlier = torch.arange(logits.shape[1]) < answer[:, None]  # of equal logits, argmax takes the first
+    rank = ((logits > own) | ((logits == own) & earlier)).sum(-1) + 1
     log_p = logits.log_softmax(-1).gather(1, answer[:, None]).sum()
     return float((rank == 1).all()), float(log_p), float(rank.double().log().mean().exp())
 
@@ -220,22 +221,22 @@ class _Builder:
         self._text: list[int] | None = None
 
     def build(self, task: str, length: int, depth: float, index: int) -> tuple[Tensor, Tensor]:
-        """Returns the tokens a model reads, and the answer they end with."""
+        """Returns the token ids of prompt and answer, and those of the answer alone."""
         draw = random.Random(f"{self.seed} {task} {length} {depth} {index}")
         make, kind = TASKS[task]
         prompt = make(draw)
         hidden, question = [self._encode(part) for part in prompt.hidden], self._encode(prompt.question)
-        both = self._encode(prompt.question + prompt.answer)  # together, or some tokenizers begin a text anew
+        both = self._encode(prompt.question + prompt.answer)  # together: some tokenizers mark the start of a text
         answer = both[len(question) :]
         if both[: len(question)] != question or not answer:
-            raise ConfigError(f"the tokenizer joins question and answer of the task {task}: leave it out of the tasks")
+            raise ConfigError(f"the tokenizer merges question and answer of the task {task}: leave this task out")
         bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
         room = length - len(bos) - sum(map(len, hidden)) - len(question) - len(answer)
         if room < 0:
-            raise ConfigError(f"{length} tokens are too few for the task {task}, which needs {length - room} at least")
+            raise ConfigError(f"{length} tokens are too few for the task {task}, which needs at least {length - room}")
         filler = self._filler(kind, room, draw, prompt)
         places = [round(room * depth) if i == prompt.wanted else 0 for i in range(len(hidden))]
-        if task == "variables":  # a chain is read in order: the first stands at the depth, the rest follow
+        if task == "variables":  # in the order of the chain: the first at the depth, the others after it
             rest = room - places[0]
             places = [places[0] + round(rest * i / len(hidden)) for i in range(len(hidden))]
         else:

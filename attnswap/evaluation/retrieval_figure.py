@@ -1,4 +1,4 @@
-"""The picture of retrieval grids: one map of depth against length for each task, and for each model."""
+"""The picture of retrieval grids: a map of depth against length for each task and model."""
 
 import io
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from attnswap.evaluation.retrieval import Cell
 
 
 def plot_retrieval(grids: Sequence[Sequence[Cell]], path: str | Path, *, labels: Sequence[str]) -> Path:
-    """Draws how well models find what they have read, into a PNG.
+    """Draws retrieval accuracy and ranks by task, length and depth, into a PNG.
 
     Args:
         grids: The cells of each model, measured with the same options.
@@ -55,5 +55,5 @@ def plot_retrieval(grids: Sequence[Sequence[Cell]], path: str | Path, *, labels:
 
 
 def _ink(share: float) -> str:
-    """Writing that can be read on the map's colour."""
+    """Returns a text colour that is readable on the colour of a cell."""
     return "black" if share > 0.6 else "white"

@@ -1,4 +1,4 @@
-"""The suite's report: sections with a text, a table, a picture and the data behind them."""
+"""The report of the long-context suite, as sections with a text, a table, a picture and the data."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -14,18 +14,18 @@ SCHEMA = "attnswap.suite/1"
 
 
 def suite_report(found: Profile, reference: Profile | None = None, *, title: str | None = None) -> dict[str, Any]:
-    """Returns the suite's JSON: sections with a text, a table, the name of a picture and the data behind it.
+    """Returns the report of the suite as plain JSON values.
 
     Args:
-        found: The model in question.
-        reference: The model it was, measured with the same options.
-        title: Of the report; default: the model's name.
+        found: The measurements of the model.
+        reference: The measurements of the model before patching, with the same options.
+        title: Title of the report; default: the model's name.
 
     Raises:
-        ConfigError: The two were measured differently.
+        ConfigError: The two were measured with different options.
     """
     if reference is not None and [_key(c) for c in found.retrieval] != [_key(c) for c in reference.retrieval]:
-        raise ConfigError("the two models were asked different questions: measure both with the same options")
+        raise ConfigError("the two models were measured with different prompts: measure both with the same options")
     evaluation = found.evaluation
     sections = [_perplexity, _gain, _position, _retrieval, _structure, _quantized, _fidelity]
     return {
@@ -190,7 +190,7 @@ def _quantized(found: Profile, reference: Profile | None) -> dict[str, Any]:
 
 
 def _lost(profile: Profile, name: str) -> np.ndarray | None:
-    """Returns how many nats each token lost by rounding; None where what was left has no losses."""
+    """Returns how many nats each token loses by rounding; None if the rounded model has no finite losses."""
     full = profile.quantized["full"].astype(np.float64)
     return profile.quantized[name] - full if name in profile.quantized else None
 
@@ -204,6 +204,10 @@ def _fidelity(found: Profile, reference: Profile | None) -> dict[str, Any] | Non
         "Divergence from the original",
         "KL(original || model) of the next-token distributions, and how often both agree on the most probable token.",
         ["figure", "value"],
-        rows=[["KL (nats a token)", values["kl"]], ["same favourite", values["top1"]], ["tokens", values["tokens"]]],
+        rows=[
+            ["KL (nats per token)", values["kl"]],
+            ["same most likely token", values["top1"]],
+            ["tokens", values["tokens"]],
+        ],
         data=values,
     ).to_dict()

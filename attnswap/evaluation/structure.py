@@ -1,4 +1,4 @@
-"""What attention does: sinks, sparsity, entropy, dead heads, and the massive activations that go with sinks."""
+"""Statistics of attention weights (sinks, sparsity, entropy, dead heads) and of massive activations."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from attnswap.errors import ConfigError, UnsupportedModelError, non_finite
-from attnswap.evaluation.corpus import WINDOWS, spread_windows
+from attnswap.evaluation.corpus import WINDOWS, sample_windows
 from attnswap.evaluation.scoring import Scorer
 from attnswap.surgery.body import base_of
 from attnswap.surgery.entry import is_patched
@@ -19,27 +19,27 @@ from attnswap.surgery.patched import stacks_of
 from attnswap.surgery.spec import KEY
 
 SINK = 0.3
-"""A head is a sink if its queries give the first token more than this on average."""
+"""A head is a sink if the mean weight that its queries give to the first token is above this."""
 FIRST_QUERY = 64
-"""Queries before it see too few keys to say anything of a head."""
+"""Index of the first query that counts: earlier queries see too few keys to characterise a head."""
 DEAD = 1e-6
-"""A row whose weights sum to less attends to nothing."""
+"""A query whose weights sum to less attends to nothing."""
 
 
 @dataclass(frozen=True)
 class Reach:
-    """How far back the queries of a layer see; with neither: to the first key.
+    """Which earlier keys the queries of a layer see; all of them if there is neither a window nor a chunk.
 
     Attributes:
-        window: A query sees so many keys at most, its own included.
-        chunk: A query sees the keys of its own chunk of so many tokens.
+        window: Sliding window: number of keys that a query sees at most, its own included.
+        chunk: Chunked attention: size of the chunks, within which queries see keys.
     """
 
     window: int | None = None
     chunk: int | None = None
 
     def first_keys(self, positions: Tensor) -> Tensor:
-        """Returns the first key that the queries at these positions see."""
+        """Returns the index of the first key that the queries at these positions see."""
         if self.chunk is not None:
             return positions // self.chunk * self.chunk
         return torch.zeros_like(positions) if self.window is None else (positions - self.window + 1).clamp(min=0)
@@ -47,19 +47,19 @@ class Reach:
 
 @dataclass(frozen=True)
 class Structure:
-    """Figures of every head, as (layers, heads) arrays, and of the hidden states after every layer.
+    """Statistics of every head, as (layers, heads) arrays, and of the hidden states after every layer.
 
     Attributes:
         layers: Indices of the layers.
         first: Mean weight on the first token, over the queries that see it.
         row_sum: Mean sum of a query's weights.
-        entropy: Mean entropy of a query's weights, scaled to sum to one, in nats.
+        entropy: Mean entropy of a query's weights in nats, after scaling them to sum to one.
         zeros: Share of the visible keys that get a weight of exactly 0.
-        dead: Share of the queries whose weights sum to nothing.
+        dead: Share of the queries whose weights sum to (almost) 0.
         largest: Largest absolute hidden state after each layer, shape (layers,).
         ratio: ``largest`` over the median absolute hidden state.
         kurtosis: Fourth standardised moment of the hidden states.
-        tokens: Tokens read.
+        tokens: Number of tokens that were read.
     """
 
     layers: list[int]
@@ -80,11 +80,11 @@ class Structure:
 
     @property
     def dead_rate(self) -> float:
-        """Share of the heads that attend to nothing for at least 95% of the queries."""
+        """Share of the heads whose weights sum to (almost) 0 for at least 95% of the queries."""
         return float((self.dead >= 0.95).mean())
 
     def summary(self) -> dict[str, float]:
-        """Returns one number for each figure."""
+        """Returns one number for each statistic of the model."""
         return {
             "sink_rate": self.sink_rate,
             "dead_head_rate": self.dead_rate,
@@ -112,41 +112,44 @@ def measure_structure(
     windows: int = WINDOWS,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> Structure:
-    """Measures how a model attends, patched or not.
+    """Measures the attention weights and hidden states of a model, patched or not.
 
-    Weights are looked at layer by layer and never kept: memory is that of one layer's weights.
+    The weights of a layer are freed before the next layer runs, so that the memory is that of one layer.
 
     Args:
-        model: A causal language model; a peft wrapper is looked through.
-        tokenizer: Its tokenizer.
+        model: A causal language model, with or without a PEFT wrapper.
+        tokenizer: The model's tokenizer.
         text: The text, or documents; default: the offline evaluation text.
-        window: Tokens of a window, BOS included, more than 64.
-        windows: How many windows, from all over the text.
-        advance: Called with the number of tokens read.
+        window: Tokens in a window, BOS included; more than 64.
+        windows: Number of windows, at regular distances in the text.
+        advance: Called after each window with the number of tokens read.
 
     Raises:
-        ConfigError: The window is too short or the text shorter than it.
-        UnsupportedModelError: The model's attention modules return no weights, or not those of a causal model.
-        NumericsError: A figure is not finite.
+        ConfigError: The window is too short, or the text is shorter than the window.
+        UnsupportedModelError: The model's attention modules return no weights, or weights of a non-causal model.
+        NumericsError: A statistic is not finite.
     """
     if window <= FIRST_QUERY or windows < 1:
         raise ConfigError(f"window must be more than {FIRST_QUERY} tokens and windows at least 1")
     scorer = Scorer(model)
     scorer.check_positions(window)
-    inputs = spread_windows(tokenizer, text, window, windows)
+    inputs = sample_windows(tokenizer, text, window, windows)
     inner: PreTrainedModel = base_of(model)
     config = inner.config.get_text_config()
     heads, states = _Heads(), _States()
-    with scorer.ready(), ExitStack() as stack:
+    with scorer.eval_no_grad(), ExitStack() as stack:
         stack.enter_context(_weights_returned(inner))
         for layer, (name, module) in stacks_of(inner)[0].modules.items():
-            stack.enter_context(_hook(module, heads.of(layer, reach_of(module, config, layer))))
-            stack.enter_context(_hook(inner.get_submodule(_block_of(name)), states.of(layer)))
+            stack.enter_context(_hook(module, heads.hook(layer, reach_of(module, config, layer))))
+            stack.enter_context(_hook(inner.get_submodule(_block_of(name)), states.hook(layer)))
         for ids in inputs:
             scorer.body(input_ids=ids.to(scorer.device), use_cache=False, output_attentions=True)
             advance(window)
     if not heads.sums:
-        raise UnsupportedModelError(f"the attention modules of {type(inner).__name__} return no weights")
+        raise UnsupportedModelError(
+            f"the attention modules of {type(inner).__name__} return no attention weights, so their structure cannot "
+            "be measured for this architecture"
+        )
     layers = sorted(heads.sums)
     if len({len(heads.sums[layer]["first"]) for layer in layers}) > 1:
         raise UnsupportedModelError(f"the layers of {type(inner).__name__} have different numbers of heads")
@@ -154,18 +157,18 @@ def measure_structure(
     figures |= {name: np.array([getattr(states, name)[i] for i in layers]) for name in ("largest", "ratio", "kurtosis")}
     for name, values in figures.items():
         if not np.isfinite(values).all():
-            raise non_finite(f"{type(inner).__name__} gives a non-finite {name}")
+            raise non_finite(f'the statistic "{name}" of {type(inner).__name__} is not finite')
     return Structure(layers=layers, **figures, tokens=len(inputs) * window)
 
 
 def reach_of(module: nn.Module, config: PreTrainedConfig, layer: int) -> Reach:
-    """Returns which keys the queries of a layer see: all before, those within a window, or those of a chunk."""
+    """Returns which earlier keys the queries of a layer see, by the attributes of module and config."""
     kinds = getattr(config, "layer_types", None)
-    if kinds is not None and kinds[layer] == "full_attention":  # some name a window that they do not use
+    if kinds is not None and kinds[layer] == "full_attention":  # the module may still have a window, which is not used
         return Reach()
     if hasattr(module, "sliding_window"):
         return Reach(window=module.sliding_window)  # type: ignore[arg-type]
-    local = getattr(config, "attention_layers", None)  # GPT-Neo's
+    local = getattr(config, "attention_layers", None)  # of GPT-Neo
     if local is not None:
         return Reach(window=config.window_size if local[layer] == "local" else None)
     kind = "sliding_attention" if kinds is None else kinds[layer]
@@ -177,21 +180,23 @@ def reach_of(module: nn.Module, config: PreTrainedConfig, layer: int) -> Reach:
 
 
 def _block_of(name: str) -> str:
-    """Returns the name of the layer that an attention module is in: all up to its number."""
+    """Returns the name of the layer that an attention module is in: the module's name up to the layer's number."""
     words = name.split(".")
     place = next((i for i, word in enumerate(words) if word.isdigit()), len(words) - 2)
     return ".".join(words[: place + 1])
 
 
 class _Heads:
-    """Sums of each layer's figures over the calls of its attention."""
+    """Sums of each layer's statistics over the calls of its attention module."""
 
     def __init__(self) -> None:
         self.sums: dict[int, dict[str, np.ndarray]] = {}
         self.calls: dict[int, int] = {}
 
-    def of(self, layer: int, reach: Reach) -> Any:
-        def look(module: nn.Module, args: Any, output: Any) -> Any:
+    def hook(self, layer: int, reach: Reach) -> Any:
+        """Returns a forward hook that reads the weights and removes them from the module's output."""
+
+        def read_weights(module: nn.Module, args: Any, output: Any) -> Any:
             weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
             if not isinstance(weights, Tensor) or weights.ndim != 4:
                 return None
@@ -202,22 +207,22 @@ class _Heads:
                 known[name] = known.get(name, 0.0) + value.double().cpu().numpy()
             return (output[0], None, *output[2:])
 
-        return look
+        return read_weights
 
 
 def _figures(weights: Tensor, reach: Reach, module: str) -> dict[str, Tensor]:
-    """Returns the figures of one window's weights (heads, queries, keys), of the queries that see enough keys.
+    """Returns the statistics of one window, of the queries that see enough keys.
 
     Args:
-        weights: Shape (heads, queries, keys).
+        weights: Attention weights, shape (heads, queries, keys).
         reach: Which keys the layer's queries see.
-        module: Whose they are.
+        module: Class name of the attention module, for the error message.
     """
     queries, keys = weights.shape[1:]
     causal = torch.ones(queries, keys, dtype=torch.bool, device=weights.device).tril(keys - queries)
-    if bool((weights.masked_fill(causal, 0.0).abs() > 0).any()):  # NaN is told of later
+    if bool((weights.masked_fill(causal, 0.0).abs() > 0).any()):  # NaN is reported later
         raise UnsupportedModelError(
-            f"{module} gives weight to keys that come after their query: its weights are not those of a causal model"
+            f"{module} attends to keys after the query, so it is not causal, and its structure cannot be measured"
         )
     first = reach.first_keys(torch.arange(keys - queries, keys, device=weights.device))
     visible = causal & (torch.arange(keys, device=weights.device) >= first[:, None])
@@ -234,15 +239,17 @@ def _figures(weights: Tensor, reach: Reach, module: str) -> dict[str, Tensor]:
 
 
 class _States:
-    """The largest figures of the hidden states over windows."""
+    """The largest value over windows of each statistic of the hidden states."""
 
     def __init__(self) -> None:
         self.largest: dict[int, float] = {}
         self.ratio: dict[int, float] = {}
         self.kurtosis: dict[int, float] = {}
 
-    def of(self, layer: int) -> Any:
-        def look(module: nn.Module, args: Any, output: Any) -> None:
+    def hook(self, layer: int) -> Any:
+        """Returns a forward hook that reads the hidden states after a layer."""
+
+        def read_states(module: nn.Module, args: Any, output: Any) -> None:
             hidden = (output[0] if isinstance(output, tuple) else output).float()
             size = hidden.abs()
             centred = hidden - hidden.mean()
@@ -253,15 +260,15 @@ class _States:
             }
             for name, value in found.items():
                 known = getattr(self, name)
-                before = known.get(layer, 0.0)
-                known[layer] = before if before >= value or before != before else value  # NaN stays
+                largest = known.get(layer, 0.0)
+                known[layer] = largest if largest >= value or largest != largest else value  # NaN stays NaN
 
-        return look
+        return read_states
 
 
 @contextmanager
-def _hook(module: nn.Module, look: Any) -> Iterator[None]:
-    handle = module.register_forward_hook(look)
+def _hook(module: nn.Module, hook: Any) -> Iterator[None]:
+    handle = module.register_forward_hook(hook)
     try:
         yield
     finally:
@@ -270,16 +277,16 @@ def _hook(module: nn.Module, look: Any) -> Iterator[None]:
 
 @contextmanager
 def _weights_returned(model: PreTrainedModel) -> Iterator[None]:
-    """Makes a model compute weights that can be returned; one whose attention function is ours always can."""
+    """Switches a model to an attention implementation that returns weights. That of attnswap always does."""
     config = model.config.get_text_config()
-    before = config._attn_implementation
-    if before in (KEY, "eager"):
+    previous = config._attn_implementation
+    if previous in (KEY, "eager"):
         yield
         return
     if not is_patched(model):
         model.set_attn_implementation("eager")
-    # Models without an attention interface only warn and stay, and so do those whose softmax is patched: their masks
-    # are made by this setting, their weights computed without it.
+    # Models without transformers' attention interface ignore the call above with a warning, and so do those whose
+    # softmax is patched. They compute weights in any case, but make their masks by this setting.
     own = config._attn_implementation != "eager"
     if own:
         config._attn_implementation_internal = "eager"
@@ -287,6 +294,6 @@ def _weights_returned(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         if own:
-            config._attn_implementation_internal = before
+            config._attn_implementation_internal = previous
         else:
-            model.set_attn_implementation(before)
+            model.set_attn_implementation(previous)

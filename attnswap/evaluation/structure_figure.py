@@ -29,12 +29,12 @@ TICKS = 8
 
 
 def plot_structure(structures: Sequence[Structure], path: str | Path, *, labels: Sequence[str]) -> Path:
-    """Draws heat maps of every layer's heads, a row a model, and the activations by layer below them, into a PNG.
+    """Draws heat maps over layers and heads, one row per model, and the activations by layer below them, into a PNG.
 
-    A column has one colour scale, so that its models can be compared; shares go from 0 to 1 in every picture.
+    All maps of a column have the same colour scale, so that models can be compared. Shares always go from 0 to 1.
 
     Args:
-        structures: What to draw, in this order; the models may differ in layers and heads.
+        structures: The structures to draw, in this order; the models may differ in layers and heads.
         path: The PNG file, written atomically.
         labels: Names of the models.
 
@@ -42,14 +42,16 @@ def plot_structure(structures: Sequence[Structure], path: str | Path, *, labels:
         The path.
 
     Raises:
-        ConfigError: There is nothing to draw, or not one label a model.
+        ConfigError: There is no structure to draw, or not one label per structure.
     """
     # Not at the top: importing attnswap should not cost the import of matplotlib.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     if not structures or len(structures) != len(labels):
-        raise ConfigError(f"one label for each structure, and at least one: not {len(labels)} for {len(structures)}")
+        raise ConfigError(
+            f"give as many labels as structures, and at least one: not {len(labels)} for {len(structures)}"
+        )
     names = [plain(label) for label in labels]
     deepest = max(len(structure.layers) for structure in structures)
     heights = [len(structures) * float(np.clip(1.2 + 0.07 * deepest, 2.2, 6.0)), 3.2]
@@ -65,7 +67,7 @@ def plot_structure(structures: Sequence[Structure], path: str | Path, *, labels:
         axes.set(title=title, xlabel="layer", yscale="log")
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.suptitle(f"attention structure, {structures[0].tokens} tokens a model")
+    figure.suptitle(f"attention structure, {structures[0].tokens} tokens per model")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     write_atomically(Path(path), buffer.getvalue())
@@ -88,7 +90,7 @@ def _maps(figure: "SubFigure", structures: Sequence[Structure], names: Sequence[
 
 
 def _ticks(axes: "Axes", structure: Structure, last: bool) -> None:
-    """Numbers some heads and layers; the layers of a hybrid model are not those of the array."""
+    """Labels some heads and layers. A hybrid model has attention only in some layers, which are labelled by index."""
     layers, heads = structure.first.shape
     axes.set_xticks(range(0, heads, -(-heads // TICKS)))
     chosen = range(0, layers, -(-layers // TICKS))

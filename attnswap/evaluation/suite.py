@@ -1,4 +1,4 @@
-"""The long-context suite: everything this package can tell of a model, beside the model it was."""
+"""The long-context suite: all measurements of this package, of a model and of the model before patching."""
 
 import sys
 from collections.abc import Sequence
@@ -13,32 +13,32 @@ from transformers import PreTrainedTokenizerBase
 from attnswap.errors import ConfigError, NumericsError
 from attnswap.evaluation.bootstrap import block_bootstrap
 from attnswap.evaluation.corpus import WINDOWS
-from attnswap.evaluation.estimate import counting
-from attnswap.evaluation.fidelity import Fidelity, comparable, measure_fidelity
+from attnswap.evaluation.estimate import token_progress
+from attnswap.evaluation.fidelity import Fidelity, measure_fidelity, scorers_of_both
 from attnswap.evaluation.perplexity import CONTEXTS, evaluate_perplexity
 from attnswap.evaluation.quantize import layers_to_round, rounded
 from attnswap.evaluation.result import Evaluation
-from attnswap.evaluation.retrieval import DEPTHS, TASKS, Cell, check_questions, measure_retrieval
+from attnswap.evaluation.retrieval import DEPTHS, TASKS, Cell, check_prompts, measure_retrieval
 from attnswap.evaluation.structure import FIRST_QUERY, Structure, measure_structure
 from attnswap.visible import visible
 
 BITS = (8, 4)
 ROUNDED_TOKENS = 16384
-"""Rounded weights are measured on so many tokens at most."""
+"""Maximum number of tokens on which models with rounded weights are measured."""
 
 
 @dataclass(frozen=True)
 class SuiteOptions:
-    """How much is measured.
+    """The extent of the measurements.
 
     Attributes:
-        contexts: Context lengths in tokens; retrieval takes those from 512 on.
-        max_tokens: Scored tokens of perplexity at each context; None: the whole text.
+        contexts: Context lengths in tokens. Retrieval uses those of at least 512.
+        max_tokens: Scored tokens for the perplexity of each context; None: the complete text.
         tasks: Retrieval tasks.
-        depths: Depths of what is to be found.
-        prompts: Prompts of each task, length and depth.
-        quantized_context: Context at which rounded weights are measured.
-        seed: Of prompts and bootstraps.
+        depths: Depths at which retrieval hides its texts.
+        prompts: Prompts per task, length and depth.
+        quantized_context: Context length for the measurements with rounded weights.
+        seed: Seed of prompts and bootstrap.
     """
 
     contexts: tuple[int, ...] = CONTEXTS
@@ -52,17 +52,17 @@ class SuiteOptions:
 
 @dataclass(frozen=True)
 class Profile:
-    """What the suite found of one model.
+    """The measurements of one model.
 
     Attributes:
         evaluation: Perplexity by context and by position.
-        retrieval: Every cell of the grids.
-        structure: What attention does.
-        quantized: NLL of every scored token at ``quantized_context``, by the bits of the weights ("full" first); those
-            with which losses are not finite are left out.
+        retrieval: All cells of the retrieval grids.
+        structure: Statistics of the attention weights and the hidden states.
+        quantized: NLL of every scored token at ``quantized_context``, by the precision of the weights ("full" first).
+            Precisions at which losses are not finite are left out.
         rounded_share: Share of the model's parameters that were rounded.
-        options: How much was measured.
-        fidelity: Divergence from the reference; None without one.
+        options: The extent of the measurements.
+        fidelity: Divergence from the reference; None if there is no reference.
     """
 
     evaluation: Evaluation
@@ -76,13 +76,14 @@ class Profile:
 
 @dataclass(frozen=True)
 class Gain:
-    """What more context is worth at one length.
+    """The gain of one context length over the shortest one.
 
     Attributes:
-        context: Tokens of context.
-        gain: Mean NLL at the shortest context minus that here, over the same tokens; positive: context helps.
+        context: Context length in tokens.
+        gain: Mean NLL at the shortest context minus the mean NLL at this one, over the same tokens. Positive if the
+            longer context helps.
         lo: Lower end of the 95% interval.
-        hi: Upper end.
+        hi: Upper end of the 95% interval.
     """
 
     context: int
@@ -92,10 +93,10 @@ class Gain:
 
 
 def gain_from_context(evaluation: Evaluation) -> list[Gain]:
-    """Returns what each longer context gains over the shortest, paired token by token.
+    """Returns the gain of each longer context over the shortest one, paired token by token.
 
     Args:
-        evaluation: Every context of which scored the same tokens.
+        evaluation: An evaluation of at least two context lengths.
     """
     shortest = min(evaluation.nll)
     found = []
@@ -125,19 +126,19 @@ def profile(
 
     Args:
         model: A causal language model, patched or not.
-        tokenizer: Its tokenizer.
-        reference: The model it was, for the divergence.
-        options: How much is measured.
+        tokenizer: The model's tokenizer.
+        reference: The model before patching, for the divergence.
+        options: The extent of the measurements.
         text: The text; default: the offline evaluation text.
-        baseline: The reference's evaluation, whose tokens this one must score.
+        baseline: An evaluation of the reference, which must have scored the same tokens.
         model_id: Name of the model in the report.
         corpus_id: Name of the text.
-        quiet: Print nothing and show no bar (which also stays off where stderr is no terminal).
+        quiet: Print nothing and show no progress bar. The bar is also off if stderr is not a terminal.
 
     Raises:
-        ConfigError: An argument does not fit, or the text is too short.
+        ConfigError: An argument is out of range, or the text is too short.
         UnsupportedModelError: The weights cannot be rounded.
-        NumericsError: A figure is not finite; rounded weights may be, and have no losses then.
+        NumericsError: A measurement is not finite, except for those with rounded weights.
     """
     options = options or SuiteOptions()
     longest = max(options.contexts)
@@ -145,10 +146,10 @@ def profile(
     window, context = min(1024, longest), min(2048, longest)
     if longest <= FIRST_QUERY:
         raise ConfigError(f"the longest context must be more than {FIRST_QUERY} tokens, not {longest}")
-    check_questions(tokenizer, options.tasks, lengths, options.depths, options.prompts, options.seed)
-    layers_to_round(model)  # what cannot be rounded is refused before anything is measured
+    check_prompts(tokenizer, options.tasks, lengths, options.depths, options.prompts, options.seed)
+    layers_to_round(model)  # refuses a model that cannot be rounded before anything is measured
     if reference is not None:
-        comparable(model, reference)
+        scorers_of_both(model, reference)
     joined = text if text is None or isinstance(text, str) else "\n\n".join(text)
     common: dict[str, Any] = {
         "text": text, "corpus_id": corpus_id, "model_id": model_id, "seed": options.seed, "quiet": quiet,
@@ -164,7 +165,7 @@ def profile(
         model, tokenizer, contexts=options.contexts, max_tokens=options.max_tokens, baseline=baseline, **common
     )
     say("retrieval")
-    with counting(len(options.tasks) * len(options.depths) * options.prompts * sum(lengths), show) as advance:
+    with token_progress(len(options.tasks) * len(options.depths) * options.prompts * sum(lengths), show) as advance:
         retrieval = measure_retrieval(
             model,
             tokenizer,
@@ -176,14 +177,14 @@ def profile(
             advance=advance,
         )
     say("attention structure")
-    with counting(WINDOWS * window, show) as advance:
+    with token_progress(WINDOWS * window, show) as advance:
         structure = measure_structure(model, tokenizer, text=joined, window=window, advance=advance)
     say("rounded weights")
     quantized, share = _measure_rounded(model, tokenizer, options, common)
     fidelity = None
     if reference is not None:
         say("divergence from the original")
-        with counting(WINDOWS * context, show) as advance:
+        with token_progress(WINDOWS * context, show) as advance:
             fidelity = measure_fidelity(model, reference, tokenizer, text=joined, context=context, advance=advance)
     return Profile(evaluation, retrieval, structure, quantized, share, options, fidelity)
 
@@ -191,7 +192,7 @@ def profile(
 def _measure_rounded(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, options: SuiteOptions, common: dict[str, Any]
 ) -> tuple[dict[str, np.ndarray], float]:
-    """Returns the losses by the bits of the weights, "full" first, and the share of the parameters that was rounded."""
+    """Returns the losses by precision of the weights, "full" first, and the share of rounded parameters."""
     plain: dict[str, Any] = {
         "contexts": (min(options.quantized_context, max(options.contexts)),),
         "max_tokens": min(options.max_tokens or ROUNDED_TOKENS, ROUNDED_TOKENS),
@@ -201,7 +202,7 @@ def _measure_rounded(
     (full,) = evaluate_perplexity(model, tokenizer, **plain).nll.values()
     quantized, share = {"full": full}, 0.0
     for bits in BITS:
-        with rounded(model, bits) as count, suppress(NumericsError):  # what rounding broke has no losses
+        with rounded(model, bits) as count, suppress(NumericsError):  # a model that rounding destroys has no losses
             share = count / sum(p.numel() for p in model.parameters())
             (quantized[f"int{bits}"],) = evaluate_perplexity(model, tokenizer, **plain).nll.values()
     return quantized, share

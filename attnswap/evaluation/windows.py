@@ -1,13 +1,13 @@
-"""Which tokens each window holds and which of them it scores.
+"""Which tokens each window contains, and which of them it scores.
 
 The default protocol, for a context length L: a window spans L tokens of text and scores its last half, so windows
-advance by L / 2. The last token is only predicted, never fed, which leaves room for BOS: the model reads BOS and
-L - 1 tokens, never more than L positions. Scoring begins at half the largest context, so at every length the same
-tokens are scored, each once, each with at least half a window of text before it.
+advance by L / 2. The last token is only a target, not an input, which leaves room for BOS: the model reads BOS and
+L - 1 tokens, never more than L positions. Scoring begins at half the largest context. So every length scores the same
+tokens, each once and with at least half a window of text before it.
 
 With an integer stride S it is the rolling window of lm-eval: the prefix token and the first L - 1 tokens predict the
-first L tokens, then each window reads L tokens of text, without a prefix, and scores the next min(S, L). From S = L
-on that is lm-eval's own ``loglikelihood_rolling``, whose windows are disjoint but for the last one.
+first L tokens, then each window reads L tokens of text, without a prefix, and scores the next min(S, L). For S >= L
+this is lm-eval's own ``loglikelihood_rolling``, whose windows are disjoint except for the last one.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from attnswap.evaluation.corpus import Corpus
 
 @dataclass(frozen=True)
 class Window:
-    """Text tokens ``begin`` to ``end - 1``, of which ``first`` to ``end - 1`` are scored; the last is never fed.
+    """Text tokens ``begin`` to ``end - 1``, of which ``first`` to ``end - 1`` are scored. The last token is no input.
 
     Attributes:
         prefix: Whether the prefix token (BOS) stands before the text.
@@ -37,16 +37,16 @@ class Window:
 
     @property
     def scored(self) -> int:
-        """How many tokens the window scores."""
+        """Number of tokens that the window scores."""
         return self.end - self.first
 
     @property
     def fed(self) -> int:
-        """How many positions the model reads, the prefix included."""
+        """Number of positions that the model reads, the prefix included."""
         return self.end - 1 - self.begin + self.prefix
 
     def inputs(self, ids: torch.Tensor, prefix_id: int | None) -> torch.Tensor:
-        """Returns the token ids the model reads, int64 (fed,); its last ``scored`` positions predict the targets."""
+        """Returns the token ids that the model reads, int64 (fed,). The last ``scored`` of them predict the targets."""
         text = ids[self.begin : self.end - 1]
         return torch.cat([torch.tensor([prefix_id]), text]) if self.prefix else text
 
@@ -62,7 +62,7 @@ class Protocol:
         prefix_id: Id of the token before a window's text (BOS; lm-eval: BOS, else EOS), or None if there is none.
         first_token: Index of the first scored token in the text.
         scored_tokens: How many consecutive tokens are scored.
-        scored_bytes: Bytes of the text they stand for.
+        scored_bytes: Bytes of the text of these tokens.
         tokens_sha256: Hash of the text's ids (int64, little endian) up to the last scored one: targets and contexts.
     """
 
@@ -81,7 +81,7 @@ class Protocol:
         return self.first_token + self.scored_tokens
 
     def windows(self, context: int) -> list[Window]:
-        """Returns the windows of one context length, in order, after checking that they score each token once."""
+        """Returns the windows of one context length, in order, and asserts that they score each token once."""
         windows = self._half_windows(context) if self.stride is None else self._rolling_windows(context, self.stride)
         scored = [i for window in windows for i in range(window.first, window.end)]
         if scored != list(range(self.first_token, self.end)) or any(window.fed > context for window in windows):
@@ -125,18 +125,18 @@ def plan(
     stride: int | None = None,
     max_tokens: int | None = None,
 ) -> Protocol:
-    """Fixes what will be scored.
+    """Decides which tokens are scored, and how.
 
     Args:
         corpus: The text.
-        tokenizer: Gives the prefix token.
+        tokenizer: The tokenizer, for the prefix token.
         contexts: Context lengths in tokens, at least 2 each.
         stride: None for the half-window protocol, an integer for lm-eval's.
-        max_tokens: Upper limit of the scored tokens; default: all there are.
+        max_tokens: Upper limit of the scored tokens; default: no limit.
 
     Raises:
         ConfigError: A length is out of range, the text is shorter than the largest context, or lm-eval's protocol
-            finds neither BOS nor EOS.
+            is used with a tokenizer that has neither BOS nor EOS.
     """
     if not contexts or min(contexts) < 2:
         raise ConfigError(f"contexts must be lengths of at least 2 tokens, got {list(contexts)}")
@@ -158,7 +158,7 @@ def plan(
         prefix_id = tokenizer.eos_token_id if prefix_id is None else prefix_id
         if prefix_id is None:
             raise ConfigError(
-                "lm-eval's protocol needs a BOS or EOS token and this tokenizer has none: drop the stride"
+                "lm-eval's protocol needs a BOS or EOS token, and this tokenizer has neither: leave out the stride"
             )
         if scored < largest:
             raise ConfigError(

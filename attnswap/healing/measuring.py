@@ -10,6 +10,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 import attnswap
+from attnswap.devices import default_device
+from attnswap.distributed import init_process_group, rank_and_world_size
 from attnswap.errors import CheckpointError, ConfigError
 from attnswap.evaluation import Evaluation, evaluate_perplexity
 from attnswap.evaluation.bootstrap import check_comparable
@@ -18,7 +20,6 @@ from attnswap.evaluation.result import write_atomically
 from attnswap.evaluation.structure import measure_structure
 from attnswap.healing.experiment import Experiment
 from attnswap.loading import load_model
-from attnswap.processes import default_device, join, place
 from attnswap.training.movement import start_from
 from attnswap.visible import visible
 
@@ -31,7 +32,7 @@ class Bench:
         self._first: Evaluation | None = None
         self.longest = max(experiment.contexts)
         self.digest = experiment.text_sha256
-        self.device = experiment.device or join(None) or default_device()
+        self.device = experiment.device or init_process_group(None) or default_device()
 
     def load(self, reference: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """Returns a model on the device where it is measured."""
@@ -75,7 +76,7 @@ class Bench:
                     corpus_id=self.experiment.text_id,
                     quiet=not sys.stderr.isatty(),
                 )
-            if place()[0] == 0:
+            if rank_and_world_size()[0] == 0:
                 found.save(file)
         self._first = self._first or found
         return found
@@ -126,7 +127,7 @@ class Bench:
                 return kept
         say(f"measuring {file.stem}")
         found: dict[str, Any] = measure()
-        if place()[0] == 0:
+        if rank_and_world_size()[0] == 0:
             write_atomically(file, (json.dumps({**found, "measured_on": seen}, indent=1) + "\n").encode())
         return found
 
@@ -141,5 +142,5 @@ def read(file: Path) -> Any:
 
 def say(message: str) -> None:
     """Prints a line of progress, in the first process."""
-    if place()[0] == 0:
+    if rank_and_world_size()[0] == 0:
         print(visible(message), flush=True)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from attnswap.distributed import init_process_group, rank_and_world_size
 from attnswap.errors import ConfigError, NumericsError, StoppedError
 from attnswap.evaluation import Evaluation
 from attnswap.evaluation.corpus import load_corpus
@@ -22,7 +23,6 @@ from attnswap.healing.alike import check_alike, differences
 from attnswap.healing.experiment import Experiment
 from attnswap.healing.measuring import Bench, read, say
 from attnswap.loading import load_config_of, load_model, load_tokenizer
-from attnswap.processes import join, place
 from attnswap.surgery.entry import is_patched
 from attnswap.text import evaluation_text
 from attnswap.training.config import TrainConfig, load_config, to_mapping
@@ -67,7 +67,7 @@ def heal(experiment: Experiment) -> Measured:
         StoppedError: A signal asked for the end; the same call goes on from there, unless the recipe keeps no
             optimizer states (``training.save_only_model``).
     """
-    join(None)
+    init_process_group(None)
     config = experiment.config
     for name in ("healed", *(["control"] if experiment.control is None and experiment.control_learns else [])):
         Output(experiment.out / name, overwrite=config.overwrite).check_place()
@@ -163,7 +163,7 @@ def _changed(config: TrainConfig, folder: Path, what: str) -> bool:
 def _check_processes(config: TrainConfig, healed: dict[str, Any]) -> None:
     """Refuses to train a control by other batches than those of a healed model that was there already."""
     names = ("per_device_train_batch_size", "gradient_accumulation_steps")
-    ours, theirs = place()[1], healed["windows_per_step"]
+    ours, theirs = rank_and_world_size()[1], healed["windows_per_step"]
     for name in names:
         ours *= config.training.get(name, 1)
     if ours != theirs:

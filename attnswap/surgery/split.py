@@ -6,8 +6,8 @@ from torch.distributed.tensor import DTensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from attnswap.attention.lazy import constant
+from attnswap.distributed import rank_and_world_size
 from attnswap.errors import UnsupportedModelError
-from attnswap.processes import place
 
 WAY_OUT = (
     "A swap needs all keys of a sequence in one process: leave context and sequence parallelism off (cp_size=1, "
@@ -51,6 +51,6 @@ def _replaced(before: str) -> str | None:
     if before not in ("sdpa", "flex_attention") and not before.startswith("flash_attention_"):
         return None
     home = getattr(ALL_ATTENTION_FUNCTIONS.get(before), "__module__", None) or ""
-    if home.startswith("transformers.") or place()[1] == 1:
+    if home.startswith("transformers.") or rank_and_world_size()[1] == 1:
         return None
     return f'"{home}" has replaced the attention function "{before}"'

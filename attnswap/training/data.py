@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from attnswap import text
 from attnswap.errors import ConfigError, first_line
-from attnswap.files import parse_line, read_documents, read_lines, refuse_foreign
+from attnswap.files import parse_line, read_documents, read_lines, refuse_container
 from attnswap.training.chat import as_conversation, encode_conversation
 from attnswap.training.config import DataSection
 from attnswap.training.packing import Document, pack
@@ -254,7 +254,7 @@ def _read_texts(paths: list[str], documents: str, column: str) -> Iterator[dict[
 
 def _read_chats(paths: list[str], documents: str, column: str) -> Iterator[dict[str, str]]:
     for path in paths:
-        refuse_foreign(path, allowed=(".json",))
+        refuse_container(path, allowed=(".json",))
         for where, line in read_lines(path):
             yield {"document": json.dumps(as_conversation(parse_line(line, where), where, column))}
 

@@ -18,8 +18,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from attnswap.disk import sync
+from attnswap.distributed import barrier
 from attnswap.errors import CheckpointError
-from attnswap.processes import wait
 from attnswap.training.ramp import follow_checkpoint, note_ramps
 
 MARKER = "complete.json"
@@ -84,10 +84,10 @@ class DurableCheckpoints(TrainerCallback):
         if writes:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-        wait()
+        barrier()
         with _elsewhere(trainer, aside):
             self._save(model, trial)
-        wait()
+        barrier()
         best = trainer.state.best_model_checkpoint
         # Trainer looks for the folder of the best step, too early where the weights are sharded, and in each process
         # for itself.
@@ -101,7 +101,7 @@ class DurableCheckpoints(TrainerCallback):
             _put(aside / name, folder / name)
             shutil.rmtree(aside)
             _rotate(folder / name, trainer)
-        wait()
+        barrier()
 
     def load(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Loads a checkpoint after a look whether it is whole, at the lambda it was saved at.

@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from attnswap import swaps
+from attnswap.devices import warn_of_slow_bf16
 from attnswap.errors import ConfigError
 from attnswap.loading import load_config_of, load_tokenizer
-from attnswap.processes import warn_of_bf16
 from attnswap.surgery.entry import carrier_of
 from attnswap.training.config import TrainConfig
 from attnswap.training.data import Data, load_data
@@ -64,7 +64,7 @@ def gather_inputs(config: TrainConfig) -> Inputs:
     steps_of_plan = {"max_steps": sum(stage.steps for stage in plan)} if plan else {}
     args = training_arguments(replace(config, training={**config.training, **steps_of_plan}), output.partial)
     if args.bf16:
-        warn_of_bf16(args.device, "give training.bf16=false")
+        warn_of_slow_bf16(args.device, "give training.bf16=false")
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.reference)
     with args.main_process_first(local=False, desc="preparing the data"):
         data = load_data(config.data, tokenizer, [stage.section.sequence_length for stage in plan])

@@ -20,10 +20,11 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from attnswap.distributed import rank_and_world_size, to_local
 from attnswap.errors import ConfigError, UnsupportedModelError
+from attnswap.evaluation.lm_head import head_logits
 from attnswap.modes import evaluating
-from attnswap.processes import place, share
-from attnswap.surgery.body import body_name, body_of
+from attnswap.surgery.body import body_of
 from attnswap.training.head import IGNORED, CrossEntropy, RowLoss, head_loss
 
 CHUNK = 512
@@ -74,46 +75,6 @@ class ChunkedLossOutput(ModelOutput):
     tokens: Tensor | None = None
 
 
-class _Given(nn.Module):
-    """Stands where the decoder stands and returns what the decoder has already computed."""
-
-    def __init__(self, outputs: ModelOutput) -> None:
-        super().__init__()
-        self.outputs = outputs
-
-    def forward(self, *args: Any, **kwargs: Any) -> ModelOutput:
-        return self.outputs
-
-
-@contextmanager
-def _standing_in(model: PreTrainedModel, stand_in: nn.Module) -> Iterator[None]:
-    modules, name = model._modules, body_name(model)
-    decoder = modules[name]
-    modules[name] = stand_in
-    try:
-        yield
-    finally:
-        modules[name] = decoder
-
-
-def head_logits(model: PreTrainedModel, outputs: ModelOutput, hidden: Tensor) -> Tensor:
-    """Applies the model's own head, soft cap and scale included, to some hidden states.
-
-    Args:
-        model: A causal language model.
-        outputs: What its decoder returned.
-        hidden: Last hidden states of the positions wanted, shape (1, positions, width).
-
-    Returns:
-        Logits of shape (1, positions, vocabulary).
-    """
-    ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-    outputs = type(outputs)(**{**outputs, "last_hidden_state": hidden})
-    with _standing_in(model, _Given(outputs)):
-        # The class's own forward: the instance's is the chunked one.
-        return type(model).forward(model, input_ids=ids, use_cache=False).logits
-
-
 def forward_with_loss(
     model: PreTrainedModel,
     labels: Tensor,
@@ -148,7 +109,7 @@ def forward_with_loss(
         rows = columns = torch.zeros(1, dtype=torch.long, device=hidden.device)
     kept_targets = targets[rows, columns]
     # What else the decoder returned would only keep memory alive until the backward pass.
-    bare = type(outputs)(last_hidden_state=None)
+    bare = type(outputs)()
     loss = CrossEntropy(kept_targets) if lesson is None else lesson.of_rows(kept_targets, (rows, columns))
     if loss is None:
         total, nll = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros(len(rows), dtype=torch.float32)
@@ -166,8 +127,8 @@ def forward_with_loss(
     divisor = here if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=nll.device)
     if lesson is not None:
         total = total + here * lesson.of_layers()
-    if loss is None and place(model)[1] > 1:  # other processes wait for every gradient
-        total = total + 0.0 * torch.stack([share(p).sum() for p in model.parameters() if p.requires_grad]).sum()
+    if loss is None and rank_and_world_size(model)[1] > 1:  # other processes wait for every gradient
+        total = total + 0.0 * torch.stack([to_local(p).sum() for p in model.parameters() if p.requires_grad]).sum()
     return ChunkedLossOutput(
         loss=total / divisor.clamp(min=1),
         nll=torch.zeros(len(labels), device=nll.device).index_add(0, rows, nll),

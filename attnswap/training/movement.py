@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import attnswap
-from attnswap.processes import whole
+from attnswap.distributed import full_tensor
 from attnswap.surgery.guard import WRAPPING
 
 
@@ -65,7 +65,7 @@ def _named(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _copy(parameter: Tensor) -> Tensor:
     """Returns a copy in fp64 on the CPU."""
-    return whole(parameter.detach()).to("cpu", torch.float64, copy=True)
+    return full_tensor(parameter.detach()).to("cpu", torch.float64, copy=True)
 
 
 def by_kind(moved: dict[str, Moved]) -> dict[str, Moved]:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from attnswap.distributed import all_reduce_max, to_local
 from attnswap.errors import NumericsError
-from attnswap.processes import largest, share
 from attnswap.surgery.body import base_of
 from attnswap.training.watch import Watch
 
@@ -97,14 +97,14 @@ class SkipNonFinite(TrainerCallback):
             self._loss_is_finite = finite if self._loss_is_finite is None else self._loss_is_finite & finite
 
     def _all_finite(self, gradients: list[Tensor], device: torch.device) -> bool:
-        local = [share(gradient) for gradient in gradients]
+        local = [to_local(gradient) for gradient in gradients]
         fine = torch.ones((), device=device, dtype=torch.bool)
         if self._loss_is_finite is not None:
             fine = fine & self._loss_is_finite.to(device)
         if local:
             norms = torch.stack([norm.to(device) for norm in torch._foreach_norm(local)])
             fine = fine & torch.isfinite(norms).all()
-        return not largest(int(~fine), device)
+        return not all_reduce_max(int(~fine), device)
 
     def _stop_watching(self) -> None:
         if self._watch is not None:

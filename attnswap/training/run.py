@@ -24,9 +24,9 @@ from transformers.integrations import is_deepspeed_zero3_enabled, unset_hf_deeps
 from transformers.utils.generic import strtobool
 
 import attnswap
+from attnswap.distributed import all_reduce_max, broadcast
 from attnswap.errors import ConfigError, StoppedError
 from attnswap.loading import load_model
-from attnswap.processes import largest, spread
 from attnswap.surgery.entry import is_patched
 from attnswap.training.config import TrainConfig
 from attnswap.training.data import Data
@@ -139,7 +139,7 @@ def train(config: TrainConfig) -> TrainResult:
     if trainer.is_world_process_zero():
         output.publish(config, trainer.state.log_history, as_json(movement), summary)
     trainer.accelerator.wait_for_everyone()
-    late = largest(int(protection.stop.received or 0), args.device)
+    late = all_reduce_max(int(protection.stop.received or 0), args.device)
     return TrainResult(output.final, summary, movement, Signals(late) if late else None)
 
 
@@ -224,7 +224,7 @@ def fit_swaps(model: PreTrainedModel, config: TrainConfig, data: Data, args: Tra
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(config.training.get("bf16"))):
             fit(model, ({name: row[name][None].to(model.device) for name in names} for row in rows))
     for parameter in attnswap.swap_parameters(model).values():
-        spread(parameter.data, args.device)
+        broadcast(parameter.data, args.device)
 
 
 def _looked_at(data: Data, config: TrainConfig) -> Iterator[dict[str, torch.Tensor]]:

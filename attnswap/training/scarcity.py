@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from transformers import TrainingArguments
 
-from attnswap.processes import place
+from attnswap.distributed import rank_and_world_size
 from attnswap.training.data import Data
 from attnswap.training.packing import IGNORED
 from attnswap.training.stages import Stage
@@ -30,7 +30,7 @@ def warn_of_scarcity(data: Data, args: TrainingArguments, plan: list[Stage], ste
         plan: Its stages.
         step: Windows that all processes read in a step.
     """
-    if place()[0]:
+    if rank_and_world_size()[0]:
         return
     repeated, documents = data.description["repeated"], data.description["documents"]
     if repeated:

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from attnswap.processes import largest
+from attnswap.distributed import all_reduce_max
 
 
 class StopOnSignal(TrainerCallback):
@@ -41,7 +41,7 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ends training if any process was asked to."""
-        number = largest(int(self.received or 0), args.device)
+        number = all_reduce_max(int(self.received or 0), args.device)
         if number and state.global_step < state.max_steps:  # else it ends by itself
             self.received, self.step = signal.Signals(number), state.global_step
             control.should_save = control.should_training_stop = control.should_log = True

@@ -20,8 +20,8 @@ from transformers import (
 from transformers.trainer_utils import SchedulerType
 
 import attnswap
+from attnswap.distributed import rank_and_world_size
 from attnswap.errors import ConfigError
-from attnswap.processes import place
 from attnswap.surgery.body import base_of
 from attnswap.surgery.entry import is_patched
 from attnswap.surgery.parameters import swap_parameters
@@ -209,7 +209,8 @@ class Stages(TrainerCallback):
         self.distillation.loss = stage.section.loss
         self._thaw()
         rest = left_alone(model, stage.section)
-        if place(model)[1] > 1:  # other processes wait for every gradient, so those of the rest are made 0
+        if rank_and_world_size(model)[1] > 1:
+            # DDP waits for the gradient of every parameter that required one when it wrapped the model.
             self._silenced = rest
             self._hooks = [parameter.register_hook(torch.zeros_like) for parameter in rest]
             return

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from attnswap.errors import ConfigError
+from attnswap.evaluation.lm_head import head_logits
 from attnswap.modes import evaluating
 from attnswap.surgery.body import base_of, body_of
 from attnswap.surgery.bypass import bypassed
@@ -17,7 +18,6 @@ from attnswap.surgery.entry import is_patched
 from attnswap.surgery.parameters import swap_parameters
 from attnswap.surgery.patch import unpatch
 from attnswap.training.config import TrainConfig
-from attnswap.training.loss import head_logits
 
 
 class Teacher:
@@ -55,7 +55,7 @@ class Teacher:
             self.model.to(device=inputs["input_ids"].device)  # type: ignore[call-arg]
         with self.answering():
             outputs = body_of(self.model)(**inputs, use_cache=False)
-        self._bare = type(outputs)(last_hidden_state=None)
+        self._bare = type(outputs)()
         return outputs.last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:

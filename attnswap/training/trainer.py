@@ -14,9 +14,9 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer_utils import EvalLoopOutput
 
 import attnswap
+from attnswap.distributed import full_tensor
 from attnswap.errors import ConfigError
 from attnswap.evaluation.result import write_atomically
-from attnswap.processes import whole
 from attnswap.training.loss import chunked_loss
 from attnswap.training.movement import Movement, by_kind
 from attnswap.training.rest import AtRest
@@ -148,7 +148,7 @@ class SwapTrainer(Trainer):
             return
         state = {}
         for name, tensor in self.model.state_dict().items():
-            full = whole(tensor)
+            full = full_tensor(tensor)
             if self.args.should_save:
                 state[name] = full.detach().cpu()
         if self.args.should_save:

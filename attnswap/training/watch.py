@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnswap.processes import share
+from attnswap.distributed import to_local
 from attnswap.surgery.parameters import swap_parameters
 from attnswap.surgery.patched import gate_hooks
 
@@ -68,7 +68,7 @@ class Watch:
 
     def _parameter(self, name: str, own: bool) -> Any:
         def note(gradient: Tensor) -> None:
-            local = share(gradient)
+            local = to_local(gradient)
             finite = torch.isfinite(local.detach())
             # A swap's parameters go by heads first.
             self.parameters[name] = ~(

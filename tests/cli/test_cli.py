@@ -63,7 +63,7 @@ def test_patch_saves_what_reloads(run, checkpoint, tmp_path, tokens):
         (["patch", "./nowhere", "x", "--swap", "ssmax", "--ramp", "2"], 2, "ramp must be in"),
         (["patch", "./nowhere", "x"], 2, "--swap"),
         (["patch", "./nowhere", "x", "--swap", "ssmax", "--option", "name=softpick"], 2, "named by --swap"),
-        (["eval", ""], 2, "no model is named"),
+        (["eval", ""], 2, "the model reference is empty"),
         (["eval", "CHECKPOINT", "--batch-size", "0"], 2, "--batch-size"),
         (["eval", "CHECKPOINT", "--contexts", "9z"], 2, "no number of tokens"),
         (["eval", "CHECKPOINT", "--device", "gpuu"], 2, 'unknown device "gpuu"'),

@@ -14,7 +14,7 @@ TOO_LONG = {"data": {"sequence_length": 256}}
 RECIPES: dict[str, tuple[dict[str, Any], str]] = {
     "data": ({"data": {"files": ["nowhere/*.txt"]}}, "no file matches"),
     "no text": ({"data": {"files": ["EMPTY"]}}, "at least two are needed"),
-    "JSON lines": ({"data": {"files": ["BROKEN"]}}, "not a line of JSON"),
+    "JSON lines": ({"data": {"files": ["BROKEN"]}}, "not valid JSON"),
     "long documents": (
         {"stages": [{"name": "long", "share": 1.0, "sequence_length": 128}], "data": {"max_documents": 2}},
         "no document of the training data",
@@ -93,7 +93,7 @@ def test_recipes(
     ("words", "message"),
     [
         ("eval MODEL --text nowhere.txt", "cannot read the text file"),
-        ("eval MODEL --text BROKEN", "not a line of JSON"),
+        ("eval MODEL --text BROKEN", "not valid JSON"),
         ("eval MODEL --text EMPTY --contexts 32", "empty"),
         ("eval MODEL --text SHORT --contexts 64", "at least 64"),
         ("eval MODEL --suite long --text SHORT --contexts 64", "at least 64"),

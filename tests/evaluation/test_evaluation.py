@@ -19,6 +19,7 @@ from transformers import (
     GptOssConfig,
     Llama4TextConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaModel,
     MistralConfig,
     PreTrainedConfig,
@@ -26,12 +27,14 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import attnswap
 from attnswap.errors import ConfigError, NumericsError, UnsupportedModelError
 from attnswap.evaluation import evaluate_perplexity
 from attnswap.evaluation.corpus import load_corpus
 from attnswap.evaluation.estimate import Growth, duration
+from attnswap.evaluation.lm_head import head_logits
 from attnswap.evaluation.scoring import Scorer
 from attnswap.evaluation.windows import plan
 from attnswap.text import evaluation_text
@@ -231,9 +234,9 @@ def test_chunks_of_rows_equal_full_logits(arch, tokenizer):
     base = scorer.body.register_forward_hook(
         lambda _m, _a, kwargs, _o: cached.append(kwargs["use_cache"]), with_kwargs=True
     )
-    with scorer.ready():
-        chunks = list(scorer.rows(inputs, 40))
-        tail = torch.cat(list(scorer.rows(inputs, 10)), dim=1)
+    with scorer.eval_no_grad():
+        chunks = list(scorer.logit_chunks(inputs, 40))
+        tail = torch.cat(list(scorer.logit_chunks(inputs, 10)), dim=1)
         nll = scorer.nll(inputs[:, :-1], inputs[:, 1:])
     head.remove()
     base.remove()
@@ -243,12 +246,32 @@ def test_chunks_of_rows_equal_full_logits(arch, tokenizer):
     expected = -torch.log_softmax(full[:, :-1].double(), -1).gather(2, inputs[:, 1:, None])[..., 0]
     torch.testing.assert_close(nll.double(), expected, atol=1e-5, rtol=1e-5)
     assert max(seen) == 7
-    with scorer.ready():
-        scorer.check(inputs[0], [40])
+    with scorer.eval_no_grad():
+        scorer.check_scorable(inputs[0], [40])
     assert cached
     assert not any(cached)
     assert "forward" not in scorer.body.__dict__
     assert not scorer.body._forward_hooks
+
+
+def test_the_head_runs_without_the_decoder_and_sees_its_attributes():
+    class Tied(LlamaForCausalLM):
+        def forward(self, input_ids, **kwargs):
+            hidden = self.model(input_ids, **kwargs)[0]
+            return CausalLMOutputWithPast(logits=hidden @ self.model.embed_tokens.weight.T)
+
+    model, ids = Tied(ARCHITECTURES["llama"]).eval(), torch.arange(6)[None]
+    with torch.no_grad():
+        outputs, expected = model.model(ids, use_cache=False), model(ids).logits
+        decoder, runs = model.model, []
+        decoder.register_forward_pre_hook(lambda *_: runs.append("decoder"))
+        torch.testing.assert_close(head_logits(model, outputs, outputs[0][:, 2:4]), expected[:, 2:4])
+        model.forward = lambda **inputs: runs.append("forward") or Tied.forward(model, **inputs)
+        torch.testing.assert_close(head_logits(model, outputs, outputs[0]), expected)
+        assert runs == []
+        torch.testing.assert_close(head_logits(model, outputs, outputs[0], forward=model.forward), expected)
+    assert runs == ["forward"]
+    assert model.model is decoder
 
 
 def test_bf16_is_upcast_and_a_lora_wrapper_is_looked_through(tokenizer):
@@ -349,7 +372,7 @@ def test_unsuitable_models_are_refused(tokenizer):
             return out
 
     encoder = BertConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, vocab_size=300)
-    with pytest.raises(UnsupportedModelError, match="come later"):
+    with pytest.raises(UnsupportedModelError, match="depend on later tokens"):
         evaluate_perplexity(AutoModelForCausalLM.from_config(encoder), tokenizer, text=TEXT, contexts=[8], quiet=True)
     with pytest.raises(UnsupportedModelError, match="in chunks"):
         evaluate_perplexity(PeeksAtTheInput(ARCHITECTURES["llama"]), tokenizer, text=TEXT, contexts=[8], quiet=True)

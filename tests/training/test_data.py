@@ -132,7 +132,7 @@ def test_offline_text_is_split_by_file(tmp_path: Path) -> None:
         (b"\xff\xff", {}, "as UTF-8 text"),
         ("{}", {"kind": "chat"}, 'a.txt line 1: needs a list "messages"'),
         ('{"messages": [{"role": "user"}]}', {"kind": "chat"}, 'needs a text "role" and a text "content"'),
-        ("not json", {"kind": "chat"}, "not a line of JSON"),
+        ("not json", {"kind": "chat"}, "not valid JSON"),
         ("a\n\nb", {"source": "hub", "files": [], "name": "no/such-data"}, 'cannot load the data set "no/such-data"'),
     ],
 )

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 import attnswap
-from attnswap import processes
+from attnswap import distributed
 from attnswap.errors import NumericsError
 from attnswap.evaluation import evaluate_perplexity
 from attnswap.training import latest_checkpoint, parse_config, train
@@ -251,15 +251,15 @@ def test_what_is_not_finite_in_one_process_ends_the_measurement_in_all(monkeypat
         told.append(mine)
         return {0: "lost in window 3"} | mine
 
-    monkeypatch.setattr(processes, "place", lambda: (1, 2))
-    monkeypatch.setattr(processes, "gather", gather)
-    with pytest.raises(NumericsError, match="window 3"), processes.one_fate():
+    monkeypatch.setattr(distributed, "rank_and_world_size", lambda: (1, 2))
+    monkeypatch.setattr(distributed, "all_gather_dicts", gather)
+    with pytest.raises(NumericsError, match="window 3"), distributed.raise_on_all_ranks():
         pass
-    with pytest.raises(NumericsError), processes.one_fate():
+    with pytest.raises(NumericsError), distributed.raise_on_all_ranks():
         raise NumericsError("window 4")
     assert told == [{}, {1: "window 4"}]
-    monkeypatch.setattr(processes, "gather", lambda mine, count: mine)
-    with processes.one_fate():
+    monkeypatch.setattr(distributed, "all_gather_dicts", lambda mine, count: mine)
+    with distributed.raise_on_all_ranks():
         pass
 
 

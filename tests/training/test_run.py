@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import attnswap
 from attnswap.cli import main
+from attnswap.devices import has_bf16_instructions
 from attnswap.errors import ConfigError, NumericsError
 from attnswap.loading import load_model
-from attnswap.processes import multiplies_bf16
 from attnswap.training import (
     SwapTrainer,
     TrainResult,
@@ -298,10 +298,10 @@ def test_training_arguments_are_passed_on(tmp_path: Path, training: dict[str, An
 
 
 def test_bf16_on_a_processor_without_it_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attnswap.processes.multiplies_bf16", lambda device: False)
-    with pytest.warns(UserWarning, match=r"no instructions for bf16 .* training\.bf16=false"):
+    monkeypatch.setattr("attnswap.devices.has_bf16_instructions", lambda device: False)
+    with pytest.warns(UserWarning, match=r"no bf16 instructions .* training\.bf16=false"):
         result = run(tmp_path, swap="ssmax", training={"bf16": True, "max_steps": 1})
-    with pytest.warns(UserWarning, match=r"no instructions for bf16 .*--dtype fp32"):
+    with pytest.warns(UserWarning, match=r"no bf16 instructions .*--dtype fp32"):
         load_model(result.output_dir, dtype=torch.bfloat16, device="cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -309,9 +309,9 @@ def test_bf16_on_a_processor_without_it_is_warned_of(tmp_path: Path, monkeypatch
         load_model(result.output_dir, dtype=torch.bfloat16)  # to be saved, say
 
 
-def test_a_processor_that_is_not_warned_of_multiplies_bf16_in_good_time() -> None:
-    if not multiplies_bf16("cpu"):
-        pytest.skip("this processor has no instructions for bf16")
+def test_a_processor_that_is_not_warned_of_computes_in_bf16_in_good_time() -> None:
+    if not has_bf16_instructions("cpu"):
+        pytest.skip("this processor has no bf16 instructions")
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.randn(512, 512).to(dtype)
