@@ -1,4 +1,4 @@
-"""The config of a swap adapter: LoRA's own, with the swap beside it."""
+"""The config of a swap adapter: LoRA's config with a swap."""
 
 import copy
 import uuid
@@ -18,10 +18,10 @@ from attnswap.swaps import Swap, resolve
 
 @dataclass
 class AttnSwapConfig(LoraConfig):
-    """Configures an adapter that swaps the attention normalizer and, if wanted, carries low-rank weights too.
+    """Configures an adapter that swaps the attention normalizer and, if you want, has low-rank weights too.
 
-    ``get_peft_model(model, AttnSwapConfig(swap="ssmax", r=8, target_modules=["q_proj", "v_proj"]))`` takes everything
-    ``LoraConfig`` takes. Without ``target_modules`` there are no low-rank weights: the adapter is the swap alone.
+    ``get_peft_model(model, AttnSwapConfig(swap="ssmax", r=8, target_modules=["q_proj", "v_proj"]))`` takes every
+    argument of ``LoraConfig``. Without ``target_modules`` there are no low-rank weights: the adapter is the swap alone.
 
     Args:
         swap: A name, config or mapping with a name; or a mapping of several to their heads, as for
@@ -29,13 +29,13 @@ class AttnSwapConfig(LoraConfig):
         part: Which attention, in a model that has several.
         layers: Index, slice string or list of indices; default: all.
         heads: Query heads; default: all.
-        ramp: lambda that the adapter starts at, from 0 to 1. Where it has got to is what ``attnswap.describe`` and the
-            spec of a saved adapter say.
-        spec: What the adapter did to its base, layer by layer. Written when it is saved; not for you to give.
-        fingerprint: What tells its base from other models. Written when it is made; ``None`` skips the check.
+        ramp: Initial lambda, from 0 to 1. ``attnswap.describe`` and ``spec`` of a saved adapter give the present one.
+        spec: The swaps of each layer. Written when the adapter is saved; leave it out.
+        fingerprint: Identifies the base model when the adapter is loaded: its sizes and a few of its weights. Set when
+            the adapter is created; ``None`` skips the check.
 
     Raises:
-        ConfigError: There is no such swap, or a value does not fit.
+        ConfigError: The swap does not exist, or a value is invalid.
     """
 
     swap: Any = field(default=None, metadata={"help": "The attention normalizer, as for attnswap.patch."})
@@ -43,16 +43,16 @@ class AttnSwapConfig(LoraConfig):
     layers: Any = field(default=None, metadata={"help": "Layers to swap: index, slice string or list."})
     heads: Any = field(default=None, metadata={"help": "Query heads to swap; default: all."})
     ramp: float = field(default=1.0, metadata={"help": "lambda to start at: 0 is softmax, 1 the swap."})
-    spec: dict[str, Any] | None = field(default=None, metadata={"help": "What was done, layer by layer."})
-    fingerprint: dict[str, Any] | None = field(default=None, metadata={"help": "What tells the base apart."})
+    spec: dict[str, Any] | None = field(default=None, metadata={"help": "The swaps of each layer."})
+    fingerprint: dict[str, Any] | None = field(default=None, metadata={"help": "Sizes and weights of the base."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._adapter: str | None = None  # tells the config of an adapter of this process, and copies of it, apart
+        self._adapter: str | None = None  # identifies the adapter of this process that the config belongs to
         self.peft_type = peft_type()
         if self.swap is None:
             raise ConfigError(
-                'AttnSwapConfig wants a swap, such as swap="ssmax"; for low-rank weights alone there is LoraConfig'
+                'AttnSwapConfig needs a swap, such as swap="ssmax"; for low-rank weights alone use LoraConfig'
             )
         self.swap = _plain(self.swap)
         if callable(self.layers):
@@ -66,15 +66,15 @@ class AttnSwapConfig(LoraConfig):
             self.target_modules = DUMMY_TARGET_MODULES
 
     def for_adapter(self) -> Self:
-        """Returns a copy for a new adapter alone: a config may be given to several, and each writes into its own."""
+        """Returns a copy for a new adapter: one config may be passed for several, and each adapter writes into its own."""
         config = copy.deepcopy(self)
-        if self._adapter is not None:  # what was written into it is not about the new one
+        if self._adapter is not None:  # spec and fingerprint are those of an earlier adapter
             config.spec = config.fingerprint = None
         config._adapter = uuid.uuid4().hex
         return config
 
     def is_copy_of(self, other: Any) -> bool:
-        """Whether it is, or was copied from, the config of an adapter."""
+        """Whether this config is that of the adapter of another config, or a copy of it."""
         return self._adapter is not None and self._adapter == getattr(other, "_adapter", None)
 
     def swaps(self) -> Any:
@@ -89,11 +89,11 @@ def _heads(heads: Any) -> list[int] | None:
 
 
 def _plain(swap: Any) -> Any:
-    """Returns a swap as JSON holds it."""
+    """Returns a swap as JSON-able values."""
     if isinstance(swap, Mapping) and "name" not in swap:
         return [{"swap": resolve(one).to_dict(), "heads": _heads(heads)} for one, heads in swap.items()]
     if isinstance(swap, list):  # as above, read from a file
         if not all(isinstance(entry, Mapping) and {"swap", "heads"} <= entry.keys() for entry in swap):
-            raise ConfigError(f"a list of swaps wants entries with a swap and its heads, not {swap!r}")
+            raise ConfigError(f"a list of swaps must have entries with a swap and its heads, not {swap!r}")
         return [{"swap": resolve(entry["swap"]).to_dict(), "heads": _heads(entry["heads"])} for entry in swap]
     return swap.to_dict() if isinstance(swap, Swap) else resolve(swap).to_dict()

@@ -1,4 +1,4 @@
-"""What tells a base model from others of its kind, so that an adapter does not go onto the wrong one unnoticed."""
+"""Fingerprints of base models, so that an adapter is not loaded onto the wrong one unnoticed."""
 
 from collections.abc import Collection
 from typing import Any
@@ -15,11 +15,11 @@ TOLERANCE = 0.004
 
 
 def fingerprint(model: PreTrainedModel, carried: Collection[str] = ()) -> dict[str, Any]:
-    """Returns a model's kind, sizes, and a few weights from all over it (none where they cannot be read).
+    """Returns a model's type, its sizes, and samples of a few weights (none where they cannot be read).
 
     Args:
         model: The base.
-        carried: Names of modules that the adapter brings with it, whatever they are in the base.
+        carried: Names of modules that are saved with the adapter, whose weights in the base do not matter.
     """
     weights = _comparable(model, carried)
     names = sorted(name for name, weight in weights.items() if weight.ndim == 2)
@@ -30,12 +30,12 @@ def fingerprint(model: PreTrainedModel, carried: Collection[str] = ()) -> dict[s
 
 
 def check(saved: dict[str, Any] | None, model: PreTrainedModel, carried: Collection[str] = ()) -> None:
-    """Compares the base an adapter was trained on with the one it is put on.
+    """Compares the base that an adapter was trained on with the one it is loaded onto.
 
     Args:
         saved: The fingerprint in the adapter's config; None: nothing is checked.
-        model: The model at hand.
-        carried: Names of modules that the adapter brings with it.
+        model: The base that it is loaded onto.
+        carried: Names of modules that are saved with the adapter.
 
     Raises:
         ConfigError: They are different models.
@@ -46,14 +46,14 @@ def check(saved: dict[str, Any] | None, model: PreTrainedModel, carried: Collect
     if not _is_whole(saved):
         raise CheckpointError("the fingerprint in the adapter's config is damaged: was adapter_config.json edited?")
     way = (
-        "Give the base it was trained on; if you know that the two go together, load the adapter with a config whose "
+        "Load the base that it was trained on. If you know that the two fit, load the adapter with a config whose "
         "fingerprint is None"
     )
     sizes = _sizes(model)
     for name, value in saved.items():
         if name != "weights" and value != sizes.get(name):
             raise ConfigError(
-                f"this adapter belongs to a base whose {name} is {value}, and here it is {sizes.get(name)}. {way}"
+                f"this adapter belongs to a base whose {name} is {value}; that of this base is {sizes.get(name)}. {way}"
             )
     weights = _comparable(model, carried)
     for name, ours in saved.get("weights", {}).items():
@@ -85,7 +85,7 @@ def _sizes(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _comparable(model: PreTrainedModel, carried: Collection[str]) -> dict[str, torch.Tensor]:
-    """Returns the weights that are the same whenever the base is loaded, by the names these have in the bare model."""
+    """Returns the weights that are equal whenever the base is loaded, by their names in the base without adapters."""
     weights = {}
     for name, weight in model.named_parameters():
         words = name.replace(".base_layer.", ".").replace(".original_module.", ".").split(".")

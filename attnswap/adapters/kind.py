@@ -1,4 +1,4 @@
-"""The new kind of adapter: a member of peft's ``PeftType``."""
+"""The adapter type "ATTNSWAP": a member of peft's ``PeftType``."""
 
 import importlib.metadata
 from typing import Any
@@ -7,11 +7,11 @@ from packaging.version import Version
 
 NAME = "ATTNSWAP"
 OLDEST = "0.21"
-"""The first peft whose tuners choose the tensors of an adapter themselves."""
+"""The first version of peft whose tuners choose the tensors of an adapter themselves."""
 
 
 def installed() -> bool:
-    """Whether there is a peft that can have this kind of adapter."""
+    """Whether a version of peft is installed that supports this adapter type."""
     try:
         return Version(importlib.metadata.version("peft")) >= Version(OLDEST)
     except importlib.metadata.PackageNotFoundError:
@@ -19,7 +19,7 @@ def installed() -> bool:
 
 
 def peft_type() -> Any:
-    """Returns the kind of adapter, a member of ``peft.PeftType`` that is added on the first call.
+    """Returns the adapter type, a member of ``peft.PeftType`` that is added on the first call.
 
     A process without attnswap does not have it, so that peft refuses a saved swap adapter by name.
     """

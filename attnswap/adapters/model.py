@@ -1,4 +1,4 @@
-"""The tuner: LoRA's, which puts swaps into its base before low-rank weights and takes them out after."""
+"""The tuner: LoRA's tuner, which also adds swaps before low-rank weights and removes them after."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +15,7 @@ from attnswap.adapters.config import AttnSwapConfig
 from attnswap.adapters.fingerprint import check, fingerprint
 from attnswap.adapters.reading import (
     PREFIX,
-    Reading,
+    PendingAdapter,
     check_names,
     check_ramps,
     check_shapes,
@@ -23,7 +23,7 @@ from attnswap.adapters.reading import (
     ramps_of,
     swap_names,
 )
-from attnswap.adapters.wrapper import Book, SwapAdapters
+from attnswap.adapters.wrapper import AdapterSet, SwapAdapters
 from attnswap.errors import CheckpointError, ConfigError, UnsupportedModelError
 from attnswap.surgery.attach import own_config
 from attnswap.surgery.entry import is_patched, write_spec
@@ -52,8 +52,8 @@ class AttnSwapModel(LoraModel):
         """Adds an adapter: its swaps, then its low-rank weights.
 
         Raises:
-            ConfigError: The base is patched already, is not the one of a saved adapter, or does not fit.
-            UnsupportedModelError: The base cannot take the swap. In both cases it is as it was.
+            ConfigError: The base is patched already, or is not the base of the saved adapter.
+            UnsupportedModelError: The base cannot have the swap. In both cases it stays as it was.
         """
         given = cast(AttnSwapConfig, self.peft_config[adapter_name])
         others = {name: config for name, config in self.peft_config.items() if name != adapter_name}
@@ -73,14 +73,14 @@ class AttnSwapModel(LoraModel):
             self._take_out(adapter_name)
             self._forget(adapter_name)
             raise
-        if config.spec is not None:  # until they are read: transformers only prints what an adapter lacks
+        if config.spec is not None:  # until they are read: transformers only prints which tensors are missing
             for parameter in low_rank(model, adapter_name).values():
                 parameter.data.fill_(torch.nan)
         saved = config.spec is not None
-        Reading(added.book, adapter_name, saved, partial(self._withdraw, added)).begin()
+        PendingAdapter(added.adapters, adapter_name, saved, partial(self._withdraw, added)).begin()
 
     def _withdraw(self, added: "Added") -> None:
-        """Takes an adapter that could not be read out of the model, which then is what it was."""
+        """Removes an adapter that could not be read: the model is as before."""
         if len(self.peft_config) > 1:
             self.delete_adapter(added.name)
             self.set_adapter(added.active)
@@ -118,7 +118,7 @@ class AttnSwapModel(LoraModel):
         found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
         wanted = {*swaps.values(), *low_rank(model, adapter_name)}
         places = {name: place for table in (model.named_parameters(), model.named_buffers()) for name, place in table}
-        reading = Reading.of(model, adapter_name)
+        reading = PendingAdapter.of(model, adapter_name)
         try:
             check_names(wanted - found.keys(), found.keys() - places.keys())
             check_shapes(places, found, wanted)
@@ -146,10 +146,10 @@ class AttnSwapModel(LoraModel):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        # Asked for whenever an adapter is saved, which is when its config has to know where lambda has got to.
+        # Called whenever an adapter is saved, which is when its config needs the present lambda.
         wrapper = next((m for m in model.modules() if isinstance(m, SwapAdapters)), None)
         if wrapper is not None and isinstance(config, AttnSwapConfig):
-            config.spec = wrapper.book.spec(adapter_name).to_dict()
+            config.spec = wrapper.adapters.spec(adapter_name).to_dict()
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     def _unload_and_optionally_merge(
@@ -181,7 +181,7 @@ class AttnSwapModel(LoraModel):
             super()._replace_module(parent, child_name, new_module, child)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Refuses: there is no mean of two normalizers.
+        """Raises an error: two normalizers have no mean.
 
         Raises:
             UnsupportedModelError: Always.
@@ -191,53 +191,53 @@ class AttnSwapModel(LoraModel):
 
 @dataclass
 class Added:
-    """The swaps of an adapter that was added to a model, and what to put back if it is taken out again.
+    """The swaps of an adapter that was added to a model, and the state to restore if it is removed again.
 
     Attributes:
-        book: The adapters of the model.
+        adapters: The adapters of the model.
         name: The adapter's name.
         first: The model had no other.
         active: The adapters that were active.
-        trained: What was trained.
+        trained: Which parameters were trainable.
     """
 
-    book: Book
+    adapters: AdapterSet
     name: str
     first: bool
     active: list[str]
     trained: dict[nn.Parameter, bool]
 
     def undo(self) -> None:
-        """Takes the swaps out."""
-        for wrapper in self.book.wrappers.values():
+        """Removes the swaps."""
+        for wrapper in self.adapters.wrappers.values():
             wrapper.delete_adapter(self.name)
         if self.first:
-            self.book.detach()
+            self.adapters.detach()
         self.restore()
 
     def restore(self) -> None:
-        """Lets be trained what was trained."""
+        """Makes the parameters trainable again that were trainable before."""
         for parameter, was in self.trained.items():
             parameter.requires_grad_(was)
 
 
 def add_swaps(model: PreTrainedModel, name: str, config: AttnSwapConfig, source: str | None) -> Added:
-    """Puts an adapter's swaps into a model, beside those of other adapters.
+    """Adds an adapter's swaps to a model, beside those of other adapters.
 
     Args:
         model: The base.
         name: The adapter's name.
         config: Its config, which learns what its base is.
-        source: The adapter of the model whose config it is given, at whose lambda it starts.
+        source: Another adapter of the model with the same config, whose present lambda is the initial one; or None.
 
     Returns:
         What was added.
 
     Raises:
-        ConfigError: The base is patched already, is not the one of a saved adapter, or does not fit.
-        UnsupportedModelError: The base cannot take the swap.
+        ConfigError: The base is patched already, or is not the base of the saved adapter.
+        UnsupportedModelError: The base cannot have the swap.
     """
-    others = next((m.book for m in model.modules() if isinstance(m, SwapAdapters)), None)
+    others = next((m.adapters for m in model.modules() if isinstance(m, SwapAdapters)), None)
     if others is None and is_patched(model):
         raise ConfigError(
             "the base is patched already, by attnswap.patch or when it was loaded: call attnswap.unpatch first, or "
@@ -247,14 +247,14 @@ def add_swaps(model: PreTrainedModel, name: str, config: AttnSwapConfig, source:
     carried = config.modules_to_save or ()
     check(config.fingerprint, model, carried)
     found = fingerprint(model, carried)
-    book = others or Book([model], PatchSpec(""))
-    added = Added(book, name, others is None, _active(model), {p: p.requires_grad for p in model.parameters()})
+    adapters = others or AdapterSet([model], PatchSpec(""))
+    added = Added(adapters, name, others is None, _active(model), {p: p.requires_grad for p in model.parameters()})
     if not any(isinstance(m, BaseTunerLayer) for m in model.modules()):
         model.requires_grad_(False)  # peft will take our wrappers for an earlier adapter, and freeze nothing
     if others is not None:
         others.detach()
     try:
-        spec = _patch(model, config, None if source is None else book.spec(source))
+        spec = _patch(model, config, None if source is None else adapters.spec(source))
         if others is not None and (spec.part, spec.seam) != (others.empty.part, others.empty.seam):
             unpatch(model)
             raise ConfigError(f"part={spec.part!r}: all adapters of a model swap one part, here {others.empty.part!r}")
@@ -264,15 +264,15 @@ def add_swaps(model: PreTrainedModel, name: str, config: AttnSwapConfig, source:
         added.restore()
         raise
     if others is None:
-        book.empty = replace(spec, layers={})
+        adapters.empty = replace(spec, layers={})
     stack = stacks_of(model)[0]
     for layer, (_, module) in stack.modules.items():
         info = stack.info(layer)
         swaps = module._modules.pop(KEY, None)
-        wrapper = book.wrappers.get(layer) or SwapAdapters(book, layer, LayerSwap(info))
+        wrapper = adapters.wrappers.get(layer) or SwapAdapters(adapters, layer, LayerSwap(info))
         wrapper.put(name, swaps if isinstance(swaps, LayerSwap) else LayerSwap(info))
         wrapper.train(module.training)
-    book.attach()
+    adapters.attach()
     config.fingerprint = found
     return added
 
@@ -284,8 +284,8 @@ def _active(model: nn.Module) -> list[str]:
     return list(layers[0].active_adapters) if layers else []
 
 
-def _check_name(name: str, config: AttnSwapConfig, others: Book | None) -> None:
-    """Refuses a name that is also that of a tensor, which peft could not tell from it in a file.
+def _check_name(name: str, config: AttnSwapConfig, others: AdapterSet | None) -> None:
+    """Refuses an adapter name that is also the name of a tensor: peft could not distinguish them in a file.
 
     Raises:
         ConfigError: It is.
@@ -306,7 +306,7 @@ def _check_name(name: str, config: AttnSwapConfig, others: Book | None) -> None:
 
 
 def _patch(model: PreTrainedModel, config: AttnSwapConfig, source: PatchSpec | None) -> PatchSpec:
-    """Patches a model as a config says: anew, as another adapter did, or exactly as a saved adapter was."""
+    """Patches a model: as a config asks, like another adapter of the model, or exactly like a saved adapter."""
     if source is not None:
         _patch_again(model, source)
     elif config.spec is None:
@@ -330,7 +330,7 @@ def _patch_as_saved(model: PreTrainedModel, config: AttnSwapConfig, spec: PatchS
         raise ConfigError(f"the adapter's config asks for {sorted(names)}, but what was saved swapped {sorted(saved)}")
     _patch_again(model, spec)
     for parameter in swap_parameters(model).values():
-        parameter.data.fill_(torch.nan)  # until it is read: transformers only prints what an adapter lacks
+        parameter.data.fill_(torch.nan)  # until it is read: transformers only prints which tensors are missing
 
 
 def _patch_again(model: PreTrainedModel, spec: PatchSpec) -> None:
@@ -357,7 +357,7 @@ def _registers_on_meta() -> bool:
 
 
 def _off_meta(model: PreTrainedModel) -> None:
-    """Gives swaps that were added under such a context storage: they are small, and a forward is to prove them."""
+    """Gives storage to swaps that were added under such a context: they are small, and the probe runs them."""
     for _, module in stacks_of(model)[0].modules.values():
         device = next((p.device for p in module.parameters() if not p.is_meta), None)
         for swap in module.modules():

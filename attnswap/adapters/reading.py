@@ -1,4 +1,4 @@
-"""Reading an adapter's tensors: what is read is what its config names, no more and no less."""
+"""Reading an adapter's tensors: exactly those that its config names."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import WeightRenaming
 
-from attnswap.adapters.wrapper import Book, SwapAdapters
+from attnswap.adapters.wrapper import AdapterSet, SwapAdapters
 from attnswap.attention.checks import ensure
 from attnswap.errors import CheckpointError
 from attnswap.surgery.hooks import remove_hooks
@@ -101,36 +101,38 @@ def is_ours(name: str) -> bool:
     return KEY in name.split(".") or LOW_RANK in name
 
 
-class Reading:
-    """A new adapter until its tensors were read, or until it is used: a hook before the forward of its base.
+class PendingAdapter:
+    """A new adapter whose tensors are not read yet: a hook before the forward of its base.
 
     Args:
-        book: The adapters of the base.
+        adapters: The adapters of the base.
         adapter: The adapter's name.
-        saved: Its config comes from a file: what is not read must not be computed with.
-        take_out: Takes it out of the model again.
+        saved: Its config comes from a file: a forward without its tensors is refused.
+        take_out: Removes it from the model again.
     """
 
-    def __init__(self, book: Book, adapter: str, saved: bool, take_out: Callable[[], None]) -> None:
-        self.book, self.adapter, self.saved, self.take_out = book, adapter, saved, take_out
+    def __init__(self, adapters: AdapterSet, adapter: str, saved: bool, take_out: Callable[[], None]) -> None:
+        self.adapters, self.adapter, self.saved, self.take_out = adapters, adapter, saved, take_out
 
     @staticmethod
-    def of(model: nn.Module, adapter: str) -> "Reading | None":
-        """Returns that of an adapter of a model, or None if it has been read or used."""
+    def of(model: nn.Module, adapter: str) -> "PendingAdapter | None":
+        """Returns the hook of an adapter, or None if the adapter has been read or used."""
         hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
-        return next((x for x in hooks if isinstance(x, Reading) and x.adapter == adapter), None)
+        return next((x for x in hooks if isinstance(x, PendingAdapter) and x.adapter == adapter), None)
 
     def begin(self) -> None:
         """Waits for the tensors to be read."""
-        base: Any = self.book.base[0]
+        base: Any = self.adapters.base[0]
         base.register_forward_pre_hook(self)
         base._load_pretrained_model = self.load  # what transformers' own load_adapter calls
 
     def end(self) -> None:
-        """Waits no longer."""
-        base = self.book.base[0]
-        waiting = [hook for hook in base._forward_pre_hooks.values() if isinstance(hook, Reading) and hook is not self]
-        remove_hooks([base], "_forward_pre_hooks", Reading)
+        """Stops waiting."""
+        base = self.adapters.base[0]
+        waiting = [
+            hook for hook in base._forward_pre_hooks.values() if isinstance(hook, PendingAdapter) and hook is not self
+        ]
+        remove_hooks([base], "_forward_pre_hooks", PendingAdapter)
         for other in waiting:
             base.register_forward_pre_hook(other)
         base.__dict__.pop("_load_pretrained_model", None)
@@ -138,7 +140,7 @@ class Reading:
     def __call__(self, base: nn.Module, args: tuple[Any, ...]) -> None:
         """Raises CheckpointError if the adapter is used before its tensors were read."""
         if self.saved:
-            wrapper = next(iter(self.book.wrappers.values()))
+            wrapper = next(iter(self.adapters.wrappers.values()))
             if wrapper.disable_adapters or self.adapter not in wrapper.active_adapters:
                 return
             for name, parameter in low_rank(base, self.adapter).items():
@@ -152,10 +154,10 @@ class Reading:
             self.end()
 
     def load(self, *, model: Any, load_config: Any, **kwargs: Any) -> Any:
-        """Reads the tensors for transformers, in place of its function of this name.
+        """Reads the tensors, in place of transformers' ``_load_pretrained_model``.
 
         Raises:
-            CheckpointError: They are not those that the config names. The adapter is taken out again.
+            CheckpointError: They are not the tensors that the config names. The adapter is removed again.
         """
         names = swap_names(model, self.adapter)
         ramps = ramps_of(model, self.adapter)

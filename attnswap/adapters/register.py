@@ -1,4 +1,4 @@
-"""The new kind of adapter in peft's tables: three entries."""
+"""Registration of the adapter type with peft: entries in three tables."""
 
 from attnswap.adapters.kind import peft_type
 
@@ -6,8 +6,8 @@ from attnswap.adapters.kind import peft_type
 def register() -> None:
     """Enters :class:`AttnSwapConfig` and :class:`AttnSwapModel` into peft's tables, once.
 
-    Not by ``register_peft_method``, which wants a prefix of tensor names that no other method has: an adapter's
-    low-rank weights are LoRA's, under LoRA's names.
+    Not by ``register_peft_method``, which needs a prefix of tensor names that no other method has: the low-rank weights
+    of these adapters are LoRA's and have LoRA's names.
     """
     from peft.mapping import (
         PEFT_TYPE_TO_CONFIG_MAPPING,

@@ -1,4 +1,4 @@
-"""What holds the swaps of several adapters on one attention module, of which at most one serves."""
+"""The module that holds the swaps of several adapters on one attention module; at most one of them is active."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -20,11 +20,11 @@ from attnswap.surgery.stacks import AttentionStack, find_stack
 
 
 @dataclass
-class Book:
-    """What the wrappers of one model share: its config has to name the swaps that serve.
+class AdapterSet:
+    """The wrappers of one model, and the entry of its config, which names the swaps of the active adapter.
 
     Attributes:
-        base: The base model, in a list: a module would take it for a part of itself.
+        base: The base model, in a list: as an attribute of a module it would count as its child.
         empty: The spec without any swap: seam, part and the attention implementation the model had.
         wrappers: The wrapper of each layer.
         written: The adapter that the config names.
@@ -36,7 +36,7 @@ class Book:
     written: str | None = None
 
     def spec(self, name: str | None) -> PatchSpec:
-        """Returns what an adapter does to its base; without a name, nothing."""
+        """Returns the spec of an adapter; without a name, the spec without any swap."""
         slots = {layer: w.slots_of(name) for layer, w in self.wrappers.items()} if name is not None else {}
         return replace(self.empty, layers={layer: found for layer, found in slots.items() if found})
 
@@ -49,11 +49,11 @@ class Book:
         return [s for w in self.wrappers.values() for swaps in w.modules_to_save.values() for s in swaps.slots.values()]
 
     def active(self) -> list[str]:
-        """Returns the adapters whose swaps serve: one or none."""
+        """Returns the adapters whose swaps are active: one or none."""
         return list(next(iter(self.wrappers.values())).active_adapters) if self.wrappers else []
 
     def write(self, name: str | None) -> None:
-        """Enters what an adapter does into the model's config."""
+        """Enters the spec of an adapter into the model's config."""
         if name != self.written:
             self.written = name
             write_spec(self.stack(), self.spec(name))
@@ -63,14 +63,14 @@ class Book:
         return find_stack(self.base[0], self.empty.part)
 
     def detach(self) -> None:
-        """Takes all wrappers off the model, which then is what it was."""
+        """Removes all wrappers: the model is its unpatched base again."""
         stack = self.stack()
         self.empty = replace(self.empty, before=before_of(stack, self.empty.before))
         disconnect(stack, self.empty.before)
         unguard(outermost(stack.model))
 
     def attach(self) -> None:
-        """Puts the wrappers on the model, in place of swaps that are on it."""
+        """Puts the wrappers on the model, in place of swaps that it has."""
         stack = self.stack()
         for layer, (_, module) in stack.modules.items():
             module.add_module(KEY, self.wrappers[layer])
@@ -83,19 +83,19 @@ class Book:
 class SwapAdapters(ModulesToSaveWrapper, BaseTunerLayer):
     """The child ``attnswap`` of an attention module whose swaps belong to adapters.
 
-    To peft it is one of the ``modules_to_save``, with a layer without swaps as the original; every adapter has an entry
-    in every layer, if only an empty one. It counts as a tuner layer too, because transformers goes by these alone when
-    it enables adapters again or asks which one is active.
+    For peft it is one of the ``modules_to_save``, whose original is a module without swaps. Every adapter has an entry
+    in every layer, which may be empty. It is a tuner layer too, because transformers looks only at tuner layers when it
+    enables adapters or asks which one is active.
     """
 
     other_param_names = ("modules_to_save",)  # what is an adapter's, which the empty map of tensors does not tell peft
 
-    def __init__(self, book: Book, layer: int, original: LayerSwap) -> None:
+    def __init__(self, adapters: AdapterSet, layer: int, original: LayerSwap) -> None:
         super().__init__(original, "")
-        self.book = book
+        self.adapters = adapters
         self._active_adapter: list[str] = []
         self._adapters.clear()
-        book.wrappers[layer] = self
+        adapters.wrappers[layer] = self
 
     def update(self, adapter_name: str, tied_module: Any = None, **kwargs: Any) -> None:
         """Does nothing: adapters enter by :meth:`put`, with swaps of their own rather than copies."""
@@ -119,23 +119,23 @@ class SwapAdapters(ModulesToSaveWrapper, BaseTunerLayer):
         return {}
 
     def serving(self) -> LayerSwap:
-        """Returns the swaps that serve when adapters are enabled."""
+        """Returns the swaps that are computed when adapters are enabled."""
         return self.modules_to_save[self.active_adapters[0]] if self.active_adapters else self.original_module
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Lets another adapter's swaps serve; none, where no adapter of that name brought any.
+        """Activates the swaps of another adapter, or none if the adapter has none.
 
         Raises:
-            ValueError: Two adapters with swaps shall be active at once.
+            ValueError: Two adapters with swaps would be active at once.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         known = [name for name in names if name in self._adapters]
         super().set_adapter(known, inference_mode)
         self._active_adapter = known
-        self.book.write(known[0] if known else None)
+        self.adapters.write(known[0] if known else None)
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: Sequence[str] | None = None) -> None:
-        """Removes an adapter's swaps; if it was the active one, another's serve or none."""
+        """Removes an adapter's swaps; if it was the active one, those of another adapter are activated, if any."""
         if adapter_name not in self._adapters:
             return
         if adapter_name in self.active_adapters:
@@ -146,25 +146,25 @@ class SwapAdapters(ModulesToSaveWrapper, BaseTunerLayer):
         raise UnsupportedModelError("one batch cannot mix adapters with different swaps (adapter_names=...)")
 
     def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> LayerSwap:
-        """Returns the swaps that serve, which are no longer an adapter's then."""
+        """Returns the active swaps, which then belong to no adapter."""
         return self.serving()
 
     @property
     def weight(self) -> Any:
-        """There is none, which tuner layers otherwise look for inside."""
+        """Raises AttributeError: there is no weight, and tuner layers would look for one inside."""
         raise AttributeError("weight")
 
     @property
     def bias(self) -> Any:
-        """There is none."""
+        """Raises AttributeError: there is no bias."""
         raise AttributeError("bias")
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Does nothing: a swap is no weight, and stays as it is when low-rank weights are merged."""
+        """Does nothing: a swap is not a weight, and stays when low-rank weights are merged."""
 
     def unmerge(self) -> None:
         """Does nothing."""
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether plain LoRA could say the same."""
+        """Whether the adapter can be converted into plain LoRA: never."""
         return False
