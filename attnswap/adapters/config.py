@@ -66,7 +66,7 @@ class AttnSwapConfig(LoraConfig):
             self.target_modules = DUMMY_TARGET_MODULES
 
     def for_adapter(self) -> Self:
-        """Returns a copy for a new adapter: one config may be passed for several, and each adapter writes into its own."""
+        """Returns a copy for a new adapter, which writes into it: one config may be passed for several adapters."""
         config = copy.deepcopy(self)
         if self._adapter is not None:  # spec and fingerprint are those of an earlier adapter
             config.spec = config.fingerprint = None

@@ -129,9 +129,8 @@ class PendingAdapter:
     def end(self) -> None:
         """Stops waiting."""
         base = self.adapters.base[0]
-        waiting = [
-            hook for hook in base._forward_pre_hooks.values() if isinstance(hook, PendingAdapter) and hook is not self
-        ]
+        hooks = base._forward_pre_hooks.values()
+        waiting = [hook for hook in hooks if isinstance(hook, PendingAdapter) and hook is not self]
         remove_hooks([base], "_forward_pre_hooks", PendingAdapter)
         for other in waiting:
             base.register_forward_pre_hook(other)

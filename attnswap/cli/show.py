@@ -16,7 +16,7 @@ from attnswap.loading import resolve
 from attnswap.markdown import markdown_table
 from attnswap.surgery.spec import KEY, PatchSpec
 
-COLUMNS = ("swap", "weights", "row sum", "identity start", "learned", "route", "paper")
+COLUMNS = ("swap", "weights", "row sum", "identity start", "learned", "kind", "paper")
 
 
 def swap_row(swap: swaps.Swap) -> tuple[str, ...]:
@@ -26,7 +26,7 @@ def swap_row(swap: swaps.Swap) -> tuple[str, ...]:
         swap.name,
         swap.summary,
         traits.row_sum,
-        "exact" if traits.exact_identity else "no: ramp",
+        "exact" if traits.exact_identity else "no (use a ramp)",
         ", ".join(traits.learned) or "nothing",
         traits.route,
         traits.paper,

@@ -13,9 +13,10 @@ from attnswap.surgery.spec import KEY
 
 
 def from_pretrained(path: str | Path, *, auto_class: Any = AutoModelForCausalLM, **kwargs: Any) -> PreTrainedModel:
-    """Loads a patched checkpoint and proves that its swaps are in use.
+    """Loads a patched checkpoint and verifies that its swaps are computed.
 
-    ``AutoModelForCausalLM.from_pretrained`` loads the same model once attnswap is imported; this function checks more.
+    ``AutoModelForCausalLM.from_pretrained`` loads the same model once attnswap is imported. This function also repeats
+    the verification of :func:`attnswap.patch`, unless parameters are on the meta device (offloaded to disk).
 
     Args:
         path: A directory written by ``save_pretrained`` of a patched model, or a hub name.
@@ -26,8 +27,8 @@ def from_pretrained(path: str | Path, *, auto_class: Any = AutoModelForCausalLM,
         The model in evaluation mode.
 
     Raises:
-        CheckpointError: The checkpoint has no swap, is incomplete or unreadable, or is of a newer format.
-        UnsupportedModelError: Its attention cannot be served exactly.
+        CheckpointError: The checkpoint has no swap, is incomplete or unreadable, or has a newer format.
+        UnsupportedModelError: attnswap cannot compute its attention correctly.
     """
     _require_spec(path, kwargs)
     try:

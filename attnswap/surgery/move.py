@@ -28,14 +28,14 @@ def set_ramp(
     layers: LayersLike = None,
     part: str | None = None,
 ) -> None:
-    """Moves lambda of every swap of the selected layers.
+    """Sets lambda of every swap of the selected layers.
 
     Args:
         model: A patched model.
-        ramp: One value in [0, 1], or one per head of each slot; or a mapping of such from the index of a layer.
-        layers: As in :func:`patch`; default: every patched layer, or those of the mapping.
-        part: Which patched part, in a model that has several, by the words it was patched with; default: all, which
-            must share one value then.
+        ramp: A value in [0, 1], a sequence with one value per head of the swap, or a dict from layer index to either.
+        layers: As in :func:`patch`; default: every patched layer, or the layers of the dict.
+        part: The part to set, by the ``part`` it was patched with; default: all patched parts. ``layers`` and a dict
+            need it if several parts are patched.
 
     Raises:
         ConfigError: The model is not patched, a value is out of range, or the number of values does not fit.

@@ -19,13 +19,13 @@ def swap_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def parameter_groups(
     model: nn.Module, *, lr: float = 1e-4, weight_decay: float = 0.0, swap_lr_multiplier: float = 10.0
 ) -> list[dict[str, Any]]:
-    """Returns optimizer groups in which the swaps' parameters move faster and do not decay.
+    """Returns optimizer parameter groups: the swaps' parameters get a higher learning rate and no weight decay.
 
     Args:
         model: A model, patched or not.
         lr: Learning rate of the model's own weights.
-        weight_decay: Decay of the model's own matrices; vectors (norms, biases) do not decay.
-        swap_lr_multiplier: How much faster the swaps' parameters move.
+        weight_decay: Weight decay of the model's own matrices; vectors (norms, biases) have none.
+        swap_lr_multiplier: Learning rate of the swaps' parameters divided by ``lr``.
 
     Returns:
         Groups for a ``torch`` optimizer, each with a ``"name"``; frozen parameters and empty groups are left out.

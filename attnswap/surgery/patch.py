@@ -30,30 +30,31 @@ def patch(
     heads: HeadsLike = None,
     ramp: float = 1.0,
 ) -> PatchReport:
-    """Replaces the attention normalizer of a model, in place.
+    """Patches a swap into the attention layers of a model, in place.
 
-    Only this instance changes; other models of the same class in the process stay as they are. What is not selected
-    keeps the implementation the model had. A tiny forward then proves that every selected head is really served; if
-    not, everything is put back.
+    Only this instance changes; other models of the same class in the process stay as they are. Layers and heads that
+    are not selected keep the attention implementation that the model had. A forward pass over a few tokens then
+    verifies that the swap computes every selected head; if not, the model is restored.
 
     Args:
         model: A ``transformers`` model.
         swap: A name, config or mapping with a name (``{"name": "ssmax", "form": "scale"}``); or several of them with
             their heads: ``{"forgetting-gate": [0, 1], SSMax(form="scale"): [2, 3]}``.
-        part: Which attention, in a model that has several: words of its modules' names, such as ``"encoder"``,
-            ``"decoder"``, ``"vision_tower"`` or ``"encoder.layers.*.self_attn"``, or ``"cross"``; default: the part
-            that is patched already, else self-attention, of the decoder or text tower where there are several. Call
-            this function once for each part to patch several.
+        part: Which attention modules, in a model with several kinds: consecutive words of the module names, such as
+            ``"encoder"``, ``"decoder"``, ``"vision_tower"`` or ``"encoder.layers.*.self_attn"``, or ``"cross"`` for
+            cross-attention. Default: the part that is patched already, otherwise self-attention, of the decoder or text
+            tower if there are several. To patch several parts, call this function once for each.
         layers: Index, slice string (``"8:"``), list, or predicate of the layer index; default: all.
         heads: Query heads; default: all.
-        ramp: lambda, from 0 (what the model computed before, exactly) to 1 (the swap).
+        ramp: lambda, from 0 (the attention before patching, exactly) to 1 (the swap).
 
     Returns:
-        What was done, layer by layer.
+        The swap of each head of each layer.
 
     Raises:
-        ConfigError: A swap, layer, head or ramp does not exist or does not fit, or a head is already swapped.
-        UnsupportedModelError: The model's attention cannot be served exactly. In both cases the model is as before.
+        ConfigError: A swap, layer, head or ramp does not exist or does not fit, or a head has a swap already.
+        UnsupportedModelError: attnswap cannot compute this model's attention correctly. After either error the model
+            is unchanged.
     """
     plan = make_plan(model, part, swaps_with_heads(swap, heads), layers, check_one_ramp(ramp))
     whole = outermost(model)
@@ -68,7 +69,7 @@ def patch(
 
 
 def unpatch(model: PreTrainedModel) -> None:
-    """Takes every swap out again: afterwards the model is bit for bit the one it was.
+    """Takes every swap out again: the model computes its original attention, bit for bit, with its present weights.
 
     Args:
         model: A patched model.

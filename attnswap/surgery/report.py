@@ -1,4 +1,4 @@
-"""What patching did, as a table a person can read."""
+"""The report of a patched model, as a table."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ class LayerReport:
         layer: Its index.
         module: Name of its attention module.
         swaps: The slots by name.
-        kept: Query heads that keep the previous implementation.
-        before: That implementation.
-        stack: What the names of the attention modules of this layer's part of the model have in common.
+        kept: Query heads without a swap.
+        before: The attention implementation of heads without a swap.
+        stack: Name pattern of the attention modules of this part of the model, such as ``model.layers.*.self_attn``.
     """
 
     layer: int
@@ -34,14 +34,14 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class PatchReport:
-    """What serves which head of which layer of a model.
+    """Which swap or attention implementation computes each head of each layer.
 
     Attributes:
         model: Class name of the model.
-        before: The attention implementation that unselected layers and heads keep; several where parts differ.
+        before: The attention implementation of layers and heads without a swap; several if parts differ.
         layers: One entry per attention layer of each patched part.
         parameters: How many learned numbers the swaps hold.
-        notes: Anything else that was done.
+        notes: Other changes, such as quantization flags that were cleared.
     """
 
     model: str

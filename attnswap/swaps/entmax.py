@@ -44,10 +44,11 @@ class Entmax(Swap):
 
     Attributes:
         alpha: In (1, 2], or ``"learned"``: one per head, 1 + sigmoid(a).
-        start: Where a learned alpha starts, in (1, 2).
-        scale: ``"predicted"``: each query's scores times a number told from its hidden state, 1 before it is fitted or
-            learned; the one for pretrained models. None: as they are.
-        units: Width of the network that predicts beside a linear map of the hidden state; 0: the map alone.
+        start: Initial value of a learned alpha, in (1, 2).
+        scale: ``"predicted"``: multiplies each query's scores by a factor that is predicted from its hidden state,
+            initially 1; recommended for pretrained models. None: no factor.
+        units: Hidden units of the MLP that the predictor adds to a linear map of the hidden state; 0: the linear map
+            only.
     """
 
     alpha: float | Literal["learned"] = 1.5

@@ -27,10 +27,12 @@ class SelectiveTemperature(Swap):
     """Selective Self-Attention (Zhang et al., arXiv 2411.12892).
 
     Attributes:
-        position: ``"log_n"`` (a free gain per head, identity at 0) or ``"released"`` (beta per head, start 2).
+        position: The position term of the temperature: ``"log_n"``: gain * ln n with one unconstrained gain per head
+            (0 is the identity); ``"released"``: exp(-exp(beta)) * ln n with one beta per head, initially 2.
         query: Token-aware temperature of the queries.
         value: Token-aware temperature of the values.
-        init: ``"identity"`` (default; not with ``"released"``) or ``"paper"`` (small random gates, sigmoid-like gain).
+        init: ``"identity"`` (default; not with ``"released"``) or ``"paper"`` (small random gate weights, and a gain of
+            0.5).
     """
 
     position: Literal["log_n", "released"] = "log_n"

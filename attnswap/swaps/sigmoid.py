@@ -49,14 +49,15 @@ class Sigmoid(Swap):
 
     Attributes:
         bias: A constant, ``"learned"`` (one per head, starting at the paper's value), ``"predicted"`` (from each
-            query's hidden state; the one for pretrained models) or None: minus the logarithm of the model's
+            query's hidden state; recommended for pretrained models) or None: minus the logarithm of the model's
             ``max_position_embeddings``, the paper's choice.
         bias_log_n: Coefficient of ln n in the bias; -1 with ``bias=0`` makes it per-row.
         divide_by_n: Divide each row by its number of visible keys, or with ``"sqrt"`` by the square root of it; the
             released code has both.
-        keep_lone: Give the only key of a row all of its weight, as softmax does; false: as published.
-        row_limit: What no row sums to more than, above 1; None: as published, without a limit.
-        units: Width of the network that predicts beside a linear map of the hidden state; 0: the map alone.
+        keep_lone: If a query sees a single key, give that key weight 1, as softmax does; False: as published.
+        row_limit: Upper bound of the sum of a row's weights, greater than 1; None: no bound, as published.
+        units: Hidden units of the MLP that the predictor of the bias adds to a linear map of the hidden state; 0: the
+            linear map only.
         max_positions: Training length behind the default bias; filled in from the model.
     """
 
@@ -70,7 +71,7 @@ class Sigmoid(Swap):
 
     name: ClassVar[str] = "sigmoid"
     paper: ClassVar[str] = "Theory, Analysis, and Best Practices for Sigmoid Self-Attention (arXiv 2409.04431)"
-    summary: ClassVar[str] = "sigmoid(z + bias) for every key on its own, no row normalizer unless row_limit is given"
+    summary: ClassVar[str] = "elementwise sigmoid(z + bias), not normalized over the keys (unless row_limit is set)"
     row_sum: ClassVar = "free"
     needs_n: ClassVar[bool] = True
     shifted: ClassVar[bool] = False

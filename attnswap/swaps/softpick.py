@@ -39,8 +39,8 @@ class Softpick(Swap):
         eps: Added to the denominator.
         eps_after_max_shift: Add ``eps`` after dividing numerator and denominator by e^m, as the released kernels do;
             its relative size then depends on the row's largest score.
-        anchor: Number of keys from which on the scores grow with ln n; None: never, as published.
-        keep_lone: Give the only key of a row all of its weight, as softmax does; false: as published.
+        anchor: Number of visible keys n above which ln(n / anchor) is added to the scores; None: never, as published.
+        keep_lone: If a query sees a single key, give that key weight 1, as softmax does; False: as published.
     """
 
     eps: float = 1e-6

@@ -31,7 +31,8 @@ class SSMax(Swap):
     """Scalable-Softmax (Nakanishi, arXiv 2501.19399).
 
     Attributes:
-        form: ``"affine"`` (default), ``"scale"`` (the paper's) or ``"anchored"``.
+        form: The factor on the scores, with s and b learned per head: ``"affine"``: s ln n + b; ``"scale"``: s ln n,
+            the paper's; ``"anchored"``: 1 + s max(0, ln n - ln train_length). n is the number of visible keys.
         init: ``"identity"`` (affine and anchored; their default) or ``"paper"`` (s = 0.168, b = 0).
         train_length: Trained context in tokens, for ``anchored``; None: the model's ``max_position_embeddings``.
     """
@@ -42,7 +43,7 @@ class SSMax(Swap):
 
     name: ClassVar[str] = "ssmax"
     paper: ClassVar[str] = "Scalable-Softmax Is Superior for Attention (arXiv 2501.19399)"
-    summary: ClassVar[str] = "softmax of scores sharpened by s ln n (+ b), learned per head"
+    summary: ClassVar[str] = "softmax of the scores times s ln n + b, learned per head; n is the number of visible keys"
     needs_n: ClassVar[bool] = True
     native_ramp: ClassVar[bool] = True
 
