@@ -95,13 +95,14 @@ def test_masks(interpreted: Worker, swap: Swap, mask: str):
     """Dense masks hold a row that sees nothing and one that sees one key."""
     if swap.causal_only and mask == "none":
         mask = "causal"
-    case = Case(kv_heads=1, queries=9, keys=70, width=16, value_width=24, mask=mask, seed=5)
+    batch = 2 if mask == "padding" else 1
+    case = Case(batch=batch, kv_heads=1, queries=9, keys=70, width=16, value_width=24, mask=mask, seed=5)
     check(interpreted, swap, case)
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(1, 130), (130, 3), (65, 64)])
 def test_lengths_that_do_not_fill_their_tiles(interpreted: Worker, queries: int, keys: int):
-    case = Case(batch=1, queries=queries, keys=keys, width=16, value_width=1, seed=1)
+    case = Case(batch=1, kv_heads=1, queries=queries, keys=keys, width=16, value_width=1, seed=1)
     for swap in (SWAPS[0], SWAPS[5]):
         check(interpreted, swap, case)
 
@@ -129,17 +130,18 @@ def test_scores_of_ten_thousand(interpreted: Worker, swap: Swap, level: str):
 @pytest.mark.parametrize("swap", SWAPS, ids=variant_id)
 def test_half_precision(interpreted: Worker, swap: Swap, dtype: torch.dtype):
     """Inputs of half precision, sums in fp32: within the rounding of weights and outputs."""
-    case = Case(batch=1, queries=70, keys=70, width=64, value_width=64, seed=3)
+    case = Case(batch=1, kv_heads=1, queries=70, keys=70, width=64, value_width=64, seed=3)
     check(interpreted, swap, case, dtype)
 
 
 def test_the_whole_vocabulary(interpreted: Worker):
-    check(interpreted, EveryWord(), Case(queries=9, keys=70, width=16, value_width=16, seed=4))
+    check(interpreted, EveryWord(), Case(batch=1, queries=9, keys=70, width=16, value_width=16, seed=4))
 
 
 @pytest.mark.parametrize("ramp", [0.25, torch.tensor([0.25, 1.0, 0.5, 0.75])], ids=["number", "per head"])
 def test_the_ramp_of_softpick_and_its_gradient(interpreted: Worker, ramp: Any):
-    check(interpreted, attnswap.Softpick(), Case(queries=9, keys=70, width=16, value_width=16, seed=6), ramp=ramp)
+    case = Case(batch=1, queries=9, keys=70, width=16, value_width=16, seed=6)
+    check(interpreted, attnswap.Softpick(), case, ramp=ramp)
 
 
 def test_a_wrong_sign_is_caught(interpreted: Worker):
