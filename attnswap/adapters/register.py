@@ -1,14 +1,16 @@
 """The new kind of adapter in peft's tables: three entries."""
 
-from attnswap.adapters.kind import peft_type
+from attnswap.adapters.kind import installed, peft_type
 
 
 def register() -> None:
-    """Enters :class:`AttnSwapConfig` and :class:`AttnSwapModel` into peft's tables, once.
+    """Enters :class:`AttnSwapConfig` and :class:`AttnSwapModel` into peft's tables, if peft is recent enough.
 
     Not by ``register_peft_method``, which wants a prefix of tensor names that no other method has: an adapter's
     low-rank weights are LoRA's, under LoRA's names.
     """
+    if not installed():
+        return
     from peft.mapping import (
         PEFT_TYPE_TO_CONFIG_MAPPING,
         PEFT_TYPE_TO_PREFIX_MAPPING,

@@ -18,12 +18,14 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
 from attnswap.errors import ConfigError, nearest, require
+from attnswap.imports import after_import
 from attnswap.swaps import expression as fn
 
 LONE = 1e3
@@ -406,12 +408,10 @@ class Swap:
         return cls(**values)
 
 
-@torch.compiler.assume_constant_result
 def _options(cls: type[Swap]) -> list[str]:
     return [field.name for field in dataclasses.fields(cls)]
 
 
-@torch.compiler.assume_constant_result
 def _wanted(cls: type[Swap], name: str, value: Any) -> str | None:
     """Says what an option must be if ``value`` is none, else None."""
     hint = get_type_hints(cls)[name]
@@ -446,3 +446,12 @@ def resolve_init(init: str | None, identity_allowed: bool, name: str) -> str:
         f'{name}: this form has no identity start; use init="paper" and a ramp from 0 instead',
     )
     return init or ("identity" if identity_allowed else "paper")
+
+
+def _mark_constant(_dynamo: ModuleType) -> None:
+    """Marks the options of a swap as constants for torch.compile."""
+    for function in (_options, _wanted):
+        torch.compiler.assume_constant_result(function)
+
+
+after_import("torch._dynamo", _mark_constant)  # the mark needs this module, which takes longer to import than torch
