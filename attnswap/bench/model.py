@@ -18,7 +18,8 @@ from attnswap.bench.timing import interleave
 from attnswap.errors import ConfigError, nearest
 from attnswap.evaluation.result import write_atomically
 from attnswap.loading import load_model
-from attnswap.surgery import patch, swap_parameters
+from attnswap.surgery.parameters import swap_parameters
+from attnswap.surgery.patch import patch
 
 SCHEMA = "attnswap.bench.model/1"
 TASKS = ("step", "generate")

@@ -1,7 +1,12 @@
-"""The command line. Errors are one line that names the cause and the way out; the exit code says which kind."""
+"""The command line.
+
+An error is one line that names the cause and a way out; the exit code tells the kind of error. The commands import
+torch, transformers and most of attnswap when they run, so that ``--help`` and ``list`` are quick.
+"""
 
 import os
 import sys
+from types import ModuleType
 
 import typer
 
@@ -15,10 +20,11 @@ from attnswap.cli.patch import patch_command
 from attnswap.cli.show import describe_command, list_command
 from attnswap.cli.train import train_command
 from attnswap.errors import AttnSwapError, first_line
+from attnswap.imports import after_import
 from attnswap.visible import visible
 
 app = typer.Typer(
-    help="Swap the attention normalizer of a pretrained model: patch, fine-tune, evaluate, undo.",
+    help="Replace softmax in the attention of a pretrained model: patch, fine-tune, evaluate, compare.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -38,7 +44,8 @@ app.command("doctor")(doctor_command)
 def main() -> None:
     """Runs the command line.
 
-    Exit codes: 0 fine, 1 unexpected, 2 usage or input, 3 unsupported model, 4 numerics, 130 interrupted.
+    Exit codes: 0 success, 1 unexpected error, 2 wrong usage or input, 3 unsupported model, 4 non-finite values,
+    130 interrupted.
     """
     quieten()
     try:
@@ -50,7 +57,7 @@ def main() -> None:
     except OSError as error:
         _fail(first_line(error), 2)
     except Exception as error:
-        if hasattr(error, "format_message"):  # a wrong option or argument; typer's own class moved between versions
+        if hasattr(error, "format_message"):  # a wrong option or argument; its class differs between typer's versions
             _fail(error.format_message() or "see attnswap --help", 2)
         if os.environ.get("ATTNSWAP_DEBUG"):
             raise
@@ -58,9 +65,11 @@ def main() -> None:
 
 
 def quieten() -> None:
-    """Keeps transformers' bars off where nobody watches, and its warnings out of results."""
-    from transformers.utils import logging
+    """Silences transformers' warnings, and its progress bars where stderr is not a terminal."""
+    after_import("transformers.utils.logging", _silence)
 
+
+def _silence(logging: ModuleType) -> None:
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()

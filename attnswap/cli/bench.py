@@ -1,59 +1,69 @@
-"""``attnswap bench``: time and memory of the swaps beside torch's own attention."""
+"""``attnswap bench``: time and memory of the swaps compared with torch's own attention."""
 
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import RenderableType
 
-from attnswap.bench import (
-    SHAPES,
-    ModelPlan,
-    Plan,
-    Shape,
-    measure_model,
-    model_table,
-    run_bench,
-    tables,
-    write_model_report,
-    write_report,
-)
 from attnswap.cli.options import check_folder, parse_dtype, parse_size
 from attnswap.cli.terminal import Terminal
 from attnswap.errors import ConfigError, nearest
-from attnswap.swaps import names as known_swaps
 from attnswap.visible import visible
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from attnswap.bench import Shape
 
 
 def bench_command(
-    swaps: Annotated[str | None, typer.Option(help="Names such as ssmax,softpick. Default: every known swap.")] = None,
-    lengths: Annotated[str, typer.Option(help="Lengths in tokens; k is 1024.")] = "1k,2k,4k,8k,16k",
-    shapes: Annotated[str, typer.Option(help=f"Layers: {', '.join(SHAPES)}.")] = ",".join(SHAPES),
+    swaps: Annotated[str | None, typer.Option(help="Swaps to time, such as ssmax,softpick. Default: all.")] = None,
+    lengths: Annotated[str, typer.Option(help="Sequence lengths in tokens; k is 1024.")] = "1k,2k,4k,8k,16k",
+    shapes: Annotated[
+        str, typer.Option(help="Attention layers: smollm2 (9 heads, 3 KV heads, head_dim 64), h8d128 (8, 8, 128).")
+    ] = "smollm2,h8d128",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or both.")] = "fp32,bf16",
-    backend: Annotated[str, typer.Option(help="auto, or one backend for all swaps.")] = "auto",
-    rounds: Annotated[int, typer.Option(help="Rounds of a cell, at least 9.")] = 9,
-    threads: Annotated[int | None, typer.Option(help="Threads. Default: torch's own choice.")] = None,
+    backend: Annotated[str, typer.Option(help="Backend for all swaps; auto chooses as a model would.")] = "auto",
+    rounds: Annotated[int, typer.Option(help="Rounds of each measurement, at least 9.")] = 9,
+    threads: Annotated[int | None, typer.Option(help="CPU threads. Default: torch's own choice.")] = None,
     flush_denormals: Annotated[
-        bool, typer.Option("--flush-denormals", help="Flush subnormal numbers to 0, for SDPA and swaps alike.")
+        bool, typer.Option("--flush-denormals", help="Flush subnormal numbers to 0, for SDPA and the swaps alike.")
     ] = False,
-    peers: Annotated[bool, typer.Option(help="Also other implementations, where installed.")] = True,
-    peer_seconds: Annotated[float, typer.Option(help="Leave out their cells that would take longer.")] = 120.0,
-    memory: Annotated[bool, typer.Option(help="Extra peak memory, each in a process of its own.")] = True,
-    seed: Annotated[int, typer.Option(help="Seed of tensors and intervals.")] = 0,
+    peers: Annotated[bool, typer.Option(help="Time other implementations too, where they are installed.")] = True,
+    peer_seconds: Annotated[
+        float, typer.Option(help="Skip a measurement of other implementations that would take more seconds.")
+    ] = 120.0,
+    memory: Annotated[bool, typer.Option(help="Measure extra peak memory, each time in a new process.")] = True,
+    seed: Annotated[int, typer.Option(help="Random seed of the inputs and of the intervals.")] = 0,
     model: Annotated[
-        str | None, typer.Option(help='Time a whole model instead, patched against unpatched, such as "embedded".')
+        str | None,
+        typer.Option(help='Time a whole model instead, patched and unpatched: directory, hub name or "embedded".'),
     ] = None,
-    tasks: Annotated[str, typer.Option(help="With --model: step, generate.")] = "step,generate",
-    out: Annotated[Path | None, typer.Option(help="Directory for JSON and plots.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")] = False,
+    tasks: Annotated[
+        str, typer.Option(help="With --model: step (a training step), generate, or both.")
+    ] = "step,generate",
+    out: Annotated[Path | None, typer.Option(help="Directory for the report: JSON and plots.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print only the report, as JSON.")] = False,
 ) -> None:
-    """Measure time and memory of the swaps beside torch's flash attention, on the CPU.
+    """Measure time and memory of the swaps on the CPU, compared with torch's attention (SDPA).
 
-    Each round times SDPA and the swap right after one another; the median ratio comes with a 95% interval over rounds
-    and is held against the bounds the project promises.
+    Each round times SDPA and the swap in direct succession. The report gives the median ratio with a 95% interval over
+    the rounds, and says whether it keeps the project's bound.
     """
+    from attnswap.bench import (
+        ModelPlan,
+        Plan,
+        measure_model,
+        model_table,
+        run_bench,
+        tables,
+        write_model_report,
+        write_report,
+    )
+    from attnswap.swaps import names as known_swaps
+
     check_folder(out)
     names = None if swaps is None else [name.strip() for name in swaps.split(",")]
     if model is not None:
@@ -90,14 +100,16 @@ def bench_command(
     _show(bench.to_dict(), tables(bench), as_json)
 
 
-def _show(report: dict[str, Any], table: RenderableType, as_json: bool) -> None:
+def _show(report: dict[str, Any], table: "RenderableType", as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps(report, indent=2, allow_nan=False) + "\n")
     else:
         Terminal().print(table)
 
 
-def _shape(name: str) -> Shape:
+def _shape(name: str) -> "Shape":
+    from attnswap.bench import SHAPES
+
     if name not in SHAPES:
-        raise ConfigError(f'unknown shape "{name}".{nearest(name, list(SHAPES))} There are {", ".join(SHAPES)}')
+        raise ConfigError(f'unknown shape "{name}".{nearest(name, list(SHAPES))} Known: {", ".join(SHAPES)}')
     return SHAPES[name]

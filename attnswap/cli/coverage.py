@@ -6,21 +6,27 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from tqdm import tqdm
 
 from attnswap.cli.options import check_folder
 from attnswap.cli.terminal import Terminal
-from attnswap.coverage import SWAPS, Row, coverage_table, model_types, run_coverage, write_coverage
 from attnswap.errors import ConfigError, nearest
 
 
 def coverage_command(
     types: Annotated[str | None, typer.Option(help="Model types such as llama,bloom. Default: all.")] = None,
-    swaps: Annotated[str, typer.Option(help="Swaps to check with.")] = ",".join(SWAPS),
-    out: Annotated[Path | None, typer.Option(help="Directory for JSON and a table.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")] = False,
+    swaps: Annotated[str, typer.Option(help="Swaps to check each model type with.")] = "forgetting-gate,softpick",
+    out: Annotated[Path | None, typer.Option(help="Directory for the report: JSON and a Markdown table.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print only the report, as JSON.")] = False,
 ) -> None:
-    """Build a tiny random model of every type, patch it, and check that nothing is lost or skipped."""
+    """Check which model types of the installed transformers can be patched.
+
+    Builds a tiny random model of each type, patches it, and checks that masks are kept, that every selected layer
+    computes the swap, and that unpatching restores the model.
+    """
+    from tqdm import tqdm
+
+    from attnswap.coverage import Row, coverage_table, model_types, run_coverage, write_coverage
+
     check_folder(out)
     known = model_types()
     wanted = known if types is None else [name.strip() for name in types.split(",")]

@@ -1,4 +1,4 @@
-"""``attnswap doctor``: does attnswap work here, and with what?"""
+"""``attnswap doctor``: installed versions, and whether attnswap works with them."""
 
 import importlib.metadata
 import importlib.util
@@ -7,10 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
-from rich.table import Table
-
-from attnswap.attention.native import build
 from attnswap.cli.terminal import Terminal
 from attnswap.devices import default_device
 from attnswap.errors import UnsupportedModelError
@@ -19,7 +15,15 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "evaluate
 
 
 def doctor_command() -> None:
-    """Check versions, the seam to transformers, and a tiny patched model."""
+    """Show installed versions and check attnswap on a tiny model.
+
+    Checks that attnswap's attention is registered with transformers, and for each swap that a patched model is causal
+    and that unpatching restores its outputs.
+    """
+    from rich.table import Table
+
+    from attnswap.attention.native import build
+
     table = Table("check", "result")
     table.add_row("python", platform.python_version())
     for package in PACKAGES:
@@ -45,14 +49,15 @@ def _registered() -> str | None:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    import attnswap.surgery
+    from attnswap.surgery.seam import KEY
 
     known = [r.valid_keys() for r in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)]
-    return None if all(attnswap.surgery.KEY in names for names in known) else "not registered with transformers"
+    return None if all(KEY in names for names in known) else "not registered with transformers"
 
 
 def _tiny_model() -> str | None:
-    """Patches a tiny model with every swap: no token may see the future, and unpatching must give back the model."""
+    """Patches a tiny model with each swap: it must be causal, and unpatching must restore its outputs."""
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import attnswap
@@ -65,14 +70,14 @@ def _tiny_model() -> str | None:
     with torch.no_grad():
         before = model(ids).logits
         for swap in attnswap.list_swaps():
-            away = {"init": "paper"} if "init" in swap.to_dict() else {}  # at identity there would be little to see
-            attnswap.patch(model, replace(swap, **away))
+            options = {"init": "paper"} if "init" in swap.to_dict() else {}  # at identity there is little to test
+            attnswap.patch(model, replace(swap, **options))
             leak = not torch.equal(model(ids).logits[:, :5], model(changed).logits[:, :5])
             attnswap.unpatch(model)
             if leak:
-                return f"{swap.name} lets tokens see the future"
+                return f"{swap.name} is not causal"
             if not torch.equal(model(ids).logits, before):
-                return f"{swap.name} leaves a trace after unpatching"
+                return f"{swap.name} changes outputs that unpatching does not restore"
     return None
 
 

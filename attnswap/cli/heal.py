@@ -1,4 +1,4 @@
-"""``attnswap heal``: a healing recipe with its controls, measured."""
+"""``attnswap heal``: train a healing recipe and its control, and measure both."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,32 +9,33 @@ from attnswap.cli.terminal import Terminal
 
 
 def heal_command(
-    recipe: Annotated[Path, typer.Argument(help="A recipe with stages, e.g. recipes/heal/softpick.yaml.")],
+    recipe: Annotated[Path, typer.Argument(help="Recipe with stages, such as recipes/heal/softpick.yaml.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values in place of the recipe's.")
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override values of the recipe.")
     ] = None,
     control: Annotated[
-        Path | None, typer.Option(help="Finished control of the same recipe. Default: train one.")
+        Path | None, typer.Option(help="Control already trained with the same recipe. Default: train one.")
     ] = None,
     contexts: Annotated[str, typer.Option(help="Context lengths in tokens; k is 1024.")] = "512,1k,2k,4k,8k",
-    max_tokens: Annotated[str, typer.Option(help="Scored tokens at each context.")] = "16k",
-    text: Annotated[Path | None, typer.Option(help="Text to measure on. Default: the built-in offline text.")] = None,
+    max_tokens: Annotated[str, typer.Option(help="Number of tokens to score at each context length.")] = "16k",
+    text: Annotated[Path | None, typer.Option(help="Text file to measure on. Default: the built-in text.")] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="Dtype to measure in: fp32, bf16 or fp16. Default: bf16, fp32 on a processor without it."),
+        typer.Option(help="Dtype to measure in: fp32, bf16 or fp16. Default: bf16, or fp32 on a CPU without bf16."),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="Where to measure. Default: the accelerator, else cpu.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Device to measure on. Default: the accelerator, or cpu if there is none.")
+    ] = None,
     check: Annotated[
-        Path | None, typer.Option(help="A committed result.json: fail unless the ratios land in its intervals.")
+        Path | None, typer.Option(help="Earlier result.json: fail if a ratio is outside of its interval.")
     ] = None,
 ) -> None:
-    """Heal a swap and measure it against the same recipe without it.
+    """Heal a swapped model and compare it with a control: the same training without the swap.
 
-    Trains the recipe and its control, and measures both beside the original, the swap without healing, and the healed
-    weights without the swap. What is there already in the recipe's output_dir is not done again, so a run that was
-    stopped goes on with the same command.
+    Trains the recipe and its control. Measures both, the original model, the swapped model without healing, and the
+    healed weights without the swap. Finished parts in the recipe's output_dir are reused, so the same command resumes
+    an interrupted run.
     """
-    # Here, so that --help need not wait for torch.
     import torch
 
     from attnswap.cli.options import parse_device, parse_dtype, parse_size

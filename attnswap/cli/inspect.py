@@ -1,4 +1,4 @@
-"""``attnswap inspect``: how the heads of a model attend, and of a second one beside it."""
+"""``attnswap inspect``: attention statistics of the heads of one model, or of two models side by side."""
 
 import json
 import sys
@@ -22,21 +22,23 @@ def inspect_command(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help='Checkpoint directory, GGUF file, hub name or "embedded".')
     ],
-    against: Annotated[str | None, typer.Option(help="A second model, shown beside the first.")] = None,
-    text: Annotated[Path | None, typer.Option(help="Text file. Default: the built-in offline text.")] = None,
-    window: Annotated[str, typer.Option(help="Tokens of a window, more than 64; k is 1024.")] = "1k",
-    windows: Annotated[int, typer.Option(min=1, help="Windows to read, from all over the text.")] = 4,
-    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16. Default: the checkpoint's own.")] = None,
-    device: Annotated[str | None, typer.Option(help="Default: the accelerator if there is one, else cpu.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Directory for JSON, table and picture.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON, and nothing else.")] = False,
+    against: Annotated[str | None, typer.Option(help="Second model, shown next to the first.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Text file to read. Default: the built-in text.")] = None,
+    window: Annotated[str, typer.Option(help="Tokens per window, more than 64; k is 1024.")] = "1k",
+    windows: Annotated[int, typer.Option(min=1, help="Number of windows, spread over the text.")] = 4,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16. Default: dtype of the checkpoint.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Device. Default: the accelerator, or cpu if there is none.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory for the report: JSON, Markdown table and plot.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print only the report, as JSON.")] = False,
 ) -> None:
-    """Show how the heads of a model attend: sinks, dead heads, sparsity, entropy, massive activations.
+    """Measure attention statistics of a model: sinks, dead heads, sparsity, entropy, massive activations.
 
-    Any causal language model, patched or not. With --against a second one is measured on the same text, such as the
-    model before it was patched or trained.
+    Works for any causal language model, patched or not. With --against, a second model is measured on the same text,
+    such as the model before it was patched or trained.
     """
-    from attnswap.cli.options import check_folder, parse_device, parse_dtype, parse_size  # here, as in heal
+    from attnswap.cli.options import check_folder, parse_device, parse_dtype, parse_size
     from attnswap.evaluation.corpus import read_text, sample_windows
     from attnswap.evaluation.figure import short_names
     from attnswap.loading import load_config_of, load_tokenizer
@@ -46,7 +48,7 @@ def inspect_command(
     placed = {"dtype": parse_dtype(dtype), "device": parse_device(device)}
     read: dict[str, Any] = {"window": parse_size(window), "windows": windows}
     read["text"] = None if text is None else read_text(text)
-    for reference in references:  # before any model is loaded, and the first one measured
+    for reference in references:  # errors of either model come before the first is loaded and measured
         load_config_of(reference)
         sample_windows(load_tokenizer(reference), read["text"], read["window"], 1)
     found = [_measure(reference, placed, read) for reference in references]
@@ -74,7 +76,7 @@ def _measure(reference: str, placed: dict[str, Any], read: dict[str, Any]) -> "S
 
 
 def table(structures: "Sequence[Structure]", names: Sequence[str]) -> Table:
-    """Returns the summaries for the terminal, a column for each model."""
+    """Returns the summaries as a table for the terminal, with one column per model."""
     shown = Table(title="attention structure", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     shown.add_column("")
     for name in names:
@@ -85,7 +87,7 @@ def table(structures: "Sequence[Structure]", names: Sequence[str]) -> Table:
 
 
 def markdown(structures: "Sequence[Structure]", names: Sequence[str]) -> str:
-    """Returns the same table as Markdown, and the picture below it."""
+    """Returns the same table as Markdown, followed by the plot."""
     from attnswap.evaluation.structure import SINK
 
     body = markdown_table(["attention", *names], _rows(structures), words=1)

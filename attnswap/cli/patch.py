@@ -14,32 +14,38 @@ from attnswap.visible import visible
 
 def patch_command(
     model: Annotated[str, typer.Argument(help='Checkpoint directory, GGUF file, hub name or "embedded".')],
-    out: Annotated[Path, typer.Argument(help="Directory to write; it must not exist.")],
-    swap: Annotated[str, typer.Option(help="The swap's name; see `attnswap list`.")],
-    option: Annotated[list[str] | None, typer.Option(help="KEY=VALUE of the swap, such as form=scale.")] = None,
-    layers: Annotated[str | None, typer.Option(help='Layer numbers "0,2" or a slice "8:". Default: all.')] = None,
-    heads: Annotated[str | None, typer.Option(help='Head numbers "0,1". Default: all.')] = None,
-    part: Annotated[
-        str | None, typer.Option(help='Which attention of several, such as "cross". Default: the decoder\'s own.')
+    out: Annotated[Path, typer.Argument(help="Directory for the patched checkpoint; it must not exist.")],
+    swap: Annotated[str, typer.Option(help="Name of the swap; see `attnswap list`.")],
+    option: Annotated[
+        list[str] | None, typer.Option(help="Option of the swap as KEY=VALUE, such as form=scale; repeatable.")
     ] = None,
-    ramp: Annotated[float, typer.Option(help="lambda, from 0 (as before) to 1 (the swap).")] = 1.0,
+    layers: Annotated[
+        str | None, typer.Option(help='Layers to patch: indices "0,2" or a slice "8:". Default: all.')
+    ] = None,
+    heads: Annotated[str | None, typer.Option(help='Query heads to patch: indices "0,1". Default: all.')] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(help='Which attention of a model with several, such as "cross". Default: decoder self-attention.'),
+    ] = None,
+    ramp: Annotated[float, typer.Option(help="lambda, from 0 (the original attention) to 1 (the swap).")] = 1.0,
     dtype: Annotated[
         str | None,
         typer.Option(help="Dtype of the saved weights: fp32, bf16, fp16 or fp64. Default: the checkpoint's own."),
     ] = None,
 ) -> None:
-    """Patch a checkpoint and save the result, tokenizer included."""
+    """Patch a checkpoint and save it with its tokenizer."""
     import attnswap
     from attnswap.loading import load_config_of, load_model, load_tokenizer
     from attnswap.surgery.move import check_ramp
+    from attnswap.swaps import resolve
 
     if os.path.lexists(out):
         raise ConfigError(f'"{out}" exists already; choose another directory')
     check_folder(out.parent, "OUT")
     options = _options(option or [])
     if "name" in options:
-        raise ConfigError("the swap is named by --swap, not by --option name=")
-    config = attnswap.swaps.resolve({"name": swap, **options})
+        raise ConfigError("--swap names the swap, not --option name=")
+    config = resolve({"name": swap, **options})
     chosen = layers if layers is None or ":" in layers else parse_numbers(layers, "--layers")
     chosen_heads = parse_numbers(heads, "--heads")
     check_ramp(ramp)
@@ -64,6 +70,6 @@ def _options(pairs: list[str]) -> dict[str, object]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
-            raise ConfigError(f'"{pair}": an option is written KEY=VALUE, such as form=scale')
+            raise ConfigError(f'"{pair}": --option takes KEY=VALUE, such as form=scale')
         options[key.strip()] = parse_value(value, f'"{key}"')
     return options

@@ -1,4 +1,4 @@
-"""``attnswap eval --suite long``: everything that can be told of a model, as JSON, Markdown and one HTML page."""
+"""``attnswap eval --suite long``: all measurements of a model, as JSON, Markdown and one HTML page."""
 
 import json
 import sys
@@ -36,26 +36,28 @@ def run_suite(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Measures a model, and the one it was, and writes and prints the report.
+    """Measures a model and the original it is compared with, and writes and prints the report.
 
     Args:
-        reference: The model in question.
-        original: The model it was; None: it stands alone.
-        options: How much is measured.
-        dtype: Dtype of the weights, the original's too; None: that of the model's checkpoint.
-        device: Where to run.
-        text: The text; None: the offline evaluation text.
-        corpus_id: Name of the text.
-        out: Directory of the report; None: print only.
-        as_json: Print the JSON and nothing else.
+        reference: The model.
+        original: The original model; None: there is no comparison.
+        options: Sizes of the measurements.
+        dtype: Dtype of the weights of both models; None: dtype of the model's checkpoint.
+        device: Device of both models.
+        text: The text; None: the built-in text.
+        corpus_id: Name of the text in the report.
+        out: Directory of the report; None: the report is only printed.
+        as_json: Print only the report, as JSON.
 
     Raises:
-        ConfigError: The baseline is the JSON of an evaluation, which holds no model to ask.
+        ConfigError: The baseline is the JSON of an earlier evaluation instead of a model.
     """
     if original is not None and Path(original).suffix == ".json":
-        raise ConfigError("--suite measures the baseline too: give the model, not the JSON of an earlier evaluation")
+        raise ConfigError(
+            "--suite measures the baseline too: --baseline takes a model here, not the JSON of an earlier evaluation"
+        )
     for name in [reference] if original is None else [reference, original]:
-        load_config_of(name)  # before either model is loaded and measured
+        load_config_of(name)  # errors of either model come before the first is loaded and measured
     tokenizer = load_tokenizer(reference)
     plan(load_corpus(tokenizer, text), tokenizer, options.contexts, max_tokens=options.max_tokens)
     common: dict[str, Any] = {"options": options, "text": text, "corpus_id": corpus_id}
@@ -83,11 +85,11 @@ def run_suite(
 
 
 def write(report: dict[str, Any], found: Profile, before: Profile | None, out: Path) -> None:
-    """Writes ``suite.json``, the losses, ``suite.md``, the pictures and ``report.html``."""
+    """Writes ``suite.json``, the losses, ``suite.md``, the plots and ``report.html``."""
     profiles = [found] if before is None else [found, before]
     names = short_names([str(profile.evaluation.model["id"]) for profile in profiles])
     baseline = None if before is None else before.evaluation
-    content = json.dumps(report, indent=1, allow_nan=False) + "\n"  # what is no JSON fails before anything is written
+    content = json.dumps(report, indent=1, allow_nan=False) + "\n"  # an error comes before anything is written
     found.evaluation.save(out / "evaluation.json")
     pictures = {
         "perplexity.png": plot([found.evaluation], out / "perplexity.png", baseline=baseline, labels=names[:1]),
@@ -121,5 +123,5 @@ def _table(section: dict[str, Any]) -> Table:
 
 
 def show(value: Any) -> str:
-    """Returns a cell's text: numbers with four significant digits."""
+    """Returns the text of a table cell: floats with four significant digits, ``-`` for None."""
     return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)

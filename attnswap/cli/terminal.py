@@ -9,14 +9,14 @@ from attnswap.visible import visible
 
 
 class Terminal(Console):
-    """A console on which every string is text: no markup, no emoji codes, no control characters.
+    """A console that prints strings as plain text: without markup, emoji codes and control characters.
 
-    What is printed comes from files of others: names in configs, recipes, folders.
+    The strings come from files of others (names in configs, recipes, folders) and must not control the terminal.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
-        """Returns a string as it is shown."""
+        """Returns a string with control characters made visible."""
         return super().render_str(visible(text), **options)

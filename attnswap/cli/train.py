@@ -10,15 +10,15 @@ from attnswap.cli.terminal import Terminal
 
 
 def train_command(
-    recipe: Annotated[Path, typer.Argument(help="A recipe in YAML, e.g. recipes/ssmax.yaml.")],
+    recipe: Annotated[Path, typer.Argument(help="Recipe in YAML, such as recipes/ssmax.yaml.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Values in place of the recipe's, e.g. training.max_steps=50."),
+        typer.Argument(metavar="[KEY=VALUE]...", help="Override values of the recipe, such as training.max_steps=50."),
     ] = None,
 ) -> None:
     """Fine-tune a model with swapped attention from a recipe."""
     from attnswap.distributed import destroy_process_group
-    from attnswap.training import load_config, train  # here, so that --help need not wait for torch
+    from attnswap.training import load_config, train
     from attnswap.training.summary import table
 
     try:

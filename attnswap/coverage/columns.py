@@ -12,7 +12,8 @@ from transformers.modeling_utils import AttentionInterface
 
 from attnswap.coverage.tiny import PARTS, VOCABULARY
 from attnswap.errors import NumericsError
-from attnswap.surgery import patch, swap_parameters, unpatch
+from attnswap.surgery.parameters import swap_parameters
+from attnswap.surgery.patch import patch, unpatch
 from attnswap.surgery.patched import patched_stacks
 from attnswap.surgery.spec import KEY
 from attnswap.swaps import SwapLike

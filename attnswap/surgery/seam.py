@@ -320,7 +320,6 @@ def _collected() -> bool:
     return collected is not None and "attentions" in collected
 
 
-def register() -> None:
-    """Enters the attention and mask function into transformers' registries, under one name."""
-    AttentionInterface.register(KEY, attention_forward)
-    AttentionMaskInterface.register(KEY, compact_mask)
+# Here, so that transformers knows the name wherever a model can be given it.
+AttentionInterface.register(KEY, attention_forward)
+AttentionMaskInterface.register(KEY, compact_mask)

@@ -15,15 +15,17 @@ is softmax's. There are two kinds:
 """
 
 import dataclasses
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
+from types import ModuleType
+from typing import Any, ClassVar, Literal, Self, get_type_hints
 
 import torch
 from torch import Tensor
 
 from attnswap.errors import ConfigError, nearest, require
+from attnswap.hints import fits, spell
+from attnswap.imports import after_import
 from attnswap.swaps import expression as fn
 
 LONE = 1e3
@@ -406,37 +408,14 @@ class Swap:
         return cls(**values)
 
 
-@torch.compiler.assume_constant_result
 def _options(cls: type[Swap]) -> list[str]:
     return [field.name for field in dataclasses.fields(cls)]
 
 
-@torch.compiler.assume_constant_result
 def _wanted(cls: type[Swap], name: str, value: Any) -> str | None:
-    """Says what an option must be if ``value`` is none, else None."""
+    """Returns the type of an option in words if a value does not have it, else None."""
     hint = get_type_hints(cls)[name]
-    return None if _fits(value, hint) else _spell(hint)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    if get_origin(hint) is Literal:
-        return any(value == choice and type(value) is type(choice) for choice in get_args(hint))
-    if get_args(hint):
-        return any(_fits(value, part) for part in get_args(hint))
-    if hint in (int, float):
-        allowed = int if hint is int else (int, float)
-        return isinstance(value, allowed) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-    return value is None if hint is type(None) else isinstance(value, hint)
-
-
-def _spell(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return " or ".join(f'"{choice}"' for choice in get_args(hint))
-    if get_args(hint):
-        return " or ".join(_spell(part) for part in get_args(hint))
-    return {int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}.get(
-        hint, hint.__name__
-    )
+    return None if fits(value, hint) else spell(hint)
 
 
 def resolve_init(init: str | None, identity_allowed: bool, name: str) -> str:
@@ -446,3 +425,12 @@ def resolve_init(init: str | None, identity_allowed: bool, name: str) -> str:
         f'{name}: this form has no identity start; use init="paper" and a ramp from 0 instead',
     )
     return init or ("identity" if identity_allowed else "paper")
+
+
+def _mark_constant(_dynamo: ModuleType) -> None:
+    """Marks the options of a swap as constants for torch.compile."""
+    for function in (_options, _wanted):
+        torch.compiler.assume_constant_result(function)
+
+
+after_import("torch._dynamo", _mark_constant)  # the mark needs this module, which takes longer to import than torch

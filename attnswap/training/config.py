@@ -10,9 +10,10 @@ from transformers import TrainingArguments
 
 from attnswap import swaps
 from attnswap.errors import ConfigError, require
+from attnswap.hints import coerce, from_mapping, join, show, unknown_key
 from attnswap.loading import EMBEDDED
 from attnswap.training.sections import FitSection, StageSection
-from attnswap.training.strict import coerce, from_mapping, join, parse_value, read_yaml, show, unknown_key
+from attnswap.training.strict import parse_value, read_yaml
 
 RESERVED = {
     "output_dir": "set output_dir at the top of the recipe",

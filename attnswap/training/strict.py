@@ -1,25 +1,17 @@
-"""Read YAML into dataclasses and refuse everything that is not meant: unknown keys, wrong types, aliases, big files."""
+"""Read and write plain YAML: without aliases, repeated keys and big files, and with the numbers of YAML 1.2."""
 
-import dataclasses
-import math
 import re
-import types
-from collections.abc import Mapping
-from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
 
-from attnswap.errors import ConfigError, nearest, require
+from attnswap.errors import ConfigError, require
 
 MAX_BYTES = 1 << 15
 """A recipe has two kilobytes; what is longer costs time before anything can be said of it."""
 MAX_DEPTH = 16
 MAX_DIGITS = 64
-
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
-_T = TypeVar("_T")
 
 _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
@@ -156,132 +148,3 @@ def _refuse_repeated_keys(node: yaml.Node | None, where: str) -> None:
     elif isinstance(node, yaml.SequenceNode):
         for item in node.value:
             _refuse_repeated_keys(item, where)
-
-
-def from_mapping(cls: type[_T], mapping: Any, path: str = "") -> _T:
-    """Builds a dataclass from plain values, strictly.
-
-    Args:
-        cls: A dataclass; fields may be nested dataclasses, unions, literals, lists, dicts and scalars.
-        mapping: Keys are field names.
-        path: Dotted path of this mapping, for errors.
-
-    Raises:
-        ConfigError: A key is unknown (the nearest valid one is named) or missing, or a value has the wrong type.
-    """
-    if not isinstance(mapping, Mapping):
-        raise ConfigError(f"{path or 'the recipe'}: must be a mapping of keys to values, not {show(mapping)}")
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    hints = get_type_hints(cls)
-    values = {}
-    for key, value in mapping.items():
-        if key not in fields:
-            raise unknown_key(key, list(fields), path)
-        values[key] = coerce(value, hints[key], join(path, key))
-    for name, field in fields.items():
-        if name not in values and field.default is field.default_factory is dataclasses.MISSING:
-            raise ConfigError(f'missing key "{join(path, name)}"')
-    return cls(**values)
-
-
-def unknown_key(key: Any, known: list[str], path: str) -> ConfigError:
-    """Returns the error for a key that is not among ``known``, with the full path of the nearest one."""
-    hint = nearest(str(key), known).replace('"', f'"{path}.', 1) if path else nearest(str(key), known)
-    return ConfigError(f'unknown key "{join(path, key)}".{hint}' + ("" if hint else f" Known: {', '.join(known)}"))
-
-
-def join(path: str, key: Any) -> str:
-    """Returns the dotted path of ``key`` under ``path``."""
-    return f"{path}.{key}" if path else str(key)
-
-
-def show(value: Any) -> str:
-    """Returns a value with its type, cut to a readable length."""
-    try:
-        text = repr(value)
-    except ValueError:  # whole numbers of thousands of digits
-        text = "a number that is too long to print"
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
-
-
-def coerce(value: Any, hint: Any, path: str) -> Any:
-    """Returns ``value`` as the type ``hint`` asks for.
-
-    Whole numbers of at most 64 bits serve as floats, and so do numbers in quotes. An unquoted ``no``, which YAML 1.1
-    reads as false, serves where "no" is one of an enum's values. Nothing else is converted.
-
-    Raises:
-        ConfigError: The value does not fit.
-    """
-    if hint is Any:
-        return value
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return _coerce_union(value, args, hint, path)
-    if origin is Literal:
-        if any(value == option and type(value) is type(option) for option in args):
-            return value
-        hint_text = nearest(value, [str(a) for a in args]) if isinstance(value, str) else ""
-        raise ConfigError(f"{path}: must be one of {', '.join(map(str, args))}, not {show(value)}.{hint_text}")
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return from_mapping(hint, value, path)
-    if origin is list and isinstance(value, list):
-        return [coerce(item, args[0], f"{path}[{i}]") for i, item in enumerate(value)]
-    if (origin is dict or hint is dict) and isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: coerce(item, args[1] if args else Any, join(path, key)) for key, item in value.items()}
-    if hint is float and (number := _as_float(value)) is not None:
-        return number
-    if hint is int and isinstance(value, int) and not isinstance(value, bool) and -(1 << 63) <= value < 1 << 63:
-        return value
-    if hint in (bool, str, types.NoneType) and isinstance(value, hint):
-        return value
-    if isinstance(hint, type) and issubclass(hint, Enum) and value in [member.value for member in hint]:
-        return value
-    raise ConfigError(f"{path}: must be {_name(hint)}, not {show(value)}")
-
-
-def _coerce_union(value: Any, options: tuple[Any, ...], hint: Any, path: str) -> Any:
-    enums = [option for option in options if isinstance(option, type) and issubclass(option, Enum)]
-    known = [str(member.value) for option in enums for member in option]
-    if value is False and bool not in options and "no" in known:
-        return "no"
-    if enums and isinstance(value, str):  # "Enum | str" of transformers: only the enum's own values are meant
-        if value not in known:
-            raise ConfigError(f'{path}: unknown value "{value}".{nearest(value, known)} Known: {", ".join(known)}')
-        return value
-    real = [option for option in options if option is not types.NoneType]
-    if len(real) == 1 and value is not None:
-        return coerce(value, real[0], path)
-    for option in sorted(options, key=lambda option: option is float):
-        try:
-            return coerce(value, option, path)
-        except ConfigError:
-            continue
-    raise ConfigError(f"{path}: must be {_name(hint)}, not {show(value)}")
-
-
-def _as_float(value: Any) -> float | None:
-    """Returns a finite float, or None if ``value`` is not one."""
-    if isinstance(value, bool) or not (isinstance(value, int | float) or _is_number_text(value)):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _is_number_text(value: Any) -> bool:
-    return isinstance(value, str) and _NUMBER.fullmatch(value) is not None
-
-
-def _name(hint: Any) -> str:
-    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
-    names |= {types.NoneType: "null", dict: "a mapping"}
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_name(option) for option in get_args(hint)))
-    if get_origin(hint) in (list, dict):
-        return "a list" if get_origin(hint) is list else "a mapping with text keys"
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return " or ".join(str(member.value) for member in hint)
-    return names.get(hint, f"a {getattr(hint, '__name__', hint)}")

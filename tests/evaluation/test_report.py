@@ -300,7 +300,7 @@ def test_command_refuses_bad_input(checkpoints, tmp_path):
     bad = [
         ((model, "--text", text, "--dataset", "x"), ConfigError, "not both"),
         ((model, "--dtype", "bf61"), ConfigError, 'Did you mean "bf16"'),
-        ((model, "--contexts", "512,1x"), ConfigError, '"1x" is no number of tokens'),
+        ((model, "--contexts", "512,1x"), ConfigError, '"1x" is not a number of tokens'),
         ((model, "--text", tmp_path / "none.txt"), ConfigError, "cannot read the text file"),
         ((model, "--text", tmp_path / "latin.txt"), ConfigError, "UTF-8"),
         ((model, "--text", text, "--contexts", "8k"), ConfigError, "needs at least 8192"),
@@ -319,7 +319,7 @@ def test_command_refuses_bad_input(checkpoints, tmp_path):
 def test_sizes():
     assert [parse_size(text) for text in ("512", " 8k", "16K", "1m")] == [512, 8192, 16384, 1 << 20]
     for text in ("", "k", "0", "-1", "1.5k", "²", "1kk"):
-        with pytest.raises(ConfigError, match="no number of tokens"):
+        with pytest.raises(ConfigError, match="not a number of tokens"):
             parse_size(text)
 
 

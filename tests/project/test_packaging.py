@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers.paths import ROOT
 
-DATA = (".cpp", ".h", "/schema.json", "/py.typed")
+DATA = (".cpp", ".h", "/schema.json", "/py.typed", "/__init__.pyi")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_the_wheel_holds_code_and_recipes_alone(built: tuple[dict[str, int], dic
     assert all(name.startswith("attnswap/") for name in installed)
     other = {name for name in installed.keys() - recipes if not name.endswith(".py")}
     assert {name for name in other if not name.endswith(DATA)} == set()
-    assert "attnswap/py.typed" in other
+    assert {"attnswap/py.typed", "attnswap/__init__.pyi"} <= other
     assert sum(installed.values()) < 2e6
 
 
