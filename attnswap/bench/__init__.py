@@ -1,14 +1,14 @@
-"""How fast is a swap, and how much memory does it take, beside torch's own attention in the same run?"""
+"""Benchmarks: time and memory of swaps, compared with torch's own attention in the same run."""
 
 from attnswap.bench.cases import SHAPES, Case, Setting, Shape, swap_cases
 from attnswap.bench.model import ModelPlan, measure_model, model_table, write_model_report
 from attnswap.bench.report import tables, write_report
-from attnswap.bench.result import Bench, Cell
+from attnswap.bench.result import BenchResult, Cell
 from attnswap.bench.run import Plan, run_bench
 
 __all__ = [
     "SHAPES",
-    "Bench",
+    "BenchResult",
     "Case",
     "Cell",
     "ModelPlan",

@@ -1,4 +1,4 @@
-"""What the project promises of its speed beside torch's attention, and whether a cell keeps it."""
+"""The speed that the project promises relative to torch's attention, and whether a measurement keeps the promise."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,13 +11,13 @@ Verdict = Literal["pass", "fail", "report only"]
 
 @dataclass(frozen=True)
 class Bound:
-    """Largest ratios of the time to SDPA's.
+    """Upper bounds of the time relative to SDPA.
 
     Attributes:
-        forward: Of the forward pass.
-        backward: Of forward and backward together; None: nothing is promised.
-        dtypes: Where they hold.
-        lengths: From where to where they hold: shorter calls are over before they are measured well.
+        forward: Bound for the forward pass.
+        backward: Bound for forward and backward together; None: no bound.
+        dtypes: The dtypes for which the bounds hold.
+        lengths: The smallest and largest length for which they hold. Shorter calls are too short to measure well.
     """
 
     forward: float
@@ -34,32 +34,32 @@ BOUNDS: dict[str, Bound] = {
     "softpick": Bound(1.15, 1.15),
     "forgetting-gate": Bound(1.15, 1.15, lengths=(2048, 16384)),
 }
-"""By swap."""
+"""Bounds by name of the swap."""
 
 ROUTES: dict[str, Bound] = {"row": Bound(1.8, 2.2)}
-"""The same for every other swap of a route."""
+"""Bounds of all other swaps, by their route."""
 
 PRUNED = Bound(0.5, 0.5, lengths=(16384, 16384))
-"""For a gate that forgets half of everything at each token, so that most keys need not be read."""
-HALVED = -0.69
+"""Bound for a forgetting gate that forgets half or more at each token, so that most keys need not be read."""
+LOG_HALF = -0.69
 
 TILED = Bound(1.8, None)
-"""For elementwise swaps without a compiler."""
+"""Bound for elementwise swaps in plain torch, which runs if there is no compiler."""
 
 
 def bound(case: Case, setting: Setting, backend: str | None = None) -> float | None:
-    """Returns the bound of a cell, or None where nothing is promised.
+    """Returns the bound of a measurement, or None if nothing is promised.
 
     Args:
-        case: What is measured.
-        setting: Where.
-        backend: What serves it.
+        case: The case.
+        setting: The setting.
+        backend: Name of the backend that computes it.
     """
     traits = case.traits
     if traits is None:
         return None
     limit = TILED if backend == "tiled" else BOUNDS.get(case.swap["name"], ROUTES.get(traits.route))
-    if case.fill.get("log_forget", 0.0) < HALVED and setting.length >= PRUNED.lengths[0] and backend != "tiled":
+    if case.fill.get("log_forget", 0.0) < LOG_HALF and setting.length >= PRUNED.lengths[0] and backend != "tiled":
         limit = PRUNED
     if limit is None or setting.dtype not in limit.dtypes:
         return None
@@ -69,7 +69,7 @@ def bound(case: Case, setting: Setting, backend: str | None = None) -> float | N
 
 
 def verdict(limit: float | None, ratio: Ratio) -> Verdict:
-    """Judges a cell: it passes only if the whole interval lies below its bound."""
+    """Returns "pass" if the confidence interval of a ratio is entirely below its bound, else "fail"."""
     if limit is None:
         return "report only"
     return "pass" if ratio.hi < limit else "fail"

@@ -1,4 +1,4 @@
-"""A case as something to call: its tensors, its features, and the call itself."""
+"""Build the function call that a case measures, with its tensors and features."""
 
 import contextlib
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from attnswap.swaps import ModelInfo, Swap, resolve
 
 @dataclass(frozen=True)
 class Tensors:
-    """What every case of a setting computes on: query, key and value, and the gradient of the output."""
+    """The tensors of a setting, which all of its cases share; ``upstream`` is the gradient of the output."""
 
     query: Tensor
     key: Tensor
@@ -32,7 +32,7 @@ class Tensors:
 
 
 def draw_tensors(setting: Setting, seed: int = 0) -> Tensors:
-    """Draws standard normal tensors; they want gradients where the setting has a backward pass."""
+    """Draws standard normal tensors, which require gradients if the setting has a backward pass."""
     generator = torch.Generator().manual_seed(seed)
     shape = setting.shape
 
@@ -46,10 +46,10 @@ def draw_tensors(setting: Setting, seed: int = 0) -> Tensors:
 
 
 def draw_features(swap: Swap, case: Case, setting: Setting, seed: int = 0) -> dict[str, Tensor]:
-    """Fills in what a swap declares, away from values at which it would do nothing, in fp32.
+    """Returns fp32 values for the features of a swap, at which the swap differs from softmax.
 
-    Per-head values lie a quarter beside their start; per-token ones are drawn from (-1/2, 0), where a logarithm and a
-    change of temperature both make sense; the case's own values come before either.
+    Per-head values are their initial value plus 1/4. Per-token values are drawn from (-1/2, 0), which suits logarithms
+    of gates and changes of temperature. Values that the case sets take precedence.
     """
     generator = torch.Generator().manual_seed(seed)
     found = {}
@@ -67,15 +67,15 @@ def draw_features(swap: Swap, case: Case, setting: Setting, seed: int = 0) -> di
 
 
 @dataclass(frozen=True)
-class Call:
-    """A case on tensors.
+class TimedCall:
+    """A function call to be timed.
 
     Attributes:
         forward: Computes the output.
-        leaves: What gradients are wanted of; empty without a backward pass.
+        leaves: Tensors whose gradients are computed; empty without a backward pass.
         upstream: Gradient of the output.
-        context: What must hold around the call and is not timed.
-        backend: Which of attnswap's backends serves, for swaps.
+        context: Returns a context manager in which the call runs; entering it is not timed.
+        backend: Name of the backend, for swaps.
     """
 
     forward: Callable[[], Tensor]
@@ -85,7 +85,7 @@ class Call:
     backend: str | None = None
 
     def __call__(self) -> tuple[Tensor, ...]:
-        """Runs once and returns the output, or the output and the gradients."""
+        """Runs the call and returns the output, and the gradients if there is a backward pass."""
         if not self.leaves:
             with torch.no_grad():
                 return (self.forward(),)
@@ -93,49 +93,49 @@ class Call:
         return (out.detach(), *torch.autograd.grad(out, self.leaves, self.upstream, allow_unused=True))
 
 
-def build(case: Case, setting: Setting, tensors: Tensors, backend: str = "auto") -> Call:
-    """Prepares the call of a case.
+def build(case: Case, setting: Setting, tensors: Tensors, backend: str = "auto") -> TimedCall:
+    """Returns the call of a case.
 
     Args:
-        case: What to run.
-        setting: Where; ``tensors`` were drawn for it.
-        tensors: Shared by all cases of the setting.
+        case: The case.
+        setting: The setting.
+        tensors: The tensors of the setting.
         backend: ``"auto"`` or a name of ``attnswap.attention.dispatch.BACKENDS``, for swaps.
 
     Raises:
-        ConfigError: The backend is unknown or cannot serve the swap.
+        ConfigError: The backend is unknown or cannot compute the swap.
     """
     q, k, v = tensors.query, tensors.key, tensors.value
     leaves = (q, k, v) if setting.backward else ()
     if case.kind == "sdpa":
-        return Call(lambda: sdpa(q, k, v), leaves, tensors.upstream, context=flash_only)
+        return TimedCall(lambda: sdpa(q, k, v), leaves, tensors.upstream, context=flash_only)
     if case.kind == "peer":
         attend = PEERS[case.label].make(setting.shape.heads, setting.length)
-        return Call(lambda: attend(q, k, v), leaves, tensors.upstream)
+        return TimedCall(lambda: attend(q, k, v), leaves, tensors.upstream)
     shape = setting.shape
     info = ModelInfo(shape.heads, shape.kv_heads, shape.heads * shape.head_dim, setting.length)
     swap = resolve(case.swap).bind(info)
     features = draw_features(swap, case, setting)
     options: dict[str, Any] = {"is_causal": True, "enable_gqa": True, "backend": backend, **features}
-    return Call(
+    return TimedCall(
         lambda: attention(q, k, v, swap, **options),
         (*leaves, *features.values()) if setting.backward else (),
         tensors.upstream,
-        backend=served_by(swap, setting, tensors, features, backend),
+        backend=backend_name(swap, setting, tensors, features, backend),
     )
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Torch's attention, causal, without a mask and without repeating keys."""
+    """Computes causal attention with torch, without a mask tensor and without repeating keys."""
     return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
 
 @contextlib.contextmanager
 def flash_only() -> Any:
-    """Lets torch's attention take its flash path and no other.
+    """Restricts torch's attention to its flash kernel, inside a ``with`` block.
 
     Raises:
-        UnsupportedModelError: That path cannot serve a call of the block.
+        UnsupportedModelError: The flash kernel cannot compute a call in the block.
     """
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         try:
@@ -144,13 +144,13 @@ def flash_only() -> Any:
             if "No available kernel" not in str(error):
                 raise
             raise UnsupportedModelError(
-                "torch's flash attention cannot serve this call, so there is nothing to compare with; "
+                "torch's flash attention cannot compute this call, so that there is no baseline: "
                 "leave out this dtype or shape"
             ) from error
 
 
-def served_by(swap: Swap, setting: Setting, tensors: Tensors, features: dict[str, Tensor], backend: str) -> str:
-    """Returns the name of the backend that serves a swap, with gradients where the setting has them."""
+def backend_name(swap: Swap, setting: Setting, tensors: Tensors, features: dict[str, Tensor], backend: str) -> str:
+    """Returns the name of the backend that computes a swap in this setting."""
     with torch.set_grad_enabled(setting.backward):
         problem = Problem(
             swap=swap,

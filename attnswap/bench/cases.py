@@ -1,4 +1,4 @@
-"""What is measured: swaps with their features, other implementations, and the sizes of a call."""
+"""The cases of a benchmark (swaps and other implementations), and its settings (sizes, dtypes, modes)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,7 +15,7 @@ MODES = ("forward", "forward+backward")
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of an attention layer: query heads, key/value heads and the width of a head."""
+    """The sizes of an attention layer."""
 
     name: str
     heads: int
@@ -24,16 +24,16 @@ class Shape:
 
 
 SHAPES = {shape.name: shape for shape in (Shape("smollm2", 9, 3, 64), Shape("h8d128", 8, 8, 128))}
-"""The layers measured, by name."""
+"""Layers by name."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One point of the benchmark.
+    """The sizes, dtype and mode of a call.
 
     Attributes:
         shape: The layer.
-        length: Queries, and keys.
+        length: Number of queries and of keys.
         dtype: Name of the torch dtype of query, key and value, such as ``"float32"``.
         mode: ``"forward"`` (without gradients) or ``"forward+backward"`` (gradients of every input and feature).
     """
@@ -45,7 +45,7 @@ class Setting:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype itself."""
+        """The torch dtype."""
         return getattr(torch, self.dtype)
 
     @property
@@ -56,13 +56,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Case:
-    """One contestant, as plain values, so that it can be handed to another process.
+    """One implementation of attention, as plain values that can be passed to another process.
 
     Attributes:
-        label: Its name in tables.
-        kind: ``"sdpa"`` (torch's flash path, what all are compared with), ``"swap"`` or ``"peer"``.
-        swap: The swap's config, for swaps.
-        fill: Features held at one value, by name; the others are drawn (:mod:`attnswap.bench.calls`).
+        label: Name in tables.
+        kind: ``"sdpa"`` (torch's flash attention, the baseline), ``"swap"`` or ``"peer"`` (another implementation).
+        swap: Config of the swap, for swaps.
+        fill: Constant values of some features, by name. The others are drawn (:mod:`attnswap.bench.calls`).
     """
 
     label: str
@@ -82,19 +82,19 @@ OPTIONS: dict[str, Sequence[Mapping[str, Any]]] = {
     "selective-temperature": [{"value": False}],
     "entmax": [{}, {"alpha": 2.0}],  # the latter is sparsemax
 }
-"""Options that differ from a swap's defaults: one case for each choice of them."""
+"""Options by swap: one case for each entry. Other swaps have one case with their default options."""
 
 FILLS: dict[str, Sequence[Mapping[str, float]]] = {
     "forgetting-gate": [{"log_forget": value} for value in (0.0, -1e-3, -0.7)]
 }
-"""Swaps whose speed depends on the values of a feature: one case for each."""
+"""Constant feature values by swap, for swaps whose speed depends on them: one case for each entry."""
 
 
 def swap_cases(names: Sequence[str] | None = None) -> list[Case]:
     """Returns the cases of some swaps.
 
     Args:
-        names: Names of swaps; None: all that are known.
+        names: Names of swaps; None: all known swaps.
 
     Raises:
         ConfigError: A name is unknown (the nearest known one is suggested).
@@ -110,7 +110,7 @@ def swap_cases(names: Sequence[str] | None = None) -> list[Case]:
 
 
 def peer_cases() -> list[Case]:
-    """Returns the other implementations that can run here."""
+    """Returns the other implementations whose packages are installed."""
     return [Case(name, "peer") for name, peer in PEERS.items() if installed(peer)]
 
 
@@ -120,6 +120,6 @@ def to_json(case: Case, setting: Setting) -> dict[str, Any]:
 
 
 def from_json(values: Mapping[str, Any]) -> tuple[Case, Setting]:
-    """Reads what :func:`to_json` wrote."""
+    """Returns the case and the setting that :func:`to_json` was given."""
     setting = values["setting"]
     return Case(**values["case"]), Setting(**{**setting, "shape": Shape(**setting["shape"])})

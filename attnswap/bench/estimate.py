@@ -1,4 +1,4 @@
-"""What a benchmark will cost, from short calls of every case, and which cells would cost too much."""
+"""Estimate the duration of a benchmark from short calls, and skip measurements that would be too expensive."""
 
 import time
 from dataclasses import dataclass, replace
@@ -14,28 +14,28 @@ from attnswap.errors import ConfigError
 from attnswap.evaluation.estimate import Growth
 
 PROBES = (256, 1024)
-"""Lengths of the timed calls."""
+"""Lengths of the calls that are timed for the estimate."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Time of one call of a case in one shape, dtype and mode.
+    """The estimated time of one call of a case in one shape, dtype and mode.
 
     Attributes:
-        seconds: By length; None if the case cannot run.
-        refused: Why it cannot.
+        seconds: Seconds by length; None if the case cannot run.
+        refused: The reason why it cannot run.
     """
 
     seconds: Growth | None
     refused: str | None = None
 
     def at(self, length: int) -> float:
-        """Seconds of one call."""
+        """Returns the seconds of one call."""
         return self.seconds.at(length) if self.seconds else 0.0
 
 
 def forecast(case: Case, setting: Setting, backend: str) -> Forecast:
-    """Times two short calls of a case, which also compiles what it needs."""
+    """Times two short calls of a case, which also compile its kernels."""
     lengths = PROBES if setting.length >= PROBES[-1] else (max(1, setting.length // 2), setting.length)
     seconds = []
     for length in lengths:
@@ -50,14 +50,14 @@ def forecast(case: Case, setting: Setting, backend: str) -> Forecast:
 
 
 def cell_seconds(ours: Forecast, sdpa: Forecast, length: int, rounds: int) -> float:
-    """Time of one cell: two calls each to warm up, then the rounds."""
+    """Returns the seconds of one cell: two calls each to warm up, then the rounds."""
     calls = [ours.at(length), sdpa.at(length)]
     return 2 * sum(calls) + rounds * sum(max(seconds, SAMPLE_SECONDS) for seconds in calls)
 
 
-def too_much(peer: Peer, setting: Setting, seconds: float, limit: float) -> str | None:
-    """Says why a peer's cell is left out: it would need more memory than half of what is free, or too much time."""
-    needed = peer.squares * 4 * setting.shape.heads * setting.length**2
+def reason_to_skip(peer: Peer, setting: Setting, seconds: float, limit: float) -> str | None:
+    """Returns why a peer is not measured: it needs more than half of the free memory, or too much time; else None."""
+    needed = peer.score_matrices * 4 * setting.shape.heads * setting.length**2
     free = psutil.virtual_memory().available
     if needed > free / 2:
         return f"needs about {needed / 2**30:.1f} GiB, more than half of the {free / 2**30:.1f} GiB that are free"
@@ -67,7 +67,7 @@ def too_much(peer: Peer, setting: Setting, seconds: float, limit: float) -> str 
 
 
 def process_seconds(case: Case, setting: Setting, backend: str, threads: int, flush: bool) -> float:
-    """Times one measurement of memory at a short length: mostly the start of a process."""
+    """Times one measurement of memory at a short length, which is mostly the start of a process."""
     started = time.perf_counter()
     extra_memory(case, replace(setting, length=min(PROBES[0], setting.length)), backend, threads, flush)
     return time.perf_counter() - started

@@ -16,9 +16,9 @@ def plot(cells: Sequence[Cell], path: Path, title: str) -> Path:
     """Draws the ratio to SDPA by length, with intervals: forward on the left, forward and backward on the right.
 
     Args:
-        cells: Of one shape and dtype; skipped ones leave gaps.
+        cells: Cells of one shape and dtype. Skipped ones leave gaps.
         path: The PNG file, written atomically.
-        title: Above both panels.
+        title: Title of the picture.
 
     Returns:
         The path.
@@ -39,7 +39,7 @@ def plot(cells: Sequence[Cell], path: Path, title: str) -> Path:
             axes.errorbar(
                 [length for length, _ in drawn],
                 middle,
-                # A median of resampled rounds may end on the median itself, never beyond it but for rounding.
+                # An end of the interval may equal the median, and be on its other side by rounding.
                 yerr=[
                     [max(0.0, r.median - r.lo) for _, r in drawn],
                     [max(0.0, r.hi - r.median) for _, r in drawn],

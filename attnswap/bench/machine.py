@@ -1,4 +1,4 @@
-"""What the figures were taken on, and what of it this process can set."""
+"""The machine of a benchmark, its threads, and its treatment of subnormal numbers."""
 
 import os
 import platform
@@ -16,10 +16,14 @@ from attnswap.provenance import commit
 
 @contextmanager
 def threads_and_denormals(threads: int | None, flush: bool) -> Iterator[None]:
-    """Runs a block with so many threads and subnormal numbers kept or flushed, and restores both.
+    """Sets the number of threads and the treatment of subnormal numbers in a ``with`` block, and restores both.
 
-    A worker thread takes over the mode of the thread that starts it, so this must come before the first parallel
-    call of a process; :func:`denormal_mode` tells what really holds.
+    A worker thread inherits the mode of the thread that starts it, so that this must be called before the first
+    parallel call of a process. :func:`denormal_mode` tests which mode is active.
+
+    Args:
+        threads: Number of threads; None: as it is.
+        flush: Whether subnormal numbers are flushed to 0.
     """
     before, flushed = torch.get_num_threads(), denormal_mode(1) == "flushed"
     torch.set_flush_denormal(flush)
@@ -32,10 +36,10 @@ def threads_and_denormals(threads: int | None, flush: bool) -> Iterator[None]:
 
 
 def denormal_mode(threads: int | None = None) -> str:
-    """Tries what happens to subnormal numbers in every thread.
+    """Tests what happens to subnormal numbers in every thread.
 
     Args:
-        threads: How many threads take part; None: all. One stays in the calling thread.
+        threads: Number of threads; None: all. With 1 it is the calling thread.
 
     Returns:
         ``"kept"``, ``"flushed"`` or, where threads differ, ``"mixed"``.

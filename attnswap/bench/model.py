@@ -1,4 +1,4 @@
-"""Whole models: a training step and generation, patched against unpatched, in turn."""
+"""Time a training step and generation of a patched model, compared with the unpatched model."""
 
 import copy
 import json
@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from attnswap.bench.calls import Call
+from attnswap.bench.calls import TimedCall
 from attnswap.bench.machine import environment
 from attnswap.bench.statistics import median_interval
 from attnswap.bench.timing import interleave
@@ -24,26 +24,26 @@ from attnswap.surgery.patch import patch
 SCHEMA = "attnswap.bench.model/1"
 TASKS = ("step", "generate")
 BOUND = 1.15
-"""Largest ratio of the time to the unpatched model's that the project promises, in fp32."""
+"""The upper bound of the time relative to the unpatched model that the project promises, in fp32."""
 NUDGE = 0.01
-"""What is added to every learned number of a swap: at an identity start some swaps leave their own kernels out."""
+"""Added to every learned number of a swap, since some swaps run softmax kernels as long as they equal softmax."""
 
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """What to measure.
+    """The options of a measurement.
 
     Attributes:
         reference: The model (see :func:`attnswap.loading.resolve`).
         swaps: Names of swaps.
         dtype: Name of the torch dtype of the model.
-        tasks: ``"step"``: loss, gradients and AdamW (rate 0) for one row of ``step_tokens``; ``"generate"``: a
-            prompt of ``prompt`` tokens and ``new`` greedy ones.
-        step_tokens: Tokens of a training step.
-        prompt: Tokens of the prompt.
-        new: Tokens generated.
-        rounds: Pairs of samples.
-        seed: Seed of tokens and intervals.
+        tasks: ``"step"``: a training step with AdamW on one row of ``step_tokens`` tokens. ``"generate"``: greedy
+            generation of ``new`` tokens after a prompt of ``prompt`` tokens.
+        step_tokens: Tokens in a training step.
+        prompt: Tokens in the prompt.
+        new: Tokens to generate.
+        rounds: Number of pairs of samples.
+        seed: Seed of the tokens and of the bootstrap.
     """
 
     reference: str
@@ -57,27 +57,27 @@ class ModelPlan:
     seed: int = 0
 
     def check(self) -> None:
-        """Raises ConfigError for a task that is unknown, or too few rounds for an interval."""
+        """Raises ConfigError for an unknown task, or for too few rounds for a confidence interval."""
         for task in self.tasks:
             if task not in TASKS:
                 raise ConfigError(f'unknown task "{task}".{nearest(task, list(TASKS))} Tasks: {", ".join(TASKS)}')
         if self.rounds < 3:
-            raise ConfigError(f"{self.rounds} rounds are too few for an interval: give at least 3")
+            raise ConfigError(f"{self.rounds} rounds are too few for a confidence interval: give at least 3")
 
 
 def measure_model(plan: ModelPlan, announce: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """Times each task with each swap against the unpatched model.
 
     Args:
-        plan: What to measure.
-        announce: Receives a line before each measurement, and one with what it found.
+        plan: The options.
+        announce: Called with a line of text before and after each measurement.
 
     Returns:
-        JSON-able values: the plan, the environment and for each swap and task the seconds of every round and the
-        median ratio with its 95% interval.
+        Plain values: the options, the environment, and for each swap and task the seconds of every round and the median
+        ratio with its 95% interval.
 
     Raises:
-        ConfigError: The plan or the model cannot be used.
+        ConfigError: An option is wrong, or the model cannot be loaded.
     """
     plan.check()
     stock = load_model(plan.reference).to(getattr(torch, plan.dtype))
@@ -99,7 +99,7 @@ def measure_model(plan: ModelPlan, announce: Callable[[str], None] = lambda line
     return {"schema": SCHEMA, "plan": asdict(plan), "env": environment(), "results": found}
 
 
-def _call(model: PreTrainedModel, task: str, plan: ModelPlan) -> Call:
+def _call(model: PreTrainedModel, task: str, plan: ModelPlan) -> TimedCall:
     generator = torch.Generator().manual_seed(plan.seed)
     length = plan.step_tokens if task == "step" else plan.prompt
     ids = torch.randint(1, model.config.vocab_size, (1, length), generator=generator)
@@ -119,11 +119,11 @@ def _call(model: PreTrainedModel, task: str, plan: ModelPlan) -> Call:
         function: Any = model.generate
         return function(ids, attention_mask=torch.ones_like(ids), **options)
 
-    return Call(step if task == "step" else generate, (), ids)
+    return TimedCall(step if task == "step" else generate, (), ids)
 
 
 def model_table(report: dict[str, Any]) -> Table:
-    """Returns what the terminal shows of a report of :func:`measure_model`."""
+    """Returns a table for the terminal of the result of :func:`measure_model`."""
     env, plan = report["env"], report["plan"]
     title = f"time over the unpatched model's, {plan['dtype']}, {env['cpu']}, {env['threads']} threads"
     table = Table(title=title, box=None, padding=(0, 2, 0, 0), pad_edge=False)

@@ -1,4 +1,4 @@
-"""Other implementations to compare with: formulas written out in plain torch, and packages where installed."""
+"""Other implementations to compare with: formulas in plain torch, and other packages if they are installed."""
 
 import importlib.metadata
 import importlib.util
@@ -18,18 +18,18 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Peer:
-    """An implementation that forms all scores at once.
+    """An implementation that computes the full matrix of scores.
 
     Attributes:
-        make: Given the number of query heads and of keys, returns the causal attention function.
-        squares: Matrices of queries by keys in fp32 that it holds at once for each head, with a backward pass: what
-            ``extra_memory`` gave at 1024 tokens, rounded up.
-        package: The distribution it needs, if any.
+        make: Returns the causal attention function, given the number of query heads and of keys.
+        score_matrices: Number of fp32 matrices of queries by keys in memory at once for each head, with a backward
+            pass. Measured by ``extra_memory`` at 1024 tokens, and rounded up.
+        package: The distribution that it needs, if any.
         module: The module of that distribution.
     """
 
     make: Callable[[int, int], Attention]
-    squares: int
+    score_matrices: int
     package: str | None = None
     module: str | None = None
 
@@ -40,12 +40,12 @@ class Peer:
 
 
 def installed(peer: Peer) -> bool:
-    """Whether a peer can run here."""
+    """Whether the package of a peer is installed."""
     return peer.module is None or importlib.util.find_spec(peer.module) is not None
 
 
-def _later(length: int) -> Tensor:
-    """Which keys are later than each query, (queries, keys)."""
+def _future(length: int) -> Tensor:
+    """Returns the mask of the keys after each query, (queries, keys)."""
     return torch.ones(length, length, dtype=torch.bool).triu(1)
 
 
@@ -62,11 +62,11 @@ def _eager(heads: int, length: int) -> Attention:
 
 
 def _naive_softpick(heads: int, length: int) -> Attention:
-    """Softpick as its formula reads."""
-    later = _later(length)
+    """Softpick, directly by its formula."""
+    future = _future(length)
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        raised = torch.expm1(_scores(query, key).masked_fill(later, 0.0))  # a hidden key adds |e^0 - 1| = 0
+        raised = torch.expm1(_scores(query, key).masked_fill(future, 0.0))  # a masked key adds |e^0 - 1| = 0
         weights = raised.relu() / (raised.abs().sum(-1, keepdim=True) + 1e-6)
         return grouped_matmul(weights, value, query.shape[1] // key.shape[1])
 
@@ -76,10 +76,10 @@ def _naive_softpick(heads: int, length: int) -> Attention:
 def _entmax(name: str) -> Callable[[int, int], Attention]:
     def make(heads: int, length: int) -> Attention:
         normalize: Callable[..., Tensor] = getattr(importlib.import_module("entmax"), name)
-        later = _later(length)
+        future = _future(length)
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            weights = normalize(_scores(query, key).masked_fill(later, -torch.inf), dim=-1)
+            weights = normalize(_scores(query, key).masked_fill(future, -torch.inf), dim=-1)
             return grouped_matmul(weights, value, query.shape[1] // key.shape[1])
 
         return attend
@@ -103,4 +103,4 @@ PEERS: dict[str, Peer] = {
     "x-transformers: Attend": Peer(_x_transformers(), 4, "x-transformers", "x_transformers"),
     "x-transformers: Attend sigmoid": Peer(_x_transformers(sigmoid=True), 4, "x-transformers", "x_transformers"),
 }
-"""By name. All hold matrices of queries by keys, so that long calls are left out (:mod:`attnswap.bench.run`)."""
+"""Peers by name. Long calls are skipped, since the matrices of scores would be too large."""

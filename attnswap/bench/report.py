@@ -1,4 +1,4 @@
-"""The table of a benchmark, and its files."""
+"""The tables of a benchmark, and its files."""
 
 from pathlib import Path
 
@@ -6,14 +6,14 @@ from rich.console import Group
 from rich.table import Table
 
 from attnswap.bench.figure import plot
-from attnswap.bench.result import Bench, Cell
+from attnswap.bench.result import BenchResult, Cell
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
-"""How tables write dtypes."""
+"""Short names of dtypes in tables."""
 
 
-def tables(bench: Bench) -> Group:
-    """Returns what the terminal shows: a table for each shape, dtype and mode, and what was left out and why."""
+def tables(bench: BenchResult) -> Group:
+    """Returns a table for each shape, dtype and mode, and what was skipped and why, for the terminal."""
     env = bench.env
     head = (
         f"time over that of torch's flash attention, median of {bench.plan['rounds']} rounds [95% interval]; "
@@ -26,7 +26,7 @@ def tables(bench: Bench) -> Group:
 def _table(cells: list[Cell]) -> Table:
     setting = cells[0].setting
     title = f"{setting.shape.name}, {SHORT[setting.dtype]}, {setting.mode}"
-    # No box: all columns fit a terminal of 80 characters.
+    # Without a box all columns fit a terminal of 80 characters.
     shown = Table(title=title, box=None, padding=(0, 2, 0, 0), pad_edge=False)
     shown.add_column("case")
     for name in ("length", "ratio [95%]", "bound", "MiB/MiB"):
@@ -36,7 +36,7 @@ def _table(cells: list[Cell]) -> Table:
     return shown
 
 
-def write_report(bench: Bench, out: Path) -> list[Path]:
+def write_report(bench: BenchResult, out: Path) -> list[Path]:
     """Writes ``bench.json`` and a plot for each shape and dtype, ``bench-<shape>-<dtype>.png``, each atomically.
 
     Returns:
@@ -51,7 +51,7 @@ def write_report(bench: Bench, out: Path) -> list[Path]:
 
 
 def _panels(cells: list[Cell]) -> list[list[Cell]]:
-    """The cells of each shape, dtype and mode, case by case."""
+    """Returns the cells of each shape, dtype and mode, ordered by case and length."""
     panels: dict[tuple[str, str, str], list[Cell]] = {}
     for cell in cells:
         setting = cell.setting
@@ -61,7 +61,7 @@ def _panels(cells: list[Cell]) -> list[list[Cell]]:
 
 
 def _notes(cells: list[Cell]) -> list[str]:
-    """Why cells were skipped, each reason once for a case and length."""
+    """Returns why cells were skipped, each reason once for a case, length and mode."""
     notes: dict[str, None] = {}
     for cell in cells:
         for what, why in (("skipped", cell.skipped), ("memory not measured", cell.memory_skipped)):

@@ -1,4 +1,4 @@
-"""What a benchmark found, and its JSON."""
+"""The result of a benchmark, and its JSON."""
 
 import json
 from collections.abc import Iterator
@@ -17,32 +17,32 @@ SCHEMA = "attnswap.bench/1"
 
 @dataclass(frozen=True)
 class Memory:
-    """Extra peak memory of one call in bytes, and SDPA's."""
+    """Extra peak memory of one call and of SDPA, in bytes."""
 
     bytes: int
     sdpa_bytes: int
 
     @property
     def ratio(self) -> float | None:
-        """Ours over SDPA's, or None where SDPA took nothing."""
+        """The ratio to SDPA, or None if SDPA needs no extra memory."""
         return self.bytes / self.sdpa_bytes if self.sdpa_bytes else None
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A case at one setting.
+    """The measurements of one case at one setting.
 
     Attributes:
-        case: What was run.
-        setting: Where.
-        backend: The backend of attnswap that served, for swaps.
+        case: The case.
+        setting: The setting.
+        backend: Name of the backend, for swaps.
         rounds: Seconds of every round; empty if the cell was skipped.
-        ratio: Median over rounds of the time over SDPA's, with its 95% interval.
-        bound: What the ratio must stay below, if anything.
-        verdict: Whether it does.
-        memory: Where it was measured.
-        skipped: Why nothing was timed.
-        memory_skipped: Why memory was not measured.
+        ratio: Median over rounds of the ratio of the time to SDPA's, with its 95% interval.
+        bound: Upper bound of the ratio, if there is one.
+        verdict: Whether the ratio is below its bound.
+        memory: Extra peak memory, if it was measured.
+        skipped: Why nothing was timed, or None.
+        memory_skipped: Why memory was not measured, or None.
     """
 
     case: Case
@@ -57,7 +57,7 @@ class Cell:
     memory_skipped: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the cell as JSON-able values."""
+        """Returns the cell as plain values for JSON."""
         values = asdict(self)
         case, setting = values.pop("case"), values.pop("setting")
         if self.memory:
@@ -66,14 +66,14 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Bench:
-    """A finished benchmark.
+class BenchResult:
+    """The result of a benchmark.
 
     Attributes:
-        cells: Every case at every setting.
-        plan: The options it was run with.
+        cells: The measurements of every case at every setting.
+        plan: The options of the benchmark.
         env: Versions, commit, processor, threads, denormal mode.
-        cost: Seconds it took, and the estimate made before.
+        cost: Duration in seconds, and the estimate made before.
         created: UTC time, ISO 8601.
     """
 
@@ -86,7 +86,7 @@ class Bench:
     def exponents(self) -> list[dict[str, Any]]:
         """Returns how extra memory grows with the length, for every swap and for SDPA: ``bytes ~ length ** exponent``.
 
-        SDPA's is fitted over the same lengths as the swap's beside it.
+        The exponent of SDPA is fitted to the same lengths as that of the swap.
         """
         found = []
         for label, group in _grouped(cell for cell in self.cells if cell.memory):

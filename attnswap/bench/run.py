@@ -1,4 +1,4 @@
-"""The benchmark: forecast, then every case at every setting beside SDPA."""
+"""Run a benchmark: estimate its duration, then measure every case at every setting, compared with SDPA."""
 
 import sys
 import time
@@ -14,11 +14,11 @@ from attnswap.attention.dispatch import BACKENDS
 from attnswap.bench.bounds import bound, verdict
 from attnswap.bench.calls import build, draw_tensors
 from attnswap.bench.cases import MODES, SDPA, SHAPES, Case, Setting, Shape, peer_cases, swap_cases
-from attnswap.bench.estimate import Forecast, cell_seconds, forecast, process_seconds, too_much
+from attnswap.bench.estimate import Forecast, cell_seconds, forecast, process_seconds, reason_to_skip
 from attnswap.bench.machine import environment, threads_and_denormals
-from attnswap.bench.memory import available, extra_memory
+from attnswap.bench.memory import extra_memory, memory_measurable
 from attnswap.bench.peers import PEERS
-from attnswap.bench.result import Bench, Cell, Memory
+from attnswap.bench.result import BenchResult, Cell, Memory
 from attnswap.bench.statistics import median_interval
 from attnswap.bench.timing import interleave
 from attnswap.errors import AttnSwapError, ConfigError, nearest
@@ -29,21 +29,21 @@ MIN_ROUNDS = 9
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure.
+    """The options of a benchmark.
 
     Attributes:
-        swaps: Names; None: every known swap.
+        swaps: Names of swaps; None: every known swap.
         shapes: Layers.
-        lengths: Queries, and keys, of a call.
+        lengths: Numbers of queries and of keys of a call.
         dtypes: Names of torch dtypes.
-        backend: ``"auto"`` or a backend's name, for the swaps.
-        rounds: Rounds of a cell, at least 9.
-        threads: None: torch's own choice.
-        flush_denormals: Flush subnormal numbers, for all alike.
+        backend: ``"auto"`` or the name of a backend, for swaps.
+        rounds: Rounds per cell, at least 9.
+        threads: Number of threads; None: torch's default.
+        flush_denormals: Flush subnormal numbers to 0, in all cases.
         peers: Measure other implementations too.
         memory: Measure extra peak memory of the swaps.
-        peer_seconds: Leave out a peer's cells that would take longer.
-        seed: Seed of tensors and intervals.
+        peer_seconds: Skip cells of peers that would take longer.
+        seed: Seed of the tensors and of the bootstrap.
     """
 
     swaps: Sequence[str] | None = None
@@ -60,13 +60,13 @@ class Plan:
     seed: int = 0
 
     def cases(self) -> list[Case]:
-        """Returns what is compared with SDPA."""
+        """Returns the cases that are compared with SDPA."""
         return swap_cases(self.swaps) + (peer_cases() if self.peers else [])
 
     def check(self) -> None:
-        """Raises ConfigError for options that cannot be measured."""
+        """Raises ConfigError for options that are out of range."""
         if self.rounds < MIN_ROUNDS:
-            raise ConfigError(f"{self.rounds} rounds are too few for an interval: give at least {MIN_ROUNDS}")
+            raise ConfigError(f"{self.rounds} rounds are too few for a confidence interval: give at least {MIN_ROUNDS}")
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"threads must be at least 1, not {self.threads}")
         if not self.shapes or not self.dtypes or not self.lengths or min(self.lengths) < 2:
@@ -80,17 +80,19 @@ class Plan:
             raise ConfigError("nothing to measure: give at least one swap")
 
 
-def run_bench(plan: Plan, announce: Callable[[str], None] = lambda line: None, show_progress: bool = False) -> Bench:
+def run_bench(
+    plan: Plan, announce: Callable[[str], None] = lambda line: None, show_progress: bool = False
+) -> BenchResult:
     """Runs a benchmark.
 
     Args:
-        plan: What to measure.
-        announce: Receives the estimate, before anything long is run.
+        plan: The options.
+        announce: Called with the estimate, before the benchmark begins.
         show_progress: Draw a progress bar on stderr.
 
     Raises:
-        ConfigError: An option is wrong, or no swap could be measured (the first reason is given).
-        UnsupportedModelError: Torch's flash path cannot serve a setting.
+        ConfigError: An option is wrong, or no swap can be measured (the message has the first reason).
+        UnsupportedModelError: Torch's flash attention cannot compute a setting.
     """
     plan.check()
     with threads_and_denormals(plan.threads, plan.flush_denormals):
@@ -98,7 +100,7 @@ def run_bench(plan: Plan, announce: Callable[[str], None] = lambda line: None, s
 
 
 class _Run:
-    """A benchmark under way."""
+    """A benchmark that is running."""
 
     def __init__(self, plan: Plan, announce: Callable[[str], None], show_progress: bool) -> None:
         self.plan, self.cases, self.announce, self.show_progress = plan, plan.cases(), announce, show_progress
@@ -109,10 +111,10 @@ class _Run:
         ]
         self.settings = [Setting(s, n, dtype, mode) for s, dtype, mode in points for n in lengths]
         self.forecasts: dict[tuple[str, Shape, str, str], Forecast] = {}
-        # Measured once for all swaps of a setting.
+        # Measured once per setting.
         self.sdpa_bytes = cache(lambda setting: self.bytes(SDPA, setting))
 
-    def run(self) -> Bench:
+    def run(self) -> BenchResult:
         started, created = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
         env = environment()
         costs = self.estimate()
@@ -126,9 +128,9 @@ class _Run:
                 cells.append(self.cell(case, setting))
                 bar.update(round(seconds))
         spent = {"seconds": time.perf_counter() - started, "estimated_seconds": total}
-        return Bench(cells, self.described(), env, spent, created)
+        return BenchResult(cells, self.options(), env, spent, created)
 
-    def described(self) -> dict[str, object]:
+    def options(self) -> dict[str, object]:
         values = asdict(self.plan)
         return {**values, "swaps": sorted({case.swap["name"] for case in self.cases if case.swap})}
 
@@ -143,12 +145,16 @@ class _Run:
         return self.forecasts[key]
 
     def seconds(self, case: Case, setting: Setting) -> float:
-        """Seconds of the rounds of a cell."""
+        """Returns the estimated seconds of a cell."""
         ours, sdpa = self.forecast(case, setting), self.forecast(SDPA, setting)
         return cell_seconds(ours, sdpa, setting.length, self.plan.rounds)
 
     def estimate(self) -> list[float]:
-        """Returns the seconds of each cell; raises ConfigError if no swap can be measured at all."""
+        """Returns the estimated seconds of each cell.
+
+        Raises:
+            ConfigError: No swap can be measured at all.
+        """
         costs = []
         refused = [self.forecast(case, setting).refused for case, setting in self.pairs() if case.kind == "swap"]
         if refused and all(refused):
@@ -165,21 +171,21 @@ class _Run:
                 continue
             spent = self.seconds(case, setting)
             if self.measures_memory and case.kind == "swap":
-                first = case == self.cases[0]  # which pays for SDPA's memory too
+                first = case == self.cases[0]  # its turn also measures the memory of SDPA
                 spent += (process + self.forecast(case, setting).at(setting.length)) * (1 + first)
             costs.append(spent)
         return costs
 
     @property
     def measures_memory(self) -> bool:
-        return self.plan.memory and available() and any(case.kind == "swap" for case in self.cases)
+        return self.plan.memory and memory_measurable() and any(case.kind == "swap" for case in self.cases)
 
     def reason(self, case: Case, setting: Setting) -> str | None:
-        """Says why a cell is left out."""
+        """Returns why a cell is skipped, or None."""
         refused = self.forecast(case, setting).refused
         if refused or case.kind != "peer":
             return refused
-        return too_much(PEERS[case.label], setting, self.seconds(case, setting), self.plan.peer_seconds)
+        return reason_to_skip(PEERS[case.label], setting, self.seconds(case, setting), self.plan.peer_seconds)
 
     def bytes(self, case: Case, setting: Setting) -> int:
         return extra_memory(case, setting, self.plan.backend, self.threads, self.plan.flush_denormals)
@@ -196,9 +202,9 @@ class _Run:
         found = Cell(case, setting, ours.backend, rounds, ratio, limit, verdict(limit, ratio))
         if case.kind != "swap" or not self.plan.memory:
             return found
-        if not available():
-            return replace(found, memory_skipped="this system does not tell the peak memory of a process")
+        if not memory_measurable():
+            return replace(found, memory_skipped="this system does not report the peak memory of a process")
         try:
             return replace(found, memory=Memory(self.bytes(case, setting), self.sdpa_bytes(setting)))
-        except AttnSwapError as error:  # a swap defined outside the package is unknown to a fresh process
+        except AttnSwapError as error:  # a new process does not know swaps defined outside the package
             return replace(found, memory_skipped=str(error))

@@ -1,4 +1,4 @@
-"""The ratio of a cell with its interval, and how memory grows."""
+"""Medians with confidence intervals, and the exponents of power laws."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Ratio:
-    """A median with the ends of its interval."""
+    """A median with the ends of its confidence interval."""
 
     median: float
     lo: float
@@ -19,12 +19,12 @@ class Ratio:
 
 
 def median_interval(values: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES) -> Ratio:
-    """Returns the median and its percentile bootstrap interval (95%).
+    """Returns the median and its 95% percentile bootstrap interval.
 
     Args:
-        values: One value a round.
-        seed: Seed of the draw.
-        resamples: How many medians of rounds drawn with replacement.
+        values: One value per round.
+        seed: Seed of the resampling.
+        resamples: Number of bootstrap samples.
     """
     array = np.asarray(values, dtype=np.float64)
     drawn = np.random.default_rng(seed).integers(len(array), size=(resamples, len(array)))
@@ -37,7 +37,7 @@ def exponent(lengths: Sequence[int], values: Sequence[float]) -> float | None:
     """Fits ``values ~ lengths ** e`` by least squares of the logarithms.
 
     Returns:
-        e, or None where fewer than two lengths or a value that is not positive leave nothing to fit.
+        e, or None if there are fewer than two lengths, or if a value is not positive.
     """
     if len(set(lengths)) < 2 or min(values) <= 0:
         return None

@@ -1,4 +1,4 @@
-"""Times of two calls in turn, so that what slows the machine slows both."""
+"""Time two calls alternately, so that other load on the machine affects both."""
 
 import gc
 import math
@@ -6,21 +6,21 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from attnswap.bench.calls import Call
+from attnswap.bench.calls import TimedCall
 
 SAMPLE_SECONDS = 0.02
-"""A sample repeats a short call until it lasts about this long: timers and wake-ups cost microseconds."""
+"""Minimum duration of a sample, which repeats a short call: timers and thread wake-ups cost microseconds."""
 
 
 @dataclass(frozen=True)
 class Round:
-    """Seconds of one call each, measured right after one another."""
+    """Seconds of one call of the baseline (``sdpa``) and of the case (``ours``), measured right after one another."""
 
     sdpa: float
     ours: float
 
 
-def sample(call: Call, repeats: int, clock: Callable[[], float] = time.perf_counter) -> float:
+def sample(call: TimedCall, repeats: int, clock: Callable[[], float] = time.perf_counter) -> float:
     """Returns the mean seconds of a call over ``repeats`` calls in a row."""
     with call.context():
         started = clock()
@@ -29,23 +29,25 @@ def sample(call: Call, repeats: int, clock: Callable[[], float] = time.perf_coun
         return (clock() - started) / repeats
 
 
-def warm_up(call: Call, clock: Callable[[], float] = time.perf_counter) -> int:
-    """Runs a call until nothing is compiled or allocated for the first time, and returns how often a sample repeats it.
+def warm_up(call: TimedCall, clock: Callable[[], float] = time.perf_counter) -> int:
+    """Runs a call twice, and returns how often a sample repeats it.
 
-    The first call pays for compilation and fresh memory, so that the second one tells how long a call takes.
+    The first call includes compilation and memory allocation, so that only the second one is timed.
     """
     sample(call, 1, clock)
     return max(1, math.ceil(SAMPLE_SECONDS / max(sample(call, 1, clock), 1e-9)))
 
 
-def interleave(sdpa: Call, ours: Call, rounds: int, clock: Callable[[], float] = time.perf_counter) -> list[Round]:
-    """Measures two calls in turn: A B A B ...
+def interleave(
+    sdpa: TimedCall, ours: TimedCall, rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> list[Round]:
+    """Times two calls alternately: A B A B ...
 
     Args:
-        sdpa: What is compared with.
-        ours: What is measured.
-        rounds: How many pairs of samples.
-        clock: Returns seconds.
+        sdpa: The baseline.
+        ours: The call that is compared with it.
+        rounds: Number of pairs of samples.
+        clock: Returns the time in seconds.
     """
     repeats = [warm_up(call, clock) for call in (sdpa, ours)]
     collecting = gc.isenabled()

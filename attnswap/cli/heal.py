@@ -44,7 +44,7 @@ def heal_command(
     from attnswap.evaluation.corpus import read_text
     from attnswap.healing import Experiment, heal, summarise_healing
     from attnswap.healing.report import table, write
-    from attnswap.healing.rerun import check_rerun, read_committed, within
+    from attnswap.healing.rerun import check_rerun, compare_with_committed, read_committed
     from attnswap.training import load_config
 
     config = load_config(recipe, overrides or [])
@@ -76,5 +76,5 @@ def heal_command(
         console.print(table(result))
         console.print(f"written to {folder}", soft_wrap=True)
         if committed is not None:
-            for line in within(result, committed):
+            for line in compare_with_committed(result, committed):
                 console.print(line, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Which model types of transformers can be patched, found out on tiny random models of each."""
+"""Test which model types of transformers can be patched, on a tiny random model of each type."""
 
 from attnswap.coverage.report import coverage_table, write_coverage
 from attnswap.coverage.run import COLUMNS, SWAPS, Row, cover, run_coverage

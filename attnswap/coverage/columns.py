@@ -1,4 +1,7 @@
-"""What is checked of one model: each column is a function that raises or returns how far off it was."""
+"""The checks of one model, which are the columns of the coverage table.
+
+Each check raises an error if it fails, and returns the measured error or effect otherwise.
+"""
 
 import copy
 import tempfile
@@ -20,28 +23,28 @@ from attnswap.swaps import SwapLike
 
 TOKENS = 12
 TOLERANCE = 1e-4
-"""Of logits and layer outputs, over their standard deviation or 1."""
+"""Tolerance for logits and layer outputs, relative to their standard deviation if that is above 1."""
 
 
 def tokens() -> Tensor:
-    """Two rows of tokens, none of them special."""
+    """Returns two rows of token ids, none of them special tokens."""
     return torch.randint(3, VOCABULARY, (2, TOKENS), generator=torch.Generator().manual_seed(7))
 
 
 @torch.no_grad()
 def logits(model: PreTrainedModel) -> Tensor:
-    """Returns the logits of a forward without a cache."""
+    """Returns the logits of a forward without a KV cache."""
     return model(input_ids=tokens(), use_cache=False).logits
 
 
 def gap(a: Tensor, b: Tensor) -> float:
-    """Returns the largest difference, over the spread of ``b`` where that is more than one."""
+    """Returns the largest difference, divided by the standard deviation of ``b`` if that is above 1."""
     return float((a - b).abs().max()) / max(1.0, float(b.std()))
 
 
 @torch.no_grad()
 def move_away(model: PreTrainedModel, seed: int = 1) -> None:
-    """Moves every swap parameter away from its start, so far that a mistake in its use shows."""
+    """Perturbs all swap parameters, so that the swap differs clearly from softmax."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in swap_parameters(model).items():
         noise = torch.randn(p.shape, generator=generator)
@@ -49,7 +52,7 @@ def move_away(model: PreTrainedModel, seed: int = 1) -> None:
 
 
 def identity(model: PreTrainedModel, stock: Tensor) -> float:
-    """A swap that starts as softmax leaves the model as it was."""
+    """Checks that a swap that starts as softmax does not change the model."""
     patch(model, "ssmax", part=PARTS.get(model.config.model_type))
     off = gap(logits(model), stock)
     unpatch(model)
@@ -57,18 +60,25 @@ def identity(model: PreTrainedModel, stock: Tensor) -> float:
 
 
 def dispatch(model: PreTrainedModel, stock: Tensor, swap: SwapLike) -> float:
-    """A swap away from its start is in use: every head of every layer, as the probe of :func:`patch` shows."""
+    """Checks that a perturbed swap changes the logits. That it reaches every head is checked by :func:`patch`."""
     patch(model, swap, part=PARTS.get(model.config.model_type))
     move_away(model)
     moved = gap(logits(model), stock)
     if not moved > 100 * TOLERANCE:
-        raise NumericsError(f"the logits move by {moved:.1e} only")
+        raise NumericsError(f"the logits change by {moved:.1e} only")
     return moved
 
 
 def oracle(model: PreTrainedModel, run: Callable[[], object] | None = None) -> float:
-    """Every layer equals the dense fp64 reference, given the same queries, keys and values, as ``run`` meets them."""
-    if not any(stack.seam == "interface" for stack, _ in patched_stacks(model)):  # computed by that reference, in fp32
+    """Checks that every layer equals the dense fp64 reference on the same queries, keys and values.
+
+    Args:
+        model: The patched model.
+        run: Runs the model; default: one forward without a KV cache.
+    """
+    if not any(
+        stack.seam == "interface" for stack, _ in patched_stacks(model)
+    ):  # the layers compute the dense reference itself, in fp32
         return _below(gap(logits(model).double(), logits(copy.deepcopy(model).double())))
     original, worst = AttentionInterface._global_mapping[KEY], [0.0]
 
@@ -91,7 +101,7 @@ def oracle(model: PreTrainedModel, run: Callable[[], object] | None = None) -> f
 
 @torch.no_grad()
 def cached(model: PreTrainedModel) -> float:
-    """Decoding with a KV cache, token by token after a prompt, equals the full forward."""
+    """Checks that decoding with a KV cache, token by token after a prompt, equals the full forward."""
     ids, prompt = tokens(), TOKENS - 4
     right = logits(model)
     out = model(input_ids=ids[:, :prompt], use_cache=True)
@@ -104,7 +114,7 @@ def cached(model: PreTrainedModel) -> float:
 
 
 def gradients(model: PreTrainedModel) -> float:
-    """Every swap parameter gets a finite gradient that is not zero."""
+    """Checks that every swap parameter gets a finite gradient that is not zero."""
     model.zero_grad()
     model(input_ids=tokens(), use_cache=False).logits.square().mean().backward()
     sizes = {name: 0.0 if p.grad is None else float(p.grad.abs().max()) for name, p in swap_parameters(model).items()}
@@ -116,7 +126,7 @@ def gradients(model: PreTrainedModel) -> float:
 
 
 def reload(model: PreTrainedModel) -> float:
-    """What ``save_pretrained`` wrote and ``from_pretrained`` read gives the same logits, to the bit."""
+    """Checks that the logits after ``save_pretrained`` and ``from_pretrained`` are the same bits."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(Path(folder))
         again = type(model).from_pretrained(folder)
@@ -125,7 +135,7 @@ def reload(model: PreTrainedModel) -> float:
 
 
 def undo(model: PreTrainedModel, stock: Tensor) -> float:
-    """Unpatching gives the original model back, to the bit."""
+    """Checks that unpatching restores the logits of the original model, bit for bit."""
     unpatch(model)
     return _below(gap(logits(model), stock), 0.0)
 
@@ -136,10 +146,10 @@ def _below(off: float, most: float = TOLERANCE) -> float:
     return off
 
 
-AFTER: dict[str, Callable[[PreTrainedModel], float]] = {
+PATCHED_CHECKS: dict[str, Callable[[PreTrainedModel], float]] = {
     "oracle": oracle,
     "cached": cached,
     "gradients": gradients,
     "reload": reload,
 }
-"""Checked of a patched model, in this order."""
+"""Checks of a patched model by name, in this order."""

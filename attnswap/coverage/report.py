@@ -1,4 +1,4 @@
-"""The coverage table, for a terminal and for the docs."""
+"""The coverage table, for the terminal and as Markdown."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ HEAD = ("type", "swap", "verdict", "why")
 
 
 def _lines(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Returns (type, swap, verdict, what is wrong) of every row."""
+    """Returns type, swap, verdict and reason of every row."""
     lines = []
     for row in report["rows"]:
         wrong = [f"{name}: {said}" for name, said in row["columns"].items() if said != "pass"]
@@ -23,7 +23,7 @@ def _lines(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 def coverage_table(report: dict[str, Any]) -> Table:
-    """Returns what the terminal shows: every row that does not simply pass, and how many do."""
+    """Returns a table for the terminal: the number of types that pass, and all rows that do not or have a remark."""
     title = f"{report['passing']} of {report['types']} types pass every column (transformers {report['transformers']})"
     shown = Table(title=title, box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for name in HEAD:

@@ -1,4 +1,4 @@
-"""Which of transformers' model types can be patched: every type, every column."""
+"""Run all checks on the model types of transformers."""
 
 import contextlib
 import io
@@ -9,27 +9,28 @@ from typing import Any
 
 import transformers
 
-from attnswap.coverage.columns import AFTER, dispatch, identity, logits, undo
+from attnswap.coverage.columns import PATCHED_CHECKS, dispatch, identity, logits, undo
 from attnswap.coverage.tiny import tiny_model
 from attnswap.errors import ConfigError, UnsupportedModelError
 from attnswap.surgery.patched import spec_of
 
 SWAPS = ("forgetting-gate", "softpick")
-"""The swaps, none of them an identity, that every type is checked with: one with state per token, one without."""
-COLUMNS = ("identity", "dispatch", *AFTER, "unpatch")
+"""The swaps that every type is checked with: one with state per token, one without. Neither starts as softmax."""
+COLUMNS = ("identity", "dispatch", *PATCHED_CHECKS, "unpatch")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One model type with one swap.
+    """The results of one model type with one swap.
 
     Attributes:
-        type: The type's name.
+        type: Name of the model type.
         model: Class name of the model.
-        swap: The swap of the columns after the first.
+        swap: The swap. The first column uses one that starts as softmax.
         seam: "interface" or "scores"; see :class:`attnswap.surgery.spec.PatchSpec`.
-        columns: "pass", what was wrong, or why it does not apply; by name.
-        reason: Why the type is not patched at all.
+        columns: Result of each check by name: "pass", or an error. If the unpatched model fails too, the error begins
+            with "stock".
+        reason: Why the type cannot be patched at all, or None.
     """
 
     type: str
@@ -41,12 +42,12 @@ class Row:
 
     @property
     def passes(self) -> bool:
-        """Whether every column passes, or does not apply because the stock model cannot do it either."""
+        """Whether every check passes, or fails for the unpatched model too."""
         return self.reason is None and all(v == "pass" or v.startswith("stock") for v in self.columns.values())
 
 
 def cover(model_type: str, swap: str) -> Row:
-    """Checks one type with one swap."""
+    """Runs all checks on one model type with one swap."""
     try:
         with _silence():
             model = tiny_model(model_type)
@@ -70,10 +71,10 @@ def cover(model_type: str, swap: str) -> Row:
         return Row(model_type, name, swap, columns={**found, "dispatch": _short(error)})
     spec = spec_of(model)
     with _silence():
-        for column, check in AFTER.items():
+        for column, check in PATCHED_CHECKS.items():
             found[column] = _outcome(lambda check=check: check(model))  # type: ignore[misc]
             if found[column] != "pass":
-                found[column] = _stock_too(model_type, column, found[column])
+                found[column] = _or_stock_failure(model_type, column, found[column])
         found["unpatch"] = _outcome(lambda: undo(model, stock))
     return Row(model_type, name, swap, "" if spec is None else spec.seam, found)
 
@@ -86,10 +87,10 @@ def _outcome(check: Callable[[], float]) -> str:
     return "pass"
 
 
-def _stock_too(model_type: str, column: str, said: str) -> str:
-    """Returns what was said of a patched model, or that the stock model fails in the same way."""
-    own = _outcome(lambda: AFTER[column](tiny_model(model_type)))
-    return said if own == "pass" else f"stock: {own}"
+def _or_stock_failure(model_type: str, column: str, error: str) -> str:
+    """Returns the error of a patched model, or that of the unpatched model if the check fails for it too."""
+    stock = _outcome(lambda: PATCHED_CHECKS[column](tiny_model(model_type)))
+    return error if stock == "pass" else f"stock: {stock}"
 
 
 def _short(error: Exception) -> str:
@@ -106,15 +107,15 @@ def _silence() -> Iterator[None]:
 def run_coverage(
     types: Sequence[str], swaps: Sequence[str] = SWAPS, announce: Callable[[Row], None] = lambda row: None
 ) -> dict[str, Any]:
-    """Checks types with swaps.
+    """Runs all checks on some model types with some swaps.
 
     Args:
         types: Names of model types.
-        swaps: Names of swaps that are no identity.
-        announce: Receives every row as it is done.
+        swaps: Names of swaps that do not start as softmax.
+        announce: Called with each row when it is done.
 
     Returns:
-        The report as JSON-able values.
+        The report as plain values.
     """
     rows = []
     for model_type in types:
@@ -122,7 +123,7 @@ def run_coverage(
             rows.append(cover(model_type, swap))
             announce(rows[-1])
             if rows[-1].reason and not rows[-1].swap:
-                break  # no swap would change that
+                break  # the reason does not depend on the swap
     passing = sorted({t for t in types if all(r.passes for r in rows if r.type == t)})
     return {
         "schema": "attnswap.coverage/1",

@@ -1,4 +1,4 @@
-"""Tiny random models of every type that transformers knows."""
+"""Tiny random models of all causal language model types of transformers."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
@@ -49,7 +49,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("bos_token_id", "decoder_start_token_id"), 1),
     **dict.fromkeys(("eos_token_id",), 2),
 }
-"""Small values for the names under which configs keep their sizes."""
+"""Small sizes by the names that configs use for them."""
 
 DECODER = {"is_decoder": True}
 HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
@@ -78,7 +78,7 @@ LATENT_LOCAL = {
 LOCAL = {"layer_types": ["sliding_attention", "full_attention"]}
 
 PARTS = {"blt": "global_transformer", "hrm_text": "H_module"}
-"""Which attention to patch in types that have several alike."""
+"""The ``part`` to patch in types with several kinds of attention."""
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     "afmoe": LOCAL,
@@ -216,11 +216,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid_sliding"], "sliding_window": WINDOW},
 }
-"""What single types need beside :data:`SIZES`."""
+"""Config values that single types need in addition to :data:`SIZES`."""
 
 
 def model_types() -> list[str]:
-    """Returns every type that has a causal language model, in alphabetical order."""
+    """Returns all types with a causal language model, in alphabetical order."""
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
@@ -242,29 +242,29 @@ def _small(kind: type[PreTrainedConfig], extra: Mapping[str, Any]) -> PreTrained
 
 
 def _like(default: Any, size: Any) -> Any:
-    """Returns a small value in place of a default; a single number in place of a list of them becomes a list."""
+    """Returns a size in the form of a default value: as a list if the default is one."""
     if default is MISSING or not isinstance(default, list | tuple):
         return size
     return type(default)([size] * min(len(default), LAYERS))
 
 
 def tiny_model(model_type: str, seed: int = 0) -> PreTrainedModel:
-    """Returns a tiny random model of a type whose attention is far from uniform.
+    """Returns a tiny random model of a type. Its weights are so large that its attention is far from uniform.
 
     Raises:
-        Exception: Whatever its code raises for such a config.
+        Exception: Any error that the model's code raises for such a config.
     """
     config = tiny_config(model_type)
     torch.manual_seed(seed)
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     part = next((name for name, part in config.sub_configs.items() if part is kind.config_class), None)
     model: PreTrainedModel = kind(config if part is None else getattr(config, part)).eval()
-    _stir(model)
+    _randomise(model)
     return model
 
 
 @torch.no_grad()
-def _stir(model: nn.Module) -> None:
+def _randomise(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             parameter.normal_(0, 0.25)

@@ -1,4 +1,4 @@
-"""Experiments in healing: a swapped model beside its controls, and what the comparison says."""
+"""Experiments in healing: a patched model is trained, its control too, and both are compared on the same tokens."""
 
 from attnswap.healing.experiment import Experiment
 from attnswap.healing.result import summarise_healing

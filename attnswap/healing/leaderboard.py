@@ -1,4 +1,4 @@
-"""The page that sets all committed experiments beside each other, made from their JSON files.
+"""The leaderboard of all committed experiments, made from their JSON files.
 
 python -m attnswap.healing.leaderboard results
 """
@@ -18,7 +18,7 @@ PAGE = "leaderboard.md"
 
 
 def read_results(folder: Path) -> dict[str, dict[str, Any]]:
-    """Returns every experiment under a folder of results, by the name of its own folder."""
+    """Returns the results of all experiments in a folder, by the names of their own folders."""
     found = {}
     for path in sorted(folder.glob("*/result.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -28,12 +28,12 @@ def read_results(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def table(results: dict[str, dict[str, Any]], link: str = "", contexts: Sequence[int] | None = None) -> str:
-    """Returns one row for each experiment, the closest to its control first.
+    """Returns a table with one row per experiment, ordered by the largest ratio to the control.
 
     Args:
         results: See :func:`read_results`.
-        link: What stands before the name of each folder in links.
-        contexts: Context lengths with a column; None: all that were measured.
+        link: Prefix of the links to the folders.
+        contexts: Context lengths that have a column; None: all.
     """
     contexts = contexts or sorted({entry["context"] for result in results.values() for entry in result["contexts"]})
     head = ["experiment", "swap", "where", "tokens", "minutes", "measured on"]
@@ -55,7 +55,7 @@ def table(results: dict[str, dict[str, Any]], link: str = "", contexts: Sequence
 
 
 def worst(result: dict[str, Any]) -> float:
-    """Returns the largest ratio to the control over contexts."""
+    """Returns the largest ratio to the control over all contexts."""
     return max(entry["ratio_to_control"]["ratio"] for entry in result["contexts"])
 
 

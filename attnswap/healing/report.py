@@ -1,4 +1,4 @@
-"""The table, the picture and the folder of an experiment."""
+"""The report of an experiment: tables, a picture, and the files of its folder."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from rich.text import Text
 
 from attnswap.evaluation.figure import COLOURS, plain
 from attnswap.evaluation.result import write_atomically
-from attnswap.healing.result import USED
+from attnswap.healing.result import MIN_COST
 from attnswap.markdown import markdown_table
 from attnswap.training.strict import dump_yaml
 from attnswap.visible import visible
@@ -24,7 +24,7 @@ COMPARED = ("healed / control [95%]", "recovered", "without swap")
 
 
 def rows_of(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Returns the table's head and its rows, one a context."""
+    """Returns the header of the table and its rows, one per context."""
     models = [name for name in MODELS if name in result["contexts"][0]["perplexity"]]
     rows: list[tuple[str, ...]] = [("context", *models, *COMPARED)]
     for entry in result["contexts"]:
@@ -42,48 +42,50 @@ def rows_of(result: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def table(result: dict[str, Any]) -> RenderableType:
-    """Returns what was found for the terminal: perplexities, what they say of the swap, and whether it is used.
+    """Returns tables for the terminal: perplexities, comparisons, and whether the swap is used.
 
-    Two narrow tables: one of all columns is wider than many terminals, which would cut its numbers.
+    There are two tables, since one of all columns would be wider than many terminals.
     """
     rows = rows_of(result)
     models = len(rows[0]) - len(COMPARED)
-    perplexities = _view([row[:models] for row in rows])
-    compared = _view([(row[0], *row[models:]) for row in rows])
+    perplexities = _table([row[:models] for row in rows])
+    compared = _table([(row[0], *row[models:]) for row in rows])
     return Group(Text(visible(title(result))), "", perplexities, "", compared, "", Text(visible(use_of(result))))
 
 
-def _view(rows: Sequence[tuple[str, ...]]) -> Table:
-    view = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+def _table(rows: Sequence[tuple[str, ...]]) -> Table:
+    made = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for column in rows[0]:
-        view.add_column(Text(visible(column)), justify="right", overflow="fold")
+        made.add_column(Text(visible(column)), justify="right", overflow="fold")
     for row in rows[1:]:
-        view.add_row(*(Text(visible(cell)) for cell in row))
-    return view
+        made.add_row(*(Text(visible(cell)) for cell in row))
+    return made
 
 
 def use_of(result: dict[str, Any]) -> str:
-    """Says what ablating the swap costs, and whether that proves its use."""
+    """Returns a sentence on what ablating the swap costs, and whether that proves its use."""
     use = result["proof_of_use"]
-    said = f"cost without swap: {min(use['cost_of_bypass'].values()):+.1%} perplexity, where it costs least"
+    cost = (
+        f"cost without swap: {min(use['cost_of_bypass'].values()):+.1%} perplexity, at the context where it is smallest"
+    )
     if use["used"] is None:
-        return f"{said} (it starts as an identity, so none is asked for)"
-    return f"{said}: the swap is {'used' if use['used'] else f'not used, which takes more than {USED:.0%}'}"
+        return f"{cost} (no minimum is required of a swap that starts as softmax)"
+    return f"{cost}: the swap is {'used' if use['used'] else f'not used (required: more than {MIN_COST:.0%})'}"
 
 
 def title(result: dict[str, Any]) -> str:
-    """Says in a line what was healed."""
+    """Returns a line that names swap, layers, model and training tokens."""
     return f"{swap_of(result)}, {where_of(result)} of {result['model']}: {tokens_of(result)} tokens"
 
 
 def where_of(result: dict[str, Any]) -> str:
-    """Says in which layers the swap is, and in which of their heads if not in all."""
+    """Returns the layers of the swap, and its heads if it is not in all heads."""
     layers = "all layers" if result["layers"] is None else f"layers {result['layers']}"
     return layers if result["heads"] is None else f"heads {result['heads']} of {layers}"
 
 
 def recovered_of(contexts: list[dict[str, Any]]) -> str:
-    """Returns the smallest share of the damage that was healed, over some contexts."""
+    """Returns the smallest share of the damage that healing undid, over some contexts."""
     shares = [entry["recovered_fraction"] for entry in contexts if entry["recovered_fraction"] is not None]
     if shares:
         return f"{min(shares):.3f}"
@@ -91,24 +93,24 @@ def recovered_of(contexts: list[dict[str, Any]]) -> str:
 
 
 def tokens_of(result: dict[str, Any]) -> str:
-    """Returns how many tokens were trained on, and how many a start was fitted to before."""
+    """Returns the number of training tokens, and of tokens for the fit before."""
     fitted = result.get("fit_tokens")
     return f"{result['tokens']:,}" + (f" + {fitted:,} to fit" if fitted else "")
 
 
 def minutes_of(result: dict[str, Any]) -> int:
-    """Returns how long the healed model was trained, over all resumes."""
+    """Returns the minutes of the healed model's training, resumed runs included."""
     return math.ceil(result["seconds"]["healed"] / 60)
 
 
 def swap_of(result: dict[str, Any]) -> str:
-    """Returns the swap's name with the options it was given."""
+    """Returns the swap's name with its options."""
     options = ", ".join(f"{k}={v}" for k, v in result["swap"].items() if k != "name")
     return result["swap"]["name"] + (f" ({options})" if options else "")
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Returns the table and what else was measured as Markdown."""
+    """Returns the table and the other measurements as Markdown."""
     lines = [f"{title(result)}; perplexity on {result['corpus']['id']}", ""]
     structure = result["structure"]
     attention = [
@@ -119,7 +121,7 @@ def markdown(result: dict[str, Any]) -> str:
     lines += [markdown_table(head, rows), "", markdown_table(["attention", *structure], attention, words=1)]
     fidelity, use, control = result["fidelity"], result["proof_of_use"], result.get("control_steps", {})
     scored = result["protocol"]["scored_tokens"]
-    looked = result.get("structure_tokens")  # the first results do not say
+    looked = result.get("structure_tokens")  # missing in old results
     seen = f", attention on {looked:,}" if looked else ""
     said = [f"Trained in {minutes_of(result)} minutes, measured on {scored:,} tokens at each context length{seen}."]
     said += [f"KL from the original {fidelity['kl']:.4f} nats per token, top-1 agreement {fidelity['top1']:.1%}."]
@@ -138,7 +140,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> Path:
-    """Draws the loss over training, perplexity and the ratio to the control by context, into a PNG."""
+    """Draws the training losses, and perplexity and its ratio to the control by context, into a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
@@ -191,12 +193,12 @@ def plot(result: dict[str, Any], path: Path) -> Path:
 
 
 def write(result: dict[str, Any], folder: Path, healed: Path) -> None:
-    """Writes the folder of a result: JSON, table, picture, its recipe and the log of its steps.
+    """Writes the folder of a result: JSON, table, picture, recipe and the log of the steps.
 
     Args:
         result: See :func:`attnswap.healing.summarise_healing`.
-        folder: Where to.
-        healed: The trained model's folder.
+        folder: The folder.
+        healed: The folder of the trained model.
     """
     write_atomically(folder / "result.json", (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
     write_atomically(folder / "result.md", markdown(result).encode())

@@ -1,4 +1,4 @@
-"""Reruns of committed results: of the same recipe, on the same text, within their intervals."""
+"""Check that a rerun of a committed experiment reproduces its result."""
 
 import json
 import platform
@@ -6,63 +6,65 @@ from pathlib import Path
 from typing import Any
 
 from attnswap.errors import ConfigError, NumericsError
-from attnswap.healing.alike import differences
+from attnswap.healing.comparable import recipe_differences
 from attnswap.healing.experiment import Experiment
 from attnswap.training.config import as_run
 
 
 def read_committed(path: Path) -> dict[str, Any]:
-    """Returns a committed result.
+    """Reads a committed result.
 
     Raises:
-        ConfigError: The file is none.
+        ConfigError: The file is not a result of ``attnswap heal``.
     """
     try:
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
         missing = {"recipe", "contexts", "protocol", "corpus", "data"} - result.keys()
     except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f'--check: "{path}" is no result of attnswap heal: {error}') from None
+        raise ConfigError(f'--check: "{path}" is not a result.json of attnswap heal: {error}') from None
     if missing:
-        raise ConfigError(f'--check: "{path}" is no result of attnswap heal: it has no {", ".join(sorted(missing))}')
+        raise ConfigError(
+            f'--check: "{path}" is not a result.json of attnswap heal: it lacks {", ".join(sorted(missing))}'
+        )
     return result
 
 
 def check_rerun(experiment: Experiment, committed: dict[str, Any]) -> None:
-    """Refuses, before anything is trained, what can be told by then not to be comparable with a committed result.
+    """Checks, before anything is trained, that an experiment is the one of a committed result.
 
     Raises:
-        ConfigError: The recipe, the text or the measurement is another one.
+        ConfigError: The recipe, the text or the measurement differs.
     """
     protocol = committed["protocol"]
-    asked = {
+    compared = {
         "contexts": [sorted(experiment.contexts), sorted(protocol["contexts"])],
         "dtype": [str(experiment.dtype).removeprefix("torch."), protocol["dtype"]],
-        "the text to measure on (another Python has another language reference)": [
+        "the text to measure on": [
             experiment.text_sha256,
             committed["corpus"]["sha256"],
         ],
     }
     scored = protocol["scored_tokens"]
-    whole = protocol["first_token"] + scored == committed["corpus"]["tokens"]
-    if experiment.max_tokens < scored or (experiment.max_tokens > scored and not whole):
-        asked["max_tokens"] = [str(experiment.max_tokens), str(scored)]
-    different = [f"recipe.{key}" for key in differences(as_run(experiment.config), committed["recipe"])]
-    _refuse([*different, *(name for name, (ours, theirs) in asked.items() if ours != theirs)], committed)
+    reached_end = protocol["first_token"] + scored == committed["corpus"]["tokens"]
+    if experiment.max_tokens < scored or (experiment.max_tokens > scored and not reached_end):
+        compared["max_tokens"] = [str(experiment.max_tokens), str(scored)]
+    different = [f"recipe.{key}" for key in recipe_differences(as_run(experiment.config), committed["recipe"])]
+    _refuse([*different, *(name for name, (ours, theirs) in compared.items() if ours != theirs)], committed)
 
 
-def within(result: dict[str, Any], committed: dict[str, Any]) -> list[str]:
+def compare_with_committed(result: dict[str, Any], committed: dict[str, Any]) -> list[str]:
     """Compares a result with a committed one.
 
     Args:
-        result: What was found.
-        committed: What was found before.
+        result: The result of the rerun.
+        committed: The committed result.
 
     Returns:
-        A line for each context.
+        A line of text for each context.
 
     Raises:
         NumericsError: A ratio to the control lies outside the committed 95% interval.
-        ConfigError: They were not measured on the same tokens, or not trained on the same text.
+        ConfigError: The two were measured on different tokens, or trained on different text.
     """
     different = ["protocol"] if result["protocol"] != committed["protocol"] else []
     different += ["the training text"] if result["data"]["sha256"] != committed["data"]["sha256"] else []
@@ -83,6 +85,6 @@ def _refuse(different: list[str], committed: dict[str, Any]) -> None:
     if different:
         python = committed.get("environment", {}).get("python", "unknown")
         raise ConfigError(
-            f"--check: not what the committed result is of: {', '.join(different)} differ (the offline texts are those "
-            f"of the running Python, {platform.python_version()} here and {python} there)"
+            f"--check: this is another experiment than that of the committed result: {', '.join(different)} differ. "
+            f"The offline texts come with Python, which is {platform.python_version()} here and was {python} there"
         )

@@ -1,4 +1,4 @@
-"""What an experiment says, as plain values."""
+"""The result of an experiment, as plain values."""
 
 import itertools
 import math
@@ -18,7 +18,7 @@ from attnswap.healing.experiment import Experiment
 from attnswap.healing.run import Measured
 from attnswap.provenance import commit
 from attnswap.training.config import TrainConfig, as_run
-from attnswap.training.stages import plan_of
+from attnswap.training.stages import stages_of
 
 SCHEMA = "attnswap.heal/1"
 PAIRS = {
@@ -29,17 +29,17 @@ PAIRS = {
     "unhealed_to_original": ("unhealed", "original"),
     "bypassed_to_healed": ("bypassed", "healed"),
 }
-"""What is set beside what."""
-USED = 0.05
-"""A swap is used if passing it by costs more than this share of the perplexity."""
+"""Names of comparisons, with the two models that each compares."""
+MIN_COST = 0.05
+"""A swap counts as used if ablating it (softmax in its place) raises the perplexity by more than this share."""
 
 
 def summarise_healing(experiment: Experiment, measured: Measured) -> dict[str, Any]:
-    """Returns what ``result.json`` holds.
+    """Returns the content of ``result.json``.
 
     Args:
-        experiment: What was asked.
-        measured: What was found.
+        experiment: The experiment.
+        measured: Its measurements.
     """
     losses = measured.losses
     compared = {name: _by_context(losses, ours, theirs) for name, (ours, theirs) in PAIRS.items() if ours in losses}
@@ -95,7 +95,7 @@ def summarise_healing(experiment: Experiment, measured: Measured) -> dict[str, A
 
 
 def environment() -> dict[str, Any]:
-    """Returns what a measurement ran with: versions and threads."""
+    """Returns the versions and the number of threads of this process."""
     return {
         "attnswap": attnswap.__version__,
         "torch": torch.__version__,
@@ -105,19 +105,20 @@ def environment() -> dict[str, Any]:
     }
 
 
-def recovered(raw: Comparison | None, perplexity: dict[str, float]) -> float | None:
-    """Returns which share of the damage was healed, in nats: ``ln(unhealed / healed) / ln(unhealed / control)``.
+def recovered(damage: Comparison | None, perplexity: dict[str, float]) -> float | None:
+    """Returns the share of the damage that healing undid, in nats: ``ln(unhealed / healed) / ln(unhealed / control)``.
 
-    In perplexity a model that is lost would seem whole beside a swap that destroys: of 1e10 nearly all comes back.
+    A share of perplexity would be misleading: of a perplexity of 1e10, even a useless model recovers nearly all.
 
     Args:
-        raw: The unhealed swap against the original (a control that learned is better than both); None: it overflows.
-        perplexity: Of each model.
+        damage: The unhealed model compared with the original; None if its losses are not finite. The control is no
+            measure of damage, since it may be better than the original.
+        perplexity: The perplexity by model.
 
     Returns:
-        1 where the healed model is the control's equal; None where the swap did no damage that can be measured.
+        1 if the healed model equals the control; None if the swap did no measurable damage.
     """
-    if raw is None or raw.lo <= 0:
+    if damage is None or damage.lo <= 0:
         return None
     nats = {name: math.log(perplexity[name]) for name in ("unhealed", "healed", "control")}
     lost = nats["unhealed"] - nats["control"]
@@ -127,18 +128,18 @@ def recovered(raw: Comparison | None, perplexity: dict[str, float]) -> float | N
 def proof_of_use(
     contexts: list[dict[str, Any]], movement: dict[str, dict[str, float]], *, identity: bool
 ) -> dict[str, Any]:
-    """Says whether the healed model uses its swap: what it costs to pass it by, and how far its parameters moved."""
+    """Returns whether the healed model uses its swap: the cost of ablating it, and how far its parameters moved."""
     cost = {str(entry["context"]): entry["bypassed_to_healed"]["ratio"] - 1 for entry in contexts}
     kinds: dict[str, float] = {}
     for name, moved in movement.items():
         kind = name.rpartition(".")[2]
         kinds[kind] = max(kinds.get(kind, 0.0), moved["largest"])
     least = min(cost.values())
-    return {"cost_of_bypass": cost, "movement": kinds, "used": None if identity else least > USED}
+    return {"cost_of_bypass": cost, "movement": kinds, "used": None if identity else least > MIN_COST}
 
 
 def curve(measured: Measured, config: TrainConfig) -> list[dict[str, Any]]:
-    """Returns the parts of the loss over training: tokens are those read up to that step."""
+    """Returns the parts of the loss over training, with the number of tokens read up to each step."""
     keys = ("loss", "kl", "ce", "transfer", "regression", "sinks", "lambda", "stage")
     read = tokens_by_step(measured, config)
     return [
@@ -149,7 +150,7 @@ def curve(measured: Measured, config: TrainConfig) -> list[dict[str, Any]]:
 
 
 def held_out(measured: Measured, config: TrainConfig) -> list[dict[str, Any]]:
-    """Returns what held-out windows cost over training, in nats and over the control's perplexity, if known."""
+    """Returns the held-out loss over training, and the ratio of its perplexity to the control's final one, if known."""
     control = measured.training.get("control", {}).get("held_out_loss")
     read = tokens_by_step(measured, config)
     return [
@@ -165,10 +166,10 @@ def held_out(measured: Measured, config: TrainConfig) -> list[dict[str, Any]]:
 
 
 def tokens_by_step(measured: Measured, config: TrainConfig) -> list[int]:
-    """Returns how many tokens were read before the first step, up to it, and so on."""
+    """Returns the number of tokens read after 0, 1, 2, ... steps."""
     healed = measured.training["healed"]
-    lengths = [0]  # of the window of each step, which differs between stages
-    for stage in plan_of(config):
+    lengths = [0]  # of the windows of each step, which depends on the stage
+    for stage in stages_of(config):
         lengths += [stage.section.sequence_length or config.data.sequence_length] * stage.steps
     read = list(itertools.accumulate(lengths if len(lengths) > 1 else [0, *[1] * healed["steps"]]))
     return [round(healed["tokens"] * part / read[-1]) for part in read]

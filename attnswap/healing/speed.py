@@ -1,8 +1,8 @@
-"""What a step of each stage of a recipe costs beside a step of plain distillation of the unpatched model.
+"""Time a step of each stage of a recipe, beside a step of plain distillation of the unpatched model.
 
 python -m attnswap.healing.speed results/healing-speed recipes/heal/*.yaml training.bf16=false
 
-The two take turns, so that whatever else a machine does falls on both.
+The two alternate, so that other load on the machine affects both.
 """
 
 import json
@@ -26,25 +26,25 @@ from attnswap.markdown import markdown_table
 from attnswap.provenance import commit
 from attnswap.training import Distillation, LossSection, StageSection, chunked_loss, load_config, teacher_of
 from attnswap.training.config import TrainConfig
-from attnswap.training.stages import left_alone
+from attnswap.training.stages import parameters_to_freeze
 from attnswap.training.teacher import matrix_dtype
 
 ROUNDS = 5
-ENOUGH = 90.0
-"""Seconds after which a stage is timed no further, once there are two rounds."""
-LONG = 10.0
-"""Seconds of a pair of steps beside which what only a first step does counts for nothing."""
+MAX_SECONDS = 90.0
+"""Seconds after which the timing of a stage ends, if it has at least two rounds."""
+LONG_SECONDS = 10.0
+"""Seconds of a pair of steps from which on the extra costs of a first step do not matter, so that it counts too."""
 Step = Callable[[], None]
 
 
 @contextmanager
-def stepping(model: PreTrainedModel, stage: StageSection, length: int, config: TrainConfig) -> Iterator[Step]:
-    """Yields a function that makes one step of a stage on a window of random tokens."""
+def training_step(model: PreTrainedModel, stage: StageSection, length: int, config: TrainConfig) -> Iterator[Step]:
+    """Yields a function that takes one training step of a stage on a window of random tokens."""
     teacher = teacher_of(model, dtype=matrix_dtype(config))
-    for parameter in left_alone(model, stage):
+    for parameter in parameters_to_freeze(model, stage):
         parameter.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)  # at rate 0 all steps are alike
+    optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)  # a rate of 0, so that all steps are alike
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0)).to(model.device)
     batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(length, device=model.device)[None]}
@@ -67,22 +67,25 @@ def measure(config: TrainConfig, rounds: int = ROUNDS) -> list[dict[str, Any]]:
 
     Args:
         config: The recipe.
-        rounds: How often each step is timed, after one that is not; less often where steps are long.
+        rounds: How often each step is timed after a first one, if steps are not long.
 
     Returns:
         For each stage its name, the length of its windows, the median seconds of a step of plain distillation and of
-        its own, the ratio's median and range, and the number of rounds.
+        a step of the stage, the median and range of their ratio, and the number of rounds.
     """
     found = []
     for stage in config.stages:
         length = stage.sequence_length or config.data.sequence_length
         plain, healed = (load_model(config.model.reference, dtype=torch.float32) for _ in range(2))
         assert config.swap is not None
-        ramp = 1.0 if stage.ramp is None else 0.5  # along a ramp some swaps compute softmax, too
+        ramp = 1.0 if stage.ramp is None else 0.5  # between 0 and 1 some swaps compute softmax too
         attnswap.patch(healed, config.swap, part=config.part, layers=config.layers, heads=config.heads, ramp=ramp)
-        trains = "attention" if stage.train == "swap" else stage.train  # a model without swaps has no parameters of one
+        trains = "attention" if stage.train == "swap" else stage.train  # an unpatched model has no swap parameters
         taught = replace(stage, loss=LossSection(kl=1.0, ce=0.0), train=trains)
-        with stepping(plain, taught, length, config) as theirs, stepping(healed, stage, length, config) as ours:
+        with (
+            training_step(plain, taught, length, config) as theirs,
+            training_step(healed, stage, length, config) as ours,
+        ):
             times = _interleaved(theirs, ours, rounds)
         ratios = [b / a for a, b in times]
         found.append(
@@ -104,8 +107,8 @@ def _interleaved(theirs: Step, ours: Step, rounds: int) -> list[tuple[float, flo
     """Returns the seconds of both steps, round by round."""
     started = time.perf_counter()
     first = _timed(theirs), _timed(ours)
-    times = [first] if sum(first) > LONG else []
-    while len(times) < rounds and (len(times) < 2 or time.perf_counter() - started < ENOUGH):
+    times = [first] if sum(first) > LONG_SECONDS else []
+    while len(times) < rounds and (len(times) < 2 or time.perf_counter() - started < MAX_SECONDS):
         times.append((_timed(theirs), _timed(ours)))
     return times
 
@@ -117,7 +120,7 @@ def _timed(step: Step) -> float:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Returns the figures as Markdown."""
+    """Returns the times as a Markdown table."""
     head = ("recipe", "stage", "tokens of a window", "plain distillation (s)", "healing (s)", "ratio [range]")
     rows = []
     for name, stages in result["recipes"].items():
@@ -132,8 +135,8 @@ def main(folder: str, words: list[str]) -> None:
     """Times recipes and writes ``speed.json`` and ``speed.md``.
 
     Args:
-        folder: Where to.
-        words: Recipes, and overrides (``key=value``) of all of them.
+        folder: The folder of the two files.
+        words: Recipes, and overrides (``key=value``) that apply to all of them.
     """
     overrides = [word for word in words if "=" in word]
     result: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Fine-tune a swapped model from a recipe, on ``transformers.Trainer``.
+"""Fine-tune a patched model from a recipe, with ``transformers.Trainer``.
 
 >>> from attnswap.training import load_config, train
 >>> result = train(load_config("recipes/ssmax.yaml", ["training.max_steps=20"]))  # doctest: +SKIP

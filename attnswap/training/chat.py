@@ -1,4 +1,4 @@
-"""Turn conversations into tokens of which only the assistant's are learned."""
+"""Tokenize conversations, with labels for the assistant's tokens only."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,11 +16,11 @@ def as_conversation(value: Any, where: str, key: str = "messages") -> list[Messa
 
     Args:
         value: The row.
-        where: Names the row in errors.
-        key: The mapping's key.
+        where: Location of the row, for error messages.
+        key: The key of the list in a mapping.
 
     Raises:
-        ConfigError: The row is no such conversation.
+        ConfigError: The row is not a conversation in this format.
     """
     messages = value.get(key) if isinstance(value, dict) else value
     if not isinstance(messages, list) or not messages:
@@ -34,9 +34,9 @@ def as_conversation(value: Any, where: str, key: str = "messages") -> list[Messa
 def encode_conversation(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> Document:
     """Tokenizes a conversation by the tokenizer's chat template and labels the assistant's tokens.
 
-    A template with generation markers says itself which tokens these are. For others, an assistant's turn is what
-    the rendered text gains over the rendering of what came before it plus the generation prompt; the end-of-turn
-    token belongs to it, the white space after it does not.
+    A template with ``{% generation %}`` markers says which tokens these are. With other templates, an assistant's turn
+    is the text between the rendering of the earlier messages, generation prompt included, and the rendering up to this
+    message. The end-of-turn token belongs to the turn, the white space after it does not.
 
     Args:
         messages: Dicts with ``role`` and ``content``.
@@ -46,29 +46,30 @@ def encode_conversation(messages: Sequence[Message], tokenizer: PreTrainedTokeni
         The tokens and labels.
 
     Raises:
-        ConfigError: There is no template, or it renders a conversation differently once it goes on.
+        ConfigError: The tokenizer has no template or is not fast, or the template renders earlier messages differently
+            when others follow, so that the assistant's turns cannot be found.
     """
     messages = list(messages)
     template = tokenizer.chat_template
     if not template:
-        raise ConfigError("the tokenizer has no chat template: name one that has by model.tokenizer, or use kind: text")
+        raise ConfigError("the tokenizer has no chat template: set model.tokenizer to one that has, or use kind: text")
     if not tokenizer.is_fast:
-        raise ConfigError("chat data needs a fast tokenizer, which knows where in the text each token lies")
+        raise ConfigError("chat data needs a fast tokenizer, which knows the offsets of tokens: set model.tokenizer")
     if "{% generation" in str(template) or "{%- generation" in str(template):
         encoded = tokenizer.apply_chat_template(
             messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
         assert isinstance(encoded, BatchEncoding)
-        ids, learned = list(encoded["input_ids"]), [bool(m) for m in encoded["assistant_masks"]]
+        ids, labelled = list(encoded["input_ids"]), [bool(m) for m in encoded["assistant_masks"]]
     else:
         text = _render(messages, tokenizer)
         spans = _assistant_spans(messages, text, tokenizer)
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = list(encoded["input_ids"])
-        learned = [
+        labelled = [
             any(start < end and low <= start < high for low, high in spans) for start, end in encoded["offset_mapping"]
         ]
-    return Document(ids, [token if keep else IGNORED for token, keep in zip(ids, learned, strict=True)])
+    return Document(ids, [token if keep else IGNORED for token, keep in zip(ids, labelled, strict=True)])
 
 
 def _render(messages: list[Message], tokenizer: PreTrainedTokenizerBase, prompt: bool = False) -> str:
@@ -81,12 +82,12 @@ def _assistant_spans(messages: list[Message], text: str, tokenizer: PreTrainedTo
         if message["role"] != "assistant":
             continue
         if i == 0:
-            raise ConfigError("a conversation cannot start with the assistant: there is nothing it answers")
+            raise ConfigError("a conversation cannot start with an assistant message: put a user message before it")
         before = _render(messages[:i], tokenizer, prompt=True)
         after = _render(messages[: i + 1], tokenizer)
         if not (text.startswith(before) and text.startswith(after)):
             raise ConfigError(
-                "the chat template renders earlier turns differently once a conversation goes on, so the assistant's "
+                "the chat template renders earlier messages differently when others follow, so that the assistant's "
                 "tokens cannot be found: use a template with {% generation %} markers, or single-turn data"
             )
         spans.append((len(before), len(after.rstrip())))

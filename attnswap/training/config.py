@@ -1,4 +1,4 @@
-"""The recipe: everything a training run depends on, as strict dataclasses read from YAML."""
+"""The recipe of a training run, as dataclasses that are read from YAML and checked strictly."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -18,19 +18,19 @@ from attnswap.training.strict import parse_value, read_yaml
 RESERVED = {
     "output_dir": "set output_dir at the top of the recipe",
     "do_train": "a run always trains",
-    "do_eval": "set training.eval_strategy",
-    "do_predict": "a run does not predict",
-    "remove_unused_columns": "the data holds just what the model takes",
-    "label_names": "labels are always called labels",
-    "use_cache": "a cache would let packed documents see each other",
-    "label_smoothing_factor": "the loss is plain cross entropy",
-    "use_liger_kernel": "the chunked loss has its place",
-    "liger_kernel_config": "the chunked loss has its place",
-    "prediction_loss_only": "evaluation always sums the loss token by token",
+    "do_eval": "set training.eval_strategy instead",
+    "do_predict": "a run makes no predictions",
+    "remove_unused_columns": "the data has only columns that the model takes",
+    "label_names": "the labels are always in the column labels",
+    "use_cache": "with a KV cache, packed documents would see each other",
+    "label_smoothing_factor": "the loss is cross entropy without smoothing",
+    "use_liger_kernel": "the chunked loss replaces it",
+    "liger_kernel_config": "the chunked loss replaces it",
+    "prediction_loss_only": "evaluation always sums the loss over tokens",
     "parallelism_config": "it cannot be written in YAML",
-    "auto_find_batch_size": "a smaller batch would be another experiment",
+    "auto_find_batch_size": "another batch size would be another experiment",
 }
-"""Fields of TrainingArguments that a recipe may not set, and why."""
+"""Fields of TrainingArguments that a recipe cannot set, with the reason."""
 
 COUNTS = {
     "per_device_train_batch_size": 1,
@@ -39,23 +39,23 @@ COUNTS = {
     "dataloader_num_workers": 0,
     "seed": 0,
 }
-"""Fields of TrainingArguments and their least values, which Trainer itself meets in the middle of a run."""
+"""Minimum values of some fields of TrainingArguments, which Trainer would check only in the middle of a run."""
 
 
 def _resolve(swap: str | dict[str, Any]) -> None:
     try:
         swaps.resolve(swap)
-    except TypeError as error:  # an option of a type its check cannot compare
+    except TypeError as error:  # the check of an option compared values of different types
         raise ConfigError(f"swap: an option has the wrong type: {error}") from None
 
 
 @dataclass(frozen=True)
 class ModelSection:
-    """Which model to start from.
+    """The model to train.
 
     Attributes:
         reference: A hub name, a directory, a ``.gguf`` file or ``"embedded"``.
-        tokenizer: Where its tokenizer is; None: the same place.
+        tokenizer: Reference of the tokenizer; None: the same as ``reference``.
         dtype: Dtype of the weights while training. Use ``training.bf16`` for mixed precision.
     """
 
@@ -66,27 +66,26 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class DataSection:
-    """What to train and evaluate on.
+    """The text to train and evaluate on.
 
     Attributes:
-        source: ``"offline"`` (the standard library's sources), ``"files"`` or ``"hub"``.
-        kind: ``"text"``: every token is learned; ``"chat"``: only the assistant's (files are then JSON lines with
-            ``messages``).
-        files: Paths or globs, also with ``.gz``, for ``source: files``. Each line of a ``.jsonl`` file holds a document
-            under the key ``text``; other files hold the text itself.
-        documents: A text document is a whole ``"file"`` (of JSON lines: a line) or a ``"paragraph"`` between blank
-            lines.
-        name: Hub data set, for ``source: hub``.
-        config: Its configuration.
-        split: Its split; slices such as ``train[:1000]`` work.
-        column: Its column, or the key of JSON lines; None: ``text``, or ``messages`` for chat.
-        sequence_length: Tokens in a window.
-        pack: Put several documents into a window, kept apart by position ids; false: one for each window.
-        eval_fraction: Share of the documents held out for evaluation, at least one document.
-        eval_windows: Evaluate on at most so many windows; None: all.
-        max_documents: Use so many documents, drawn by ``seed``; None: all.
-        seed: Draws the held-out documents.
-        cache_dir: Where prepared data is kept; None: the usual cache of ``datasets``.
+        source: ``"offline"`` (the sources of Python's standard library), ``"files"`` or ``"hub"``.
+        kind: ``"text"``: every token has a label. ``"chat"``: only the assistant's tokens have labels; files are then
+            JSON lines with ``messages``.
+        files: Paths or glob patterns, for ``source: files``. Each line of a ``.jsonl`` file is an object with a
+            document under the key ``text``; other files are plain text. All may be gzipped (``.gz``).
+        documents: What a document is: a ``"file"`` (of JSON lines: a line), or a ``"paragraph"`` between blank lines.
+        name: Name of the data set, for ``source: hub``.
+        config: Configuration of that data set.
+        split: Split of that data set; slices such as ``train[:1000]`` work.
+        column: Column of that data set, or key of JSON lines; None: ``text``, or ``messages`` for chat.
+        sequence_length: Tokens per window.
+        pack: Whether a window may contain several documents, which position ids keep apart.
+        eval_fraction: Share of the documents that are held out for evaluation; at least one document.
+        eval_windows: Maximum number of windows for evaluation; None: all.
+        max_documents: Number of documents to use, chosen by ``seed``; None: all.
+        seed: Seed that chooses the held-out documents.
+        cache_dir: Directory of prepared data; None: the cache of ``datasets``.
     """
 
     source: Literal["offline", "files", "hub"] = "offline"
@@ -115,17 +114,20 @@ class DataSection:
         require(
             (self.source == "hub") == (self.name is not None), 'data.name: goes with "source: hub", and only with it'
         )
-        require(self.kind == "text" or self.source != "offline", "data.kind: the offline text holds no chats")
+        require(
+            self.kind == "text" or self.source != "offline",
+            "data.kind: the offline text has no conversations: use text",
+        )
 
 
 @dataclass(frozen=True)
 class LoraSection:
-    """Train low-rank adapters in place of the model's own weights; they are merged into the result.
+    """Train LoRA adapters instead of the model's weights. They are merged into the saved model.
 
     Attributes:
         r: Rank.
-        alpha: Scale of the update times ``r``.
-        dropout: Dropout before the adapters.
+        alpha: The update is scaled by ``alpha / r``.
+        dropout: Dropout probability of the adapters' inputs.
         target_modules: Module names, or ``"all-linear"``.
     """
 
@@ -142,11 +144,12 @@ class LoraSection:
 
 @dataclass(frozen=True)
 class OptimizerSection:
-    """How the swap's parameters are trained beside the model's.
+    """Options for training the swap's parameters.
 
     Attributes:
-        swap_lr_multiplier: Learning rate of the swap's parameters over that of the rest; they have no weight decay.
-        freeze: ``"all_but_swap"`` trains the swap's parameters alone.
+        swap_lr_multiplier: Ratio of the learning rate of the swap's parameters to that of the other parameters. The
+            swap's parameters have no weight decay.
+        freeze: ``"all_but_swap"`` freezes all parameters but the swap's.
     """
 
     swap_lr_multiplier: float = 10.0
@@ -158,27 +161,26 @@ class OptimizerSection:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run.
+    """The recipe of a training run.
 
     Attributes:
-        output_dir: Where the result goes; it must not exist yet, or be empty.
-        overwrite: Replace what is in ``output_dir``, once the run is complete.
-        swap: A swap by name, or a mapping with its ``name`` and options; None or ``"none"`` patches nothing: the
-            control, or a model that was saved patched and is trained on.
-        part: Which attention of several to patch, as in :func:`attnswap.patch`; None: the decoder's own.
+        output_dir: Directory of the result; it must not exist yet, or be empty.
+        overwrite: Whether the result replaces the content of ``output_dir``, once the run is complete.
+        swap: Name of a swap, or a mapping with its ``name`` and options. None or ``"none"``: patch nothing, for a
+            control, or to continue training a patched model.
+        part: Which kind of attention to patch, as in :func:`attnswap.patch`; None: the decoder's self-attention.
         layers: Which layers to patch, as in :func:`attnswap.patch`; None: all.
         heads: Which heads to patch; None: all.
-        ramp: lambda of the swap while training, from 0 (as before) to 1 (the swap); where stages move it, leave it out.
+        ramp: lambda during training, from 0 (the original attention) to 1 (the swap); not with stages that have ramps.
         model: See :class:`ModelSection`.
         data: See :class:`DataSection`.
-        training: Fields of ``transformers.TrainingArguments``.
+        training: Fields of ``transformers.TrainingArguments`` by name.
         optimizer: See :class:`OptimizerSection`.
-        lora: See :class:`LoraSection`; None: train the weights themselves.
-        stages: One after another, sharing ``training.max_steps``; none: cross entropy throughout. See
-            :class:`attnswap.training.StageSection`.
-        teacher: The model that stages learn from, as ``model.reference``; None: the model itself, as it was before the
-            swap and the training.
-        fit: Start the swap by a least-squares fit; see :class:`FitSection`. None: at its own start.
+        lora: See :class:`LoraSection`; None: train the model's weights.
+        stages: Stages that run one after another and share ``training.max_steps``; see
+            :class:`attnswap.training.StageSection`. None given: cross entropy in all steps.
+        teacher: Reference of the teacher for stages with kl or transfer; None: the model before patching and training.
+        fit: Calibrate the swap by least squares before training; see :class:`FitSection`. None: no calibration.
     """
 
     output_dir: str
@@ -205,41 +207,43 @@ class TrainConfig:
         frozen = self.optimizer.freeze == "all_but_swap"
         if self.swap is None:
             given = (self.part, self.layers, self.heads)
-            require(given == (None,) * 3, "part, layers, heads: nothing is swapped, so leave them out")
+            require(given == (None,) * 3, "part, layers, heads: leave them out of a recipe without a swap")
         else:
             _resolve(self.swap)
-        require(not (frozen and self.lora), 'lora: goes with "optimizer.freeze: none", which trains the adapters')
+        require(not (frozen and self.lora), 'lora: needs "optimizer.freeze: none", or the adapters would be frozen')
         object.__setattr__(self, "training", check_training(self.training))
         if self.stages:
             self._check_stages()
         else:
-            require(self.teacher is None, "teacher: goes with stages, which learn from it")
+            require(self.teacher is None, "teacher: only stages use a teacher: add stages, or leave it out")
 
     def _check_stages(self) -> None:
-        require(self.training.get("max_steps", -1) > 0, "training.max_steps: stages share these steps, so give them")
+        require(self.training.get("max_steps", -1) > 0, "training.max_steps: set it, since stages are shares of it")
         ramps = [stage.ramp for stage in self.stages if stage.ramp is not None]
         if ramps:
-            require(self.ramp == 1.0, "ramp: stages move it, so leave it out")
-            require(ramps[-1].end == 1.0, "stages: the last ramp must end at 1, or the result is not the swap")
+            require(self.ramp == 1.0, "ramp: leave it out, since stages have ramps")
+            require(ramps[-1].end == 1.0, "stages: the last ramp must end at 1, so that the result computes the swap")
             require(
                 not self.training.get("load_best_model_at_end"),
-                "training.load_best_model_at_end: the best loss may be one at a lambda below 1",
+                "training.load_best_model_at_end: set it to false, since the best loss may be at a lambda below 1",
             )
         rates = [stage.name for stage in self.stages if stage.learning_rate is not None]
         require(
             not rates or self.training.get("learning_rate") != 0,
-            f"training.learning_rate: 0 would be the rate of {', '.join(rates)} too, whose own are relative to it",
+            f"training.learning_rate: must not be 0, since the rates of {', '.join(rates)} are computed relative to it",
         )
-        looking = [stage.name for stage in self.stages if stage.loss.looks_inside]
-        again = [key for key in ("gradient_checkpointing", "activation_checkpointing") if self.training.get(key)]
+        observing = [stage.name for stage in self.stages if stage.loss.observes_layers]
+        checkpointing = [
+            key for key in ("gradient_checkpointing", "activation_checkpointing") if self.training.get(key)
+        ]
         require(
-            not (looking and again),
-            f"training.{''.join(again[:1])}: transfer, regression and sinks look at each layer as it runs, so leave it "
-            f"out for {', '.join(looking)}",
+            not (observing and checkpointing),
+            f"training.{''.join(checkpointing[:1])}: leave it out, since it runs each layer twice, and the losses "
+            f"transfer, regression and sinks of {', '.join(observing)} observe the forward of each layer",
         )
         require(
             self.optimizer.freeze == "none" or all(stage.train != "attention" for stage in self.stages),
-            'stages: "train: attention" goes with "optimizer.freeze: none"',
+            'stages: "train: attention" needs "optimizer.freeze: none"',
         )
 
 
@@ -267,9 +271,9 @@ def check_training(values: dict[str, Any]) -> dict[str, Any]:
         if key == "learning_rate":
             require(checked[key] >= 0, "training.learning_rate: must not be negative")
         if key == "metric_for_best_model":
-            require(checked[key] in ("loss", "eval_loss"), f"training.{key}: the loss is all that is evaluated")
+            require(checked[key] in ("loss", "eval_loss"), f"training.{key}: must be eval_loss, the only metric")
         if key == "greater_is_better":
-            require(not checked[key], f"training.{key}: a smaller loss is better")
+            require(not checked[key], f"training.{key}: must be false, since a smaller loss is better")
     return checked
 
 
@@ -284,8 +288,8 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
     Args:
         path: A YAML file of at most 32 kB.
-        overrides: ``key=value`` with a dotted key; the value is YAML, e.g. ``training.max_steps=50``. Entries of lists
-            go by their number: ``stages.0.share=0.5``.
+        overrides: ``key=value`` with a dotted key and a value in YAML, e.g. ``training.max_steps=50``. Entries of lists
+            are addressed by number: ``stages.0.share=0.5``.
 
     Raises:
         ConfigError: The file or an override is not a valid recipe; the message names the key.
@@ -304,12 +308,12 @@ def parse_config(mapping: Any, overrides: list[str] | tuple[str, ...] = ()) -> T
 
 
 def to_mapping(config: TrainConfig) -> dict[str, Any]:
-    """Returns the resolved recipe as plain values, every default filled in; :func:`parse_config` reads it back."""
+    """Returns a recipe as plain values, defaults included; :func:`parse_config` reads them back."""
     return {**dataclasses.asdict(config), "swap": config.swap if config.swap is not None else "none"}
 
 
 def as_run(config: TrainConfig) -> dict[str, Any]:
-    """Returns what stands beside a result: its recipe, but for where it was resumed from, which says nothing of it."""
+    """Returns a recipe for the folder of a result: as plain values, without the checkpoint it was resumed from."""
     values = to_mapping(config)
     values["training"] = {k: v for k, v in values["training"].items() if k != "resume_from_checkpoint"}
     return values
@@ -319,26 +323,26 @@ def _apply(mapping: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise ConfigError(f'"{override}": an override is written key=value, e.g. training.max_steps=50')
-    held: Any = mapping
+        raise ConfigError(f'"{override}": write an override as key=value, e.g. training.max_steps=50')
+    container: Any = mapping
     for i, part in enumerate(parts[:-1]):
-        place = _place(held, part, override)
-        inner = held.get(place) if isinstance(held, dict) else held[place]
+        key_or_index = _key_or_index(container, part, override)
+        inner = container.get(key_or_index) if isinstance(container, dict) else container[key_or_index]
         if part == "swap" and i == 0 and isinstance(inner, str):  # swap: ssmax is short for swap: {name: ssmax}
             inner = {"name": inner}
         inner = {} if inner is None else inner
         if not isinstance(inner, dict | list):
             raise ConfigError(f'"{override}": {".".join(parts[: i + 1])} is {show(inner)}, which has no keys')
-        held[place] = inner
-        held = inner
-    held[_place(held, parts[-1], override)] = parse_value(text, f'"{key}"')
+        container[key_or_index] = inner
+        container = inner
+    container[_key_or_index(container, parts[-1], override)] = parse_value(text, f'"{key}"')
 
 
-def _place(held: dict[str, Any] | list[Any], part: str, override: str) -> Any:
-    if isinstance(held, dict):
+def _key_or_index(container: dict[str, Any] | list[Any], part: str, override: str) -> Any:
+    if isinstance(container, dict):
         return part
-    if not part.isdecimal() or int(part) >= len(held):
-        raise ConfigError(f'"{override}": "{part}" is none of the {len(held)} entries of a list, counted from 0')
+    if not part.isdecimal() or int(part) >= len(container):
+        raise ConfigError(f'"{override}": "{part}" is not an index of the list, which has {len(container)} entries')
     return int(part)
 
 

@@ -1,7 +1,6 @@
-"""Load documents, hold some out, and make windows of tokens of them, all cached by ``datasets``.
+"""Load documents, split them, and tokenize them into windows; ``datasets`` caches every step.
 
-What a run evaluates on is never trained on: repeated documents are dropped first, and the split is by whole
-documents, drawn by the recipe's seed.
+Held-out text is never trained on: repeated documents are removed first, and the split is by documents.
 """
 
 import glob
@@ -27,7 +26,7 @@ from attnswap.training.config import DataSection
 from attnswap.training.packing import Document, pack
 
 FORMAT = 2
-"""Part of every cache key: raise it when the same recipe must give other windows."""
+"""Part of every cache key. Increase it if a change of the code gives other windows for the same recipe."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +34,13 @@ class Data:
     """Windows to train and evaluate on: torch rows of ``input_ids``, ``position_ids`` and ``labels``.
 
     Attributes:
-        train: The windows of every stage, one after another.
-        held_out: What is evaluated on, and never trained on.
-        sizes: How many windows each stage has.
-        description: Number of the training documents, how many of all repeat others, and the sha256 of the texts
-            trained on, one after another.
+        train: The windows of all stages, one stage after another.
+        held_out: The windows for evaluation.
+        sizes: Number of windows of each stage.
+        description: Number of training documents (``documents``), number of documents that repeat others
+            (``repeated``), and the sha256 of the concatenated training documents.
         documents: The training documents, in the column ``document``.
-        held_out_documents: Those held out.
+        held_out_documents: The held-out documents, in the same column.
     """
 
     train: Dataset
@@ -53,20 +52,20 @@ class Data:
 
 
 def load_data(section: DataSection, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int | None] = ()) -> Data:
-    """Loads what a recipe's ``data`` section names, as windows of ``sequence_length`` tokens.
+    """Loads the data of a recipe as windows of ``sequence_length`` tokens.
 
     Args:
-        section: The recipe's section.
+        section: The ``data`` section of the recipe.
         tokenizer: The model's tokenizer.
-        lengths: The window length of each stage, None where it is the section's; default: one stage.
+        lengths: Window length of each stage; None for the section's. Default: a single stage.
 
     Raises:
-        ConfigError: The data does not exist, cannot be read, or is too little to train and evaluate on.
+        ConfigError: The data does not exist, cannot be read, or is too short to train and evaluate on.
     """
     documents = load_documents(section)
     chosen, unseen = split_documents(documents, section)
-    present = sum(1 for document in documents["document"] if _is_text(document))
-    description = {**_describe(chosen), "repeated": present - len(_different(documents))}
+    present = sum(1 for document in documents["document"] if not _is_blank(document))
+    description = {**_describe(chosen), "repeated": present - len(_unique(documents))}
     held_out = make_windows(unseen, section, tokenizer)
     parts = [
         make_windows(chosen, section, tokenizer) if length is None else long_windows(chosen, section, tokenizer, length)
@@ -74,7 +73,7 @@ def load_data(section: DataSection, tokenizer: PreTrainedTokenizerBase, lengths:
     ]
     for name, part in (("evaluate", held_out), *(("train", part) for part in parts)):
         if len(part) == 0:
-            raise ConfigError(f"data: too little text to {name} on: not one token has a label")
+            raise ConfigError(f"data: the text to {name} on has no token with a label: give more text")
     if section.eval_windows is not None:
         held_out = held_out.select(range(min(section.eval_windows, len(held_out))))
     train = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
@@ -90,7 +89,7 @@ def _describe(documents: Dataset) -> dict[str, Any]:
 
 
 def load_documents(section: DataSection) -> Dataset:
-    """Returns a data set with one text column ``document``; a conversation is its JSON.
+    """Returns a data set with one text column, ``document``, which has conversations as JSON.
 
     Raises:
         ConfigError: The files or the data set cannot be read.
@@ -111,38 +110,32 @@ def _column(section: DataSection) -> str:
 
 
 def split_documents(documents: Dataset, section: DataSection) -> tuple[Dataset, Dataset]:
-    """Splits documents into those to train and those to evaluate on; no text is in both.
+    """Splits documents into those to train on and those to evaluate on. A repeated document is used once.
 
     Raises:
         ConfigError: There are fewer than two different documents.
     """
-    order = np.random.default_rng(section.seed).permutation(list(_different(documents).values()))[
-        : section.max_documents
-    ]
+    order = np.random.default_rng(section.seed).permutation(list(_unique(documents).values()))[: section.max_documents]
     if len(order) < 2:
         raise ConfigError(
-            f"data: found {len(order)} different document(s); at least two are needed, one of them to evaluate on"
-            + (
-                " (cut a long file in several, or let documents: paragraph make short ones of it)"
-                if section.source == "files"
-                else ""
-            )
+            f"data: found {len(order)} different document(s), but needs two, one of them to evaluate on"
+            + (" (split a long file into several, or set documents: paragraph)" if section.source == "files" else "")
         )
     count = min(len(order) - 1, max(1, round(section.eval_fraction * len(order))))
     return documents.select(order[count:]), documents.select(order[:count])
 
 
-def _different(documents: Dataset) -> dict[bytes, int]:
-    """Returns where each text that is not blank stands first, by its digest."""
+def _unique(documents: Dataset) -> dict[bytes, int]:
+    """Returns the index of the first occurrence of each text that is not blank, by the text's digest."""
     first: dict[bytes, int] = {}
     for index, document in enumerate(documents["document"]):
-        if _is_text(document):
+        if not _is_blank(document):
             first.setdefault(hashlib.sha256(document.encode("utf-8", "surrogatepass")).digest(), index)
     return first
 
 
-def _is_text(document: str | None) -> bool:
-    return bool(document) and not str(document).isspace()
+def _is_blank(document: str | None) -> bool:
+    return not document or str(document).isspace()
 
 
 def make_windows(documents: Dataset, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -157,8 +150,8 @@ def make_windows(documents: Dataset, section: DataSection, tokenizer: PreTrained
                 section.sequence_length,
                 bos=bos,
                 pad=pad,
-                whole=section.kind == "chat",
-                together=section.pack,
+                cut_documents=section.kind != "chat",
+                share_windows=section.pack,
             )
         )
         return {key: [window[key] for window in packed] for key in ("input_ids", "position_ids", "labels")}
@@ -178,24 +171,24 @@ def make_windows(documents: Dataset, section: DataSection, tokenizer: PreTrained
 
 
 def long_windows(documents: Dataset, section: DataSection, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
-    """Makes windows that one document fills from end to end, for training at long context.
+    """Makes windows that are filled by one document each, for training at long context.
 
     Raises:
-        ConfigError: No document is that long.
+        ConfigError: No document is long enough.
     """
     windows = make_windows(documents, replace(section, sequence_length=length, pack=False), tokenizer)
-    whole = windows.filter(
+    filled = windows.filter(
         lambda positions, labels: [p[-1] == length - 1 for p in positions],
         batched=True,
         input_columns=["position_ids", "labels"],
         desc="Keeping long documents",
     )
-    if len(whole) == 0:
+    if len(filled) == 0:
         raise ConfigError(
-            f"data: no document of the training data fills a window of {length} tokens; give longer ones, or lower the "
+            f"data: no training document fills a window of {length} tokens; give longer documents, or lower the "
             "sequence_length of the stage"
         )
-    return whole
+    return filled
 
 
 def _text_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], Iterator[Document]]:
@@ -231,7 +224,7 @@ def _from_hub(section: DataSection) -> Dataset:
             remove_columns=data.column_names,
         )
     if getattr(data.features[column], "dtype", "") not in ("string", "large_string"):
-        raise ConfigError(f'data.column: "{column}" of "{section.name}" holds no texts, but {data.features[column]}')
+        raise ConfigError(f'data.column: "{column}" of "{section.name}" must contain text, not {data.features[column]}')
     return data.select_columns([column]).rename_column(column, "document")
 
 
@@ -286,7 +279,7 @@ def _digest(*parts: Any) -> str:
 
 
 def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Identifies a tokenizer by what it does, where it can say so; pickles of one differ from call to call."""
+    """Returns a hash of a tokenizer's definition; ``datasets`` would pickle it, which is not deterministic."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(f"{type(tokenizer)} {content} {tokenizer.chat_template}".encode()).hexdigest()

@@ -1,8 +1,7 @@
-"""Checkpoints that are either whole or not there.
+"""Write checkpoints atomically: a checkpoint is either complete or not there.
 
-A checkpoint is written into a hidden folder, forced to the disk, marked as complete, and only then renamed to the name
-under which it is looked for; older ones are removed after that. So whenever a process is killed, the latest
-checkpoint is the last one that was finished.
+A checkpoint is written into a hidden folder, flushed to the disk, marked as complete, and then renamed to its final
+name. Only after that are older ones removed. So whenever the process is killed, the newest checkpoint is complete.
 """
 
 import json
@@ -20,33 +19,34 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from attnswap.disk import sync
 from attnswap.distributed import barrier
 from attnswap.errors import CheckpointError
-from attnswap.training.ramp import follow_checkpoint, note_ramps
+from attnswap.training.ramp import load_ramps, save_ramps
 
 MARKER = "complete.json"
 WRITING, REPLACED, REMOVED = ".writing", ".replaced-", ".removed-"
 
 
 class DurableCheckpoints(TrainerCallback):
-    """Makes a trainer write whole checkpoints or none, and reload them with the lambda they were saved at.
+    """Makes a trainer write checkpoints atomically, and restore lambda when it loads one.
 
-    ``trainer.add_callback(DurableCheckpoints(trainer))``; works with ``transformers.Trainer`` and its subclasses, in
-    one process or several.
+    ``trainer.add_callback(DurableCheckpoints(trainer))`` works with ``transformers.Trainer`` and its subclasses, in one
+    process or several.
 
     Args:
-        trainer: Changed in place: this instance alone saves and loads differently.
+        trainer: The trainer. Its methods for saving and loading are replaced, on this instance only.
 
     Raises:
-        CheckpointError: The trainer has no ``_save_checkpoint`` to wrap.
+        CheckpointError: The trainer lacks one of the methods that are replaced.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         for name in ("_save_checkpoint", "_load_from_checkpoint", "_load_best_model", "_get_output_dir"):
             if not callable(getattr(trainer, name, None)):
                 raise CheckpointError(
-                    f"{type(trainer).__name__} has no {name}: this version of transformers is unknown"
+                    f"{type(trainer).__name__} has no method {name}, which DurableCheckpoints wraps: use another "
+                    "version of transformers, or leave the callback out"
                 )
         self.trainer = trainer
-        self._over = False
+        self._past_end = False
         self._save, self._load, self._best = (
             trainer._save_checkpoint,
             trainer._load_from_checkpoint,
@@ -59,64 +59,63 @@ class DurableCheckpoints(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Notes a step too many: resumed at its last step in mid-epoch, Trainer would take another one."""
-        self._over = 0 < state.max_steps <= state.global_step
+        """Detects a step after the last one: Trainer takes one if it is resumed at the last step within an epoch."""
+        self._past_end = 0 < state.max_steps <= state.global_step
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Gives the optimizer nothing to do in such a step."""
-        if self._over:
+        """Removes the gradients of such a step, so that the optimizer changes nothing."""
+        if self._past_end:
             kwargs["optimizer"].zero_grad(set_to_none=True)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Does not count it."""
-        if self._over:
+        """Takes such a step back from the counter."""
+        if self._past_end:
             state.global_step = state.max_steps
 
     def save(self, model: Any, trial: Any = None) -> None:
-        """Saves as the trainer would, but aside, and puts the result in its place once it is on the disk."""
+        """Saves a checkpoint as the trainer does, into a hidden folder, and renames it once it is on the disk."""
         trainer = self.trainer
         folder = Path(trainer._get_output_dir(trial=trial))
-        aside = folder / WRITING
+        hidden = folder / WRITING
         name = f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
         writes = trainer.args.should_save
         if writes:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
+            shutil.rmtree(hidden, ignore_errors=True)
+            hidden.mkdir(parents=True)
         barrier()
-        with _elsewhere(trainer, aside):
+        with _output_dir(trainer, hidden):
             self._save(model, trial)
         barrier()
         best = trainer.state.best_model_checkpoint
-        # Trainer looks for the folder of the best step, too early where the weights are sharded, and in each process
-        # for itself.
+        # Trainer sets this only if the folder exists, which processes see at different times.
         if trainer.state.best_global_step == trainer.state.global_step:
             trainer.state.best_model_checkpoint = str(folder / name)
         if writes:
             if best != trainer.state.best_model_checkpoint:
-                trainer.state.save_to_json(str(aside / name / TRAINER_STATE_NAME))
-            note_ramps(trainer.model, aside / name)
-            seal(aside / name)
-            _put(aside / name, folder / name)
-            shutil.rmtree(aside)
-            _rotate(folder / name, trainer)
+                trainer.state.save_to_json(str(hidden / name / TRAINER_STATE_NAME))
+            save_ramps(trainer.model, hidden / name)
+            mark_complete(hidden / name)
+            _replace_folder(hidden / name, folder / name)
+            shutil.rmtree(hidden)
+            _remove_old(folder / name, trainer)
         barrier()
 
     def load(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Loads a checkpoint after a look whether it is whole, at the lambda it was saved at.
+        """Checks that a checkpoint is complete, and loads it with its lambda.
 
         Raises:
-            CheckpointError: A file is missing or cut short.
+            CheckpointError: A file is missing or truncated.
         """
-        check(Path(resume_from_checkpoint))
-        follow_checkpoint(self.trainer.model, Path(resume_from_checkpoint))
+        check_complete(Path(resume_from_checkpoint))
+        load_ramps(self.trainer.model, Path(resume_from_checkpoint))
         self._load(resume_from_checkpoint, model)
 
     def load_best(self) -> None:
-        """Loads the best checkpoint at the end, at the lambda it was saved at."""
+        """Loads the best checkpoint, with its lambda, at the end of training."""
         if self.trainer.state.best_model_checkpoint is not None:
-            follow_checkpoint(self.trainer.model, Path(self.trainer.state.best_model_checkpoint))
+            load_ramps(self.trainer.model, Path(self.trainer.state.best_model_checkpoint))
         self._best()
 
 
@@ -128,28 +127,28 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
     """
     folder = Path(folder)
     for old in folder.glob(f"{REPLACED}*"):
-        place = folder / old.name.removeprefix(REPLACED)
-        if not place.exists():
-            os.replace(old, place)
-    whole = [path for path in _numbered(folder) if _missing(path) == []]
-    return max(whole, key=_step, default=None)
+        path = folder / old.name.removeprefix(REPLACED)
+        if not path.exists():
+            os.replace(old, path)
+    complete = [path for path in _numbered(folder) if _damaged(path) == []]
+    return max(complete, key=_step, default=None)
 
 
-def check(checkpoint: Path) -> None:
-    """Checks that a checkpoint is whole; one without a marker was written by others and is taken as it is.
+def check_complete(checkpoint: Path) -> None:
+    """Checks that a checkpoint is complete. One without a marker, which others wrote, is not checked.
 
     Raises:
-        CheckpointError: A file is missing or cut short.
+        CheckpointError: A file is missing or truncated.
     """
-    missing = _missing(checkpoint)
-    if missing:
+    damaged = _damaged(checkpoint)
+    if damaged:
         raise CheckpointError(
-            f'"{checkpoint}" is incomplete ({missing[0]} is missing or cut short): resume from an older checkpoint'
+            f'"{checkpoint}" is incomplete ({damaged[0]} is missing or truncated): resume from an older checkpoint'
         )
 
 
-def seal(folder: Path) -> None:
-    """Forces everything in a folder to the disk and lists it in a marker."""
+def mark_complete(folder: Path) -> None:
+    """Flushes a folder and its files to the disk, and writes the marker, which lists the files and their sizes."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARKER)
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
     (folder / MARKER).write_text(json.dumps({"files": sizes}, indent=1) + "\n", encoding="utf-8")
@@ -157,8 +156,8 @@ def seal(folder: Path) -> None:
         sync(path)
 
 
-def _missing(checkpoint: Path) -> list[str] | None:
-    """Returns the files that are not as the marker says; None without a marker."""
+def _damaged(checkpoint: Path) -> list[str] | None:
+    """Returns the files that are missing or have another size than in the marker; None if there is no marker."""
     try:
         sizes = dict(json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["files"])
         return [n for n, s in sizes.items() if not (checkpoint / n).is_file() or (checkpoint / n).stat().st_size != s]
@@ -168,25 +167,26 @@ def _missing(checkpoint: Path) -> list[str] | None:
         return [MARKER]
 
 
-def _put(new: Path, place: Path) -> None:
-    old = place.with_name(REPLACED + place.name)
-    if place.exists():
+def _replace_folder(new: Path, path: Path) -> None:
+    """Renames a folder to a path. What is there is renamed first, so that a complete folder exists at any time."""
+    old = path.with_name(REPLACED + path.name)
+    if path.exists():
         shutil.rmtree(old, ignore_errors=True)
-        os.replace(place, old)
-    os.replace(new, place)
-    sync(place.parent)
+        os.replace(path, old)
+    os.replace(new, path)
+    sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _rotate(newest: Path, trainer: Trainer) -> None:
-    """Removes checkpoints beyond ``save_total_limit``, under another name first: none is ever half there.
+def _remove_old(newest: Path, trainer: Trainer) -> None:
+    """Removes checkpoints beyond ``save_total_limit``. They are renamed first, so that none is ever incomplete.
 
     Args:
-        newest: The one just written, which stays whatever its number.
-        trainer: Knows the limit and the best one, which stays too.
+        newest: The checkpoint just written, which is kept even if others have higher numbers.
+        trainer: The trainer, with the limit and the best checkpoint, which is kept too.
     """
     folder = newest.parent
-    for gone in folder.glob(f"{REMOVED}*"):  # of a process that was killed
+    for gone in folder.glob(f"{REMOVED}*"):  # left by a process that was killed
         shutil.rmtree(gone)
     limit, best = trainer.args.save_total_limit, trainer.state.best_model_checkpoint
     if not limit or limit < 0:
@@ -209,13 +209,13 @@ def _step(checkpoint: Path) -> int:
 
 
 @contextmanager
-def _elsewhere(trainer: Trainer, folder: Path) -> Iterator[None]:
-    """Makes a trainer write its next checkpoint into another folder."""
-    before: Callable[..., str] | None = trainer.__dict__.get("_get_output_dir")
+def _output_dir(trainer: Trainer, folder: Path) -> Iterator[None]:
+    """Makes a trainer write checkpoints into another folder, inside a ``with`` block."""
+    previous: Callable[..., str] | None = trainer.__dict__.get("_get_output_dir")
     trainer._get_output_dir = lambda *args, **kwargs: str(folder)  # type: ignore[method-assign]
     try:
         yield
     finally:
         del trainer._get_output_dir
-        if before is not None:
-            trainer._get_output_dir = before  # type: ignore[method-assign]
+        if previous is not None:
+            trainer._get_output_dir = previous  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""What a run needs beside its model, gathered and checked before the model is loaded."""
+"""Everything a run needs except its model, checked before the model is loaded."""
 
 import sys
 from dataclasses import dataclass, replace
@@ -15,25 +15,25 @@ from attnswap.loading import load_config_of, load_tokenizer
 from attnswap.surgery.entry import carrier_of
 from attnswap.training.config import TrainConfig
 from attnswap.training.data import Data, load_data
+from attnswap.training.data_warnings import warn_of_data
 from attnswap.training.durable import latest_checkpoint
 from attnswap.training.output import Output
-from attnswap.training.scarcity import warn_of_scarcity
-from attnswap.training.stages import Stage, plan_of, without_swaps
+from attnswap.training.stages import Stage, control_stages, stages_of
 from attnswap.training.trainer import windows_per_step
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run needs beside its model.
+    """Everything a run needs except its model.
 
     Attributes:
-        config: The recipe, with the checkpoint that it goes on from.
-        output: Where it writes.
-        plan: Its stages, without those that have no control where nothing is swapped.
-        args: What Trainer is told.
-        tokenizer: The model's.
-        data: What is trained and evaluated on.
-        shown: What a start is fitted to; None: nothing is fitted.
+        config: The recipe, with the path of the checkpoint to resume from.
+        output: The output directory.
+        plan: The stages. Those of a control leave out the stages that train only swaps.
+        args: The arguments of Trainer.
+        tokenizer: The model's tokenizer.
+        data: The data to train and evaluate on.
+        fit_data: The data to fit the swap to; None: the swap is not fitted.
     """
 
     config: TrainConfig
@@ -42,16 +42,17 @@ class Inputs:
     args: TrainingArguments
     tokenizer: PreTrainedTokenizerBase
     data: Data
-    shown: Data | None
+    fit_data: Data | None
 
 
 def gather_inputs(config: TrainConfig) -> Inputs:
-    """Gathers what a recipe names beside its model, and refuses what cannot be.
+    """Loads and checks everything that a recipe names except its model.
 
-    Nothing is written but the cache of prepared data.
+    Writes nothing but the cache of prepared data.
 
     Raises:
-        ConfigError: The recipe asks for what does not exist or cannot be, or its output directory is taken.
+        ConfigError: The recipe names something that does not exist, its values contradict each other, or its output
+            directory is not empty.
     """
     output = Output(Path(config.output_dir), overwrite=config.overwrite)
     if config.training.get("resume_from_checkpoint") in ("latest", True):
@@ -69,16 +70,16 @@ def gather_inputs(config: TrainConfig) -> Inputs:
     with args.main_process_first(local=False, desc="preparing the data"):
         data = load_data(config.data, tokenizer, [stage.section.sequence_length for stage in plan])
         fits = config.fit is not None and (config.swap is not None or swapped_before)
-        shown = load_data(config.data, tokenizer, _lengths_to_fit(config)) if fits else None
-    warn_of_scarcity(data, args, plan, windows_per_step(args))
-    return Inputs(config, output, plan, args, tokenizer, data, shown)
+        fit_data = load_data(config.data, tokenizer, _fit_lengths(config)) if fits else None
+    warn_of_data(data, args, plan, windows_per_step(args))
+    return Inputs(config, output, plan, args, tokenizer, data, fit_data)
 
 
 def _check_models(config: TrainConfig) -> bool:
-    """Looks at the configs of a recipe's models, and says whether the one to train was saved with swaps.
+    """Checks the configs of a recipe's models, and returns whether the model to train was saved with swaps.
 
     Raises:
-        ConfigError: There is no such model, or the recipe does not fit it.
+        ConfigError: A model does not exist, or the recipe does not fit the model.
     """
     found = load_config_of(config.model.reference)
     if config.teacher is not None:
@@ -92,24 +93,24 @@ def _check_models(config: TrainConfig) -> bool:
 
 
 def _plan(config: TrainConfig, swapped_before: bool) -> list[Stage]:
-    plan = plan_of(config)
+    plan = stages_of(config)
     if swapped_before and config.swap is not None and any(stage.section.ramp is not None for stage in plan):
         raise ConfigError(
-            f'stages: a ramp would move the swaps that "{config.model.reference}" was saved with, too: begin with the '
-            "model it was before"
+            f'stages: "{config.model.reference}" was saved with swaps, and a ramp would change their lambda too: begin '
+            "with the model before patching"
         )
     if plan and config.swap is None and not swapped_before:
-        plan = without_swaps(plan)
+        plan = control_stages(plan)
         if not plan:
-            raise ConfigError("stages: without a swap nothing is left to train, so these stages have no control")
-    if swapped_before and config.teacher is None and any(stage.section.loss.taught for stage in plan):
+            raise ConfigError("stages: without a swap none of them trains anything: set a swap, or add other stages")
+    if swapped_before and config.teacher is None and any(stage.section.loss.needs_teacher for stage in plan):
         raise ConfigError(
-            f'teacher: "{config.model.reference}" was saved with swaps; name the model it was before to learn from'
+            f'teacher: "{config.model.reference}" was saved with swaps; set teacher to the model before patching'
         )
     return plan
 
 
-def _lengths_to_fit(config: TrainConfig) -> list[int | None]:
+def _fit_lengths(config: TrainConfig) -> list[int | None]:
     assert config.fit is not None
     usual = config.data.sequence_length
     return [None if length == usual else length for length in config.fit.sequence_lengths or [usual]]
@@ -124,27 +125,27 @@ def _check_length(longest: int | None, config: TrainConfig) -> None:
     for key, length in lengths.items():
         if longest is not None and length > longest:
             raise ConfigError(
-                f'{key}: {length} tokens are more than the {longest} positions of "{config.model.reference}"'
+                f'{key}: must be at most {longest}, the number of positions of "{config.model.reference}", not {length}'
             )
 
 
 def training_arguments(config: TrainConfig, directory: Path) -> TrainingArguments:
-    """Builds ``TrainingArguments``: the recipe's own, and defaults that keep the best checkpoint.
+    """Returns the ``TrainingArguments`` of a recipe, with defaults of our own.
 
-    Unless the recipe says otherwise a run goes once through the data, evaluates at the start and at each quarter,
-    saves then too, or every ``save_steps`` where that is given, keeps the best, reports to nobody, and uses the CPU
-    where there is no accelerator. A process uses one accelerator.
+    By default a run takes one epoch, evaluates at the start and after each quarter, saves a checkpoint whenever it
+    evaluates (or every ``save_steps``), ends with the best checkpoint, and reports to no tracking service. It uses the
+    CPU if there is no accelerator. A process uses one accelerator.
 
     Args:
         config: The recipe.
-        directory: Where checkpoints go.
+        directory: The directory of the checkpoints.
 
     Raises:
-        ConfigError: The values do not fit together or the machine.
+        ConfigError: The values contradict each other, or do not fit this machine.
     """
     chosen = config.training
     ramped = any(stage.ramp is not None for stage in config.stages)
-    strategy, every = chosen.get("eval_strategy", "steps"), chosen.get("eval_steps", 0.25)
+    strategy, interval = chosen.get("eval_strategy", "steps"), chosen.get("eval_steps", 0.25)
     saving = "steps" if "save_steps" in chosen else strategy
     defaults = {
         "num_train_epochs": 1.0,
@@ -152,10 +153,10 @@ def training_arguments(config: TrainConfig, directory: Path) -> TrainingArgument
         "per_device_eval_batch_size": 1,
         "logging_steps": 10,
         "eval_strategy": strategy,
-        "eval_steps": every,
+        "eval_steps": interval,
         "eval_on_start": strategy != "no",
         "save_strategy": saving,
-        "save_steps": every,
+        "save_steps": interval,
         "save_total_limit": 1,
         "load_best_model_at_end": strategy != "no" and not ramped,
         "report_to": "none",
@@ -168,7 +169,7 @@ def training_arguments(config: TrainConfig, directory: Path) -> TrainingArgument
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise ConfigError(f"training: {error}") from None
     if args.n_gpu > 1:
-        args._n_gpu = 1  # Trainer would run replicas in threads; `accelerate launch` is how several share a run
+        args._n_gpu = 1  # Trainer would use DataParallel; several accelerators need `accelerate launch`
     absent = set(args.report_to or ()) - set(get_available_reporting_integrations()) - {"flyte"}
     if absent:
         raise ConfigError(f"training.report_to: {', '.join(sorted(absent))} is not installed here (pip install it)")

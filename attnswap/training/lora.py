@@ -1,7 +1,7 @@
-"""Low-rank adapters that leave an ordinary checkpoint behind.
+"""LoRA adapters for training, which are merged into the weights at the end.
 
-The adapters sit inside the model only while it trains; the swap's parameters stay trainable beside them. At the end
-they are merged into the weights, so what is saved loads like any patched model, without peft.
+The swap's parameters are trained beside them. The saved checkpoint is that of an ordinary patched model, and loads
+without PEFT.
 """
 
 import re
@@ -15,17 +15,17 @@ from attnswap.training.config import LoraSection
 
 
 def add_lora(model: PreTrainedModel, section: LoraSection) -> LoraModel:
-    """Puts adapters into ``model`` in place and freezes all else but the swap's parameters.
+    """Adds adapters to a model, in place, and freezes all other parameters except the swap's.
 
     Args:
         model: The model, already patched.
-        section: The recipe's section.
+        section: The ``lora`` section of the recipe.
 
     Returns:
-        The handle whose ``merge_and_unload()`` merges the adapters into ``model``, in place.
+        A PEFT tuner, whose ``merge_and_unload()`` merges the adapters into the model, in place.
 
     Raises:
-        ConfigError: No module has such a name, or one of that name cannot be adapted.
+        ConfigError: No module has one of the names, or a module of that name cannot have an adapter.
     """
     config = LoraConfig(
         r=section.r,
@@ -42,8 +42,8 @@ def add_lora(model: PreTrainedModel, section: LoraSection) -> LoraModel:
     adapted = [f".{name}" for name in tuner.targeted_module_names]
     unused = [name for name in names if len(names) > 1 and not any(one.endswith(f".{name}") for one in adapted)]
     if unused:
-        raise ConfigError(f"lora.target_modules: no module is called {', '.join(unused)}")
-    # peft notes on the model that it carries adapters, which would have to be saved as such; ours are merged instead.
+        raise ConfigError(f"lora.target_modules: the model has no module of the name {', '.join(unused)}")
+    # PEFT marks the model as one with adapters, which save_pretrained would save as such. Ours will be merged.
     model.__dict__.pop("peft_config", None)
     for parameter in attnswap.swap_parameters(model).values():
         parameter.requires_grad_(True)

@@ -1,11 +1,11 @@
-"""Cross entropy that never holds the logits of a whole window.
+"""The training loss, computed without the logits of a whole window.
 
-With a vocabulary of 50k and a window of 8k tokens the logits alone take 1.6 GB in fp32, and their gradient as much
-again. Here the decoder runs once, and the head sees a chunk of positions at a time; see
-:mod:`attnswap.training.head`. Positions without a label never reach the head.
+With a vocabulary of 50k and a window of 8k tokens the logits take 1.6 GB in fp32, and their gradient as much again.
+Here the decoder runs once, and the head runs on a chunk of positions at a time; see
+:mod:`attnswap.training.chunked_head`. The head does not run for positions without a label.
 
-The loss stands in for the model's own ``forward`` while training, so that DDP, mixed precision and ``Trainer`` call
-the model as always and gradients pass through the same hooks.
+The loss replaces the ``forward`` of the model instance, so that DDP, mixed precision and ``Trainer`` call the model as
+usual and gradients pass through the same hooks.
 """
 
 from collections.abc import Iterator
@@ -25,49 +25,51 @@ from attnswap.errors import ConfigError, UnsupportedModelError
 from attnswap.evaluation.lm_head import head_logits
 from attnswap.modes import evaluating
 from attnswap.surgery.body import body_of
-from attnswap.training.head import IGNORED, CrossEntropy, RowLoss, head_loss
+from attnswap.training.chunked_head import IGNORED, CrossEntropy, RowLoss, head_loss
 
 CHUNK = 512
-"""Positions whose logits exist at the same time."""
+"""Positions whose logits are in memory at the same time."""
 
 
-class Lesson(Protocol):
-    """What an objective made of one batch."""
+class BatchObjective(Protocol):
+    """The loss of one batch."""
 
-    def of_rows(self, targets: Tensor, positions: tuple[Tensor, Tensor]) -> RowLoss | None:
-        """Returns what the logits of each labelled position cost, or None where they are not wanted.
+    def row_loss(self, targets: Tensor, positions: tuple[Tensor, Tensor]) -> RowLoss | None:
+        """Returns the loss of the logits of labelled positions, or None if the objective does not use logits.
 
         Args:
             targets: Labels, shape (rows,).
-            positions: Their rows and columns among the hidden states.
+            positions: Batch and sequence indices of the labels in the hidden states.
         """
 
-    def of_layers(self) -> Tensor | float:
-        """Returns what is lost beside the logits, per token: called once the decoder has run."""
+    def layer_loss(self) -> Tensor | float:
+        """Returns the mean per token of the losses that do not depend on logits. Called after the decoder has run."""
 
 
 class Objective(Protocol):
-    """What a model learns in place of its labels alone; see :class:`attnswap.training.Distillation`."""
+    """A training objective other than plain cross entropy; see :class:`attnswap.training.Distillation`."""
 
-    def teach(self, model: PreTrainedModel, inputs: dict[str, Any], read: Tensor) -> AbstractContextManager[Lesson]:
-        """Prepares the lesson of one batch; the model's decoder runs inside the context.
+    def for_batch(
+        self, model: PreTrainedModel, inputs: dict[str, Any], text_mask: Tensor
+    ) -> AbstractContextManager[BatchObjective]:
+        """Prepares the loss of one batch. The caller runs the model's decoder inside the context.
 
         Args:
             model: The student.
-            inputs: What its decoder takes.
-            read: Which positions are text and no padding, shape (batch, tokens).
+            inputs: The inputs of its decoder.
+            text_mask: Which positions are text and not padding, shape (batch, tokens).
         """
 
 
 @dataclass
 class ChunkedLossOutput(ModelOutput):
-    """What a model returns under :func:`chunked_loss`.
+    """The output of a model inside :func:`chunked_loss`.
 
     Attributes:
-        loss: Summed loss (negative log-likelihood, or what the objective says) over the number of labels (or over
-            ``num_items_in_batch``), a scalar.
-        nll: Summed loss of each row, fp32, shape (batch,).
-        tokens: Number of labels behind it, shape (batch,).
+        loss: Sum of the loss (negative log-likelihood, or the objective's loss) over the number of labels, or over
+            ``num_items_in_batch``; a scalar.
+        nll: Sum of the loss of each row, fp32, shape (batch,).
+        tokens: Number of labels in each row, shape (batch,).
     """
 
     loss: Tensor | None = None
@@ -84,33 +86,36 @@ def forward_with_loss(
     objective: Objective | None = None,
     **inputs: Any,
 ) -> ChunkedLossOutput:
-    """Runs the decoder and the loss, ``chunk`` positions at a time.
+    """Runs the decoder, then the head and the loss on ``chunk`` positions at a time.
 
     Args:
         model: A causal language model.
-        labels: The tokens themselves, -100 where nothing is learned, shape (batch, tokens); shifted here.
-        chunk: Positions whose logits exist at the same time.
-        num_items_in_batch: What to divide the sum by; None: the number of labels here.
-        objective: What is learned; None: the labels.
-        **inputs: What the decoder takes: ``input_ids``, ``position_ids``, ...
+        labels: Token ids, -100 for positions without a label, shape (batch, tokens). They are shifted by this function.
+        chunk: Positions whose logits are in memory at the same time.
+        num_items_in_batch: Divisor of the summed loss; None: the number of labels in this batch.
+        objective: The training objective; None: cross entropy with the labels.
+        **inputs: The inputs of the decoder: ``input_ids``, ``position_ids``, ...
 
     Returns:
-        The loss, differentiable, and its sums by row.
+        The loss, which can be differentiated once, and its sums by row.
     """
-    teaching: AbstractContextManager[Lesson | None] = nullcontext(None)
+    context: AbstractContextManager[BatchObjective | None] = nullcontext(None)
     if objective is not None:
-        teaching = objective.teach(model, inputs, _read(labels))
-    with teaching as lesson:
+        context = objective.for_batch(model, inputs, _text_mask(labels))
+    with context as batch_objective:
         outputs = body_of(model)(**inputs, use_cache=False)
     hidden = outputs.last_hidden_state[:, :-1]
     targets = labels[:, 1:].to(hidden.device)
     rows, columns = (targets != IGNORED).nonzero(as_tuple=True)
-    if len(rows) == 0:  # every parameter must take part in the backward pass, or other processes wait for it
+    if len(rows) == 0:  # every parameter needs a gradient, or the other processes of DDP would wait for it
         rows = columns = torch.zeros(1, dtype=torch.long, device=hidden.device)
     kept_targets = targets[rows, columns]
-    # What else the decoder returned would only keep memory alive until the backward pass.
+    # Other outputs of the decoder, such as its hidden states, would stay in memory until the backward pass.
     bare = type(outputs)()
-    loss = CrossEntropy(kept_targets) if lesson is None else lesson.of_rows(kept_targets, (rows, columns))
+    if batch_objective is None:
+        loss: RowLoss | None = CrossEntropy(kept_targets)
+    else:
+        loss = batch_objective.row_loss(kept_targets, (rows, columns))
     if loss is None:
         total, nll = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros(len(rows), dtype=torch.float32)
     else:
@@ -123,11 +128,11 @@ def forward_with_loss(
             sharded=any(isinstance(module, FSDPModule) for module in model.modules()),
         )
     tokens = (targets != IGNORED).sum(dim=1)
-    here = tokens.sum()
-    divisor = here if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=nll.device)
-    if lesson is not None:
-        total = total + here * lesson.of_layers()
-    if loss is None and rank_and_world_size(model)[1] > 1:  # other processes wait for every gradient
+    labelled = tokens.sum()
+    divisor = labelled if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=nll.device)
+    if batch_objective is not None:
+        total = total + labelled * batch_objective.layer_loss()
+    if loss is None and rank_and_world_size(model)[1] > 1:  # DDP waits for the gradient of every parameter
         total = total + 0.0 * torch.stack([to_local(p).sum() for p in model.parameters() if p.requires_grad]).sum()
     return ChunkedLossOutput(
         loss=total / divisor.clamp(min=1),
@@ -136,34 +141,36 @@ def forward_with_loss(
     )
 
 
-def _read(labels: Tensor) -> Tensor:
-    """Returns which positions are text, shape (batch, tokens): all up to a row's last label; padding comes after it."""
+def _text_mask(labels: Tensor) -> Tensor:
+    """Returns which positions are text and not padding, shape (batch, tokens): all up to the last label of a row."""
     return (labels != IGNORED).flip(1).cumsum(1).flip(1) > 0
 
 
 def _outside_decoder(model: PreTrainedModel) -> list[nn.Module]:
-    """Returns the modules beside the decoder: the head."""
+    """Returns the children of a model except its decoder, which are the head."""
     body = body_of(model)
     return [child for child in model.children() if child is not body]
 
 
 @contextmanager
 def chunked_loss(model: PreTrainedModel, *, chunk: int = CHUNK, objective: Objective | None = None) -> Iterator[None]:
-    """Makes ``model(..., labels=...)`` compute the chunked loss; without labels nothing changes.
+    """Makes ``model(..., labels=...)`` compute the chunked loss. Calls without labels are not changed.
 
     Args:
         model: A causal language model, patched or not.
-        chunk: Positions whose logits exist at the same time.
-        objective: What is learned in training mode; None: the labels. In evaluation mode it is always the labels.
+        chunk: Positions whose logits are in memory at the same time.
+        objective: The objective in training mode; None: cross entropy. In evaluation mode it is always cross entropy.
 
     Raises:
-        ConfigError: The model adds a loss of its own for its routers, which the chunks would lose.
-        UnsupportedModelError: The head cannot be run apart from the decoder with the same logits.
+        ConfigError: The model adds a loss for the routers of its experts, which the chunked loss does not compute.
+        UnsupportedModelError: The head, run without the decoder, does not give the model's logits.
     """
     if getattr(model.config, "output_router_logits", False):
-        raise ConfigError("the chunked loss leaves out the routers' loss: set output_router_logits to false")
-    _prove(model)
-    previous = model.__dict__.get("forward")  # device hooks sit here
+        raise ConfigError(
+            "the chunked loss does not compute the auxiliary loss of the routers: set output_router_logits to false"
+        )
+    _check_head(model)
+    previous = model.__dict__.get("forward")  # accelerate's device hooks are here
     original = model.forward
 
     # Not functools.wraps: accelerate follows __wrapped__ when it removes its own wrappers, and would remove this one.
@@ -178,9 +185,9 @@ def chunked_loss(model: PreTrainedModel, *, chunk: int = CHUNK, objective: Objec
         inputs = {"input_ids": input_ids, "position_ids": position_ids, **kwargs}
         if labels is None:
             return original(**inputs)
-        taught = objective if self.training else None
+        chosen = objective if self.training else None
         return forward_with_loss(
-            self, labels, chunk=chunk, num_items_in_batch=num_items_in_batch, objective=taught, **inputs
+            self, labels, chunk=chunk, num_items_in_batch=num_items_in_batch, objective=chosen, **inputs
         )
 
     model.forward = MethodType(forward, model)
@@ -194,8 +201,8 @@ def chunked_loss(model: PreTrainedModel, *, chunk: int = CHUNK, objective: Objec
 
 
 @torch.no_grad()
-def _prove(model: PreTrainedModel) -> None:
-    """Checks on four tokens that head after decoder gives exactly the model's logits."""
+def _check_head(model: PreTrainedModel) -> None:
+    """Checks on four tokens that the head, run on the decoder's output, gives the model's logits."""
     ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
     try:
         with evaluating(model):
@@ -204,9 +211,11 @@ def _prove(model: PreTrainedModel) -> None:
             actual = head_logits(model, outputs, outputs.last_hidden_state)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UnsupportedModelError(
-            f"{type(model).__name__}: its head cannot be run apart from its decoder, as the training loss does: {error}"
+            f"the training loss runs the head of a model without its decoder, and that of {type(model).__name__} "
+            f"cannot: {error}"
         ) from error
     if not torch.allclose(actual, expected, rtol=1e-4, atol=1e-5):
         raise UnsupportedModelError(
-            f"{type(model).__name__}: its head gives other logits apart from its decoder, so the loss would be wrong"
+            f"the training loss runs the head of a model without its decoder, and that of {type(model).__name__} gives "
+            "other logits then, so that the loss would be wrong: this architecture cannot be trained with attnswap"
         )

@@ -1,4 +1,4 @@
-"""How far training moved each of the swap's parameters: a swap that never moved was never used."""
+"""How far training moved the parameters of a swap. Parameters that do not move point at a swap without effect."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -15,7 +15,7 @@ from attnswap.surgery.guard import WRAPPING
 
 @dataclass(frozen=True)
 class Moved:
-    """The distance of one parameter from its start.
+    """The distance of one parameter from its initial value.
 
     Attributes:
         largest: Largest absolute change of an element.
@@ -27,49 +27,49 @@ class Moved:
 
 
 class Movement:
-    """Remembers where the swap's parameters started.
+    """Keeps the initial values of the swap's parameters.
 
     Args:
-        model: A patched model before training; an unpatched one has nothing to remember.
+        model: A model before training. An unpatched one has no such parameters.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.start = {name: _copy(p) for name, p in _named(model)}
+        self.start = {name: _copy(p) for name, p in _swap_parameters(model)}
 
     def save(self, file: Path) -> None:
-        """Writes where the parameters started, by the names they have in the bare model."""
+        """Writes the initial values to a file, by the parameters' names in the unwrapped model."""
         save_file({name: start.float().contiguous() for name, start in self.start.items()}, file)
 
     def measure(self, model: torch.nn.Module) -> dict[str, Moved]:
-        """Returns how far each parameter is from its start, by its full name."""
+        """Returns how far each parameter is from its initial value, by its full name."""
         moved = {}
-        for name, parameter in _named(model):
+        for name, parameter in _swap_parameters(model):
             change = _copy(parameter) - self.start[name]
             moved[name] = Moved(change.abs().max().item(), change.square().mean().sqrt().item())
         return moved
 
 
 @torch.no_grad()
-def start_from(model: torch.nn.Module, file: Path) -> None:
-    """Puts the swap's parameters where those of another run started; see :meth:`Movement.save`."""
+def load_start(model: torch.nn.Module, file: Path) -> None:
+    """Sets the swap's parameters to initial values that :meth:`Movement.save` wrote."""
     start = load_file(file)
-    for name, parameter in _named(model):
+    for name, parameter in _swap_parameters(model):
         parameter.copy_(start[name])
 
 
-def _named(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yields the swap's parameters under the names they have in the bare model."""
+def _swap_parameters(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yields the swap's parameters with their names in the unwrapped model."""
     for name, parameter in attnswap.swap_parameters(model).items():
         yield ".".join(word for word in name.split(".") if word not in WRAPPING), parameter
 
 
 def _copy(parameter: Tensor) -> Tensor:
-    """Returns a copy in fp64 on the CPU."""
+    """Returns a copy of the full tensor in fp64 on the CPU."""
     return full_tensor(parameter.detach()).to("cpu", torch.float64, copy=True)
 
 
 def by_kind(moved: dict[str, Moved]) -> dict[str, Moved]:
-    """Merges the layers: the last part of a parameter's name with the largest and the overall rms change."""
+    """Returns the largest and the rms change over all layers, by the last part of the parameters' names."""
     kinds: dict[str, list[Moved]] = {}
     for name, value in moved.items():
         kinds.setdefault(name.rpartition(".")[2], []).append(value)

@@ -1,4 +1,4 @@
-"""Looking on at every attention call of a patched model."""
+"""Call a function with every attention problem of a patched model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,24 +15,26 @@ Observer = TypeVar("Observer", bound=Observing)
 
 @contextmanager
 def observing(model: PreTrainedModel, observer: Observer) -> Iterator[Observer]:
-    """Shows an observer every slot's problem in the forwards inside the context, beside whoever looks on already.
+    """Calls an observer with the attention problem of every slot, in each forward inside the ``with`` block.
+
+    Contexts can be nested: each observer is called.
 
     Args:
-        model: A patched model; an unpatched one has nothing to show.
-        observer: Called with the layer's call, the slot's name and its problem.
+        model: A patched model. For an unpatched one the observer is never called.
+        observer: Called with the layer's call, the slot's name and the slot's problem.
     """
     hooks = gate_hooks(model)
-    before = [hook.observe for hook in hooks]
+    outer = [hook.observe for hook in hooks]
     for hook in hooks:
-        hook.observe = observer if hook.observe is None else _Both(hook.observe, observer)
+        hook.observe = observer if hook.observe is None else _BothObservers(hook.observe, observer)
     try:
         yield observer
     finally:
-        for hook, was in zip(hooks, before, strict=True):
-            hook.observe = was
+        for hook, previous in zip(hooks, outer, strict=True):
+            hook.observe = previous
 
 
-class _Both:
+class _BothObservers:
     def __init__(self, first: Observing, second: Observing) -> None:
         self.first, self.second = first, second
 

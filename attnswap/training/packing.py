@@ -1,8 +1,8 @@
-"""Pack documents into windows of one length without letting them see each other.
+"""Pack documents into windows of one length, in which no document sees another.
 
-Position ids restart at every document, and no attention mask is passed: that is how transformers recognises packed
-documents and keeps them apart, provided no KV cache is in play. Nothing is predicted across a border, because the
-first token of each document carries no label.
+Position ids restart at every document, and no attention mask is passed. From this transformers recognises packed
+documents and masks them from each other, provided there is no KV cache. The first token of each document has no label,
+so that it is not predicted from the document before.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,12 +15,12 @@ from attnswap.errors import UnsupportedModelError
 from attnswap.modes import evaluating
 
 IGNORED = -100
-"""The label of a position that is not learned."""
+"""The label of a position that has no loss."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """Tokens and, for each, the label: the token itself, or -100 where nothing is learned."""
+    """Tokens and their labels: the token itself, or -100 for no label."""
 
     ids: list[int]
     labels: list[int]
@@ -38,7 +38,7 @@ class _Window:
         self.labels += [IGNORED, *labels[1:]]
 
     def closed(self, length: int, pad: int) -> dict[str, list[int]]:
-        """Returns the window, its free end filled by a document of padding that is not learned."""
+        """Returns the window, with a document of padding without labels at its end."""
         free = length - len(self.input_ids)
         if free:
             self.add([pad] * free, [IGNORED] * free)
@@ -51,34 +51,35 @@ def pack(
     *,
     bos: int | None,
     pad: int,
-    whole: bool = False,
-    together: bool = True,
+    cut_documents: bool = True,
+    share_windows: bool = True,
 ) -> Iterator[dict[str, list[int]]]:
     """Yields windows of exactly ``length`` tokens.
 
-    A document that does not fit is cut; every piece is then a document of its own, with its own BOS.
+    A document that does not fit is cut. Each piece is then a document of its own, with its own BOS.
 
     Args:
-        documents: What to pack, in this order.
-        length: Tokens in a window, at least 2.
-        bos: Put before every document or piece that does not start with it; None: nothing.
-        pad: Fills the end of a window where nothing fits.
-        whole: Never cut a document to fill a window: it starts in a new one, and what exceeds that one is dropped.
-        together: Put several documents into a window; if not, each piece has one for itself.
+        documents: The documents, in this order.
+        length: Tokens per window, at least 2.
+        bos: Token before every document or piece that does not start with it; None: no such token.
+        pad: Token that fills the end of a window if nothing else fits.
+        cut_documents: Whether a document may be cut to fill a window. If not, a document that does not fit starts a new
+            window, and is truncated to one window.
+        share_windows: Whether a window may contain several documents or pieces.
 
     Yields:
-        ``input_ids``, ``position_ids`` and ``labels``, each of ``length`` numbers; never a window without a label.
+        ``input_ids``, ``position_ids`` and ``labels``, each of ``length`` numbers. Every window has a label.
     """
     window = _Window()
     for document in documents:
         ids, labels = document.ids, document.labels
         if bos is not None and ids[:1] != [bos]:
             ids, labels = [bos, *ids], [IGNORED, *labels]
-        if whole:
+        if not cut_documents:
             ids, labels = ids[:length], labels[:length]
         while len(ids) > 1 and any(label != IGNORED for label in labels[1:]):
             room = length - len(window.input_ids)
-            if room < (len(ids) if whole else 2) or (window.input_ids and not together):
+            if room < (2 if cut_documents else len(ids)) or (window.input_ids and not share_windows):
                 yield window.closed(length, pad)
                 window, room = _Window(), length
             window.add(ids[:room], labels[:room])
@@ -89,15 +90,15 @@ def pack(
 
 
 def check_separation(model: PreTrainedModel) -> None:
-    """Makes sure that a model keeps packed documents apart.
+    """Checks that no document in a packed window sees another.
 
-    Not every architecture does: some of transformers' models do not look at position ids when they make their masks.
+    Some architectures of transformers ignore position ids when they make their masks.
 
     Args:
         model: The model that will be trained, on any device.
 
     Raises:
-        UnsupportedModelError: What a token sees reaches across the border of its document.
+        UnsupportedModelError: A document sees another one in the same window.
     """
     device = next(model.parameters()).device
     ids = torch.arange(3, 19, device=device)[None] % model.config.get_text_config().vocab_size
@@ -107,6 +108,6 @@ def check_separation(model: PreTrainedModel) -> None:
         alone = model(input_ids=ids[:, 8:], use_cache=False).logits
     if (packed - alone).abs().max() > 0.05 * alone.float().std():
         raise UnsupportedModelError(
-            f"{type(model).__name__} lets packed documents see each other (its mask ignores position ids); set "
-            "data.pack: false, which gives each document windows of its own"
+            f"{type(model).__name__} ignores position ids in its mask, so that packed documents would see each other: "
+            "set data.pack: false, which gives each document its own windows"
         )

@@ -1,4 +1,4 @@
-"""Everything that keeps a long run's work, on any trainer."""
+"""Protect long runs from crashes, preemption and non-finite steps, with any trainer."""
 
 import warnings
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ class Protection:
     """The callbacks that :func:`protect` added.
 
     Attributes:
-        checkpoints: Writes whole checkpoints or none.
-        stop: Stops after a step on SIGTERM.
-        finite: Leaves out steps that are not finite.
+        checkpoints: Writes checkpoints atomically.
+        stop: Saves a checkpoint and stops on SIGTERM.
+        finite: Skips steps whose loss or gradient is not finite.
     """
 
     checkpoints: DurableCheckpoints
@@ -26,13 +26,13 @@ class Protection:
 
 
 def protect(trainer: Trainer) -> Protection:
-    """Adds to a trainer what keeps its work: whole checkpoints, a stop on SIGTERM, no step that is not finite.
+    """Adds callbacks to a trainer: atomic checkpoints, a clean stop on SIGTERM, and no steps that are not finite.
 
     Works with ``transformers.Trainer`` and its subclasses, such as TRL's ``SFTTrainer``; each callback can also be
     added alone.
 
     Args:
-        trainer: Before training. This instance is changed, no other.
+        trainer: A trainer before training. Only this instance is changed.
 
     Returns:
         The callbacks.
@@ -40,7 +40,10 @@ def protect(trainer: Trainer) -> Protection:
     protection = Protection(DurableCheckpoints(trainer), StopOnSignal(), SkipNonFinite())
     for callback in (protection.finite, protection.stop, protection.checkpoints):
         if callback is protection.finite and getattr(trainer, "is_deepspeed_enabled", False):
-            warnings.warn("DeepSpeed steps before a gradient can be looked at: steps are not left out", stacklevel=2)
+            warnings.warn(
+                "DeepSpeed takes its step before gradients can be checked: non-finite steps are not skipped",
+                stacklevel=2,
+            )
             continue
         trainer.add_callback(callback)
     return protection

@@ -1,4 +1,4 @@
-"""lambda over training steps, and lambda as a checkpoint has it."""
+"""lambda as a function of the training step, and lambda in checkpoints."""
 
 import json
 import math
@@ -15,32 +15,32 @@ from attnswap.surgery.body import base_of
 from attnswap.surgery.entry import is_patched
 from attnswap.surgery.move import follow
 from attnswap.surgery.patched import patched_stacks, spec_of, stacks_of
-from attnswap.surgery.spec import KEY, PatchSpec, Slot, read_entry, with_towers, write_entry
+from attnswap.surgery.spec import KEY, PatchSpec, read_entry, with_towers, write_entry
 from attnswap.training.sections import RampSection
 
 SPEC = "attnswap.json"
 
 
 Ramps = float | dict[int, float | tuple[float, ...]]
-"""lambda of every swap, or of each layer, or of each head of a layer's swaps."""
+"""One lambda for all swaps, or one for each layer, or one for each head of a layer."""
 
 
 class RampSchedule(TrainerCallback):
-    """Moves lambda of every swap with the step.
+    """Sets lambda of all swaps in each training step.
 
-    A run that is resumed under :func:`attnswap.training.protect` goes on at the value of its step; a plain trainer's is
-    refused where its checkpoint has another lambda than the model.
+    With :func:`attnswap.training.protect`, a resumed run continues with the lambda of its step. Without it, resuming
+    raises an error if the checkpoint and the model have different lambdas.
 
     Args:
-        schedule: Steps until every lambda is ``end``; or a function from the number of a step, counted from 1, to its
-            lambda (or what :func:`attnswap.set_ramp` takes).
+        schedule: Number of steps until every lambda is ``end``. Or a function from a step, counted from 1, to lambda or
+            any other argument of :func:`attnswap.set_ramp`.
         start: lambda before the first step.
-        end: lambda from the last of those steps on.
-        shape: ``"linear"``, ``"geometric"`` or ``"cosine"``; this and the rest as in
+        end: lambda after the last step.
+        shape: ``"linear"``, ``"geometric"`` or ``"cosine"``; for this and the following arguments see
             :class:`attnswap.training.RampSection`.
-        layers: Which layers move first.
-        heads: Whether the heads of a layer move together.
-        spread: Share of the steps over which the layers or heads begin.
+        layers: Whether layers move together, or one after another.
+        heads: Whether the heads of a layer move together, or one after another.
+        spread: Share of the steps over which the starts of layers or heads are spread.
     """
 
     def __init__(
@@ -58,42 +58,42 @@ class RampSchedule(TrainerCallback):
         self.section = RampSection(start, end, 1.0, shape, layers=layers, heads=heads, spread=spread)
 
     def at(self, step: int, model: PreTrainedModel) -> Any:
-        """Returns what lambda is at a step."""
+        """Returns lambda of a step, as an argument of :func:`attnswap.set_ramp`."""
         if callable(self.schedule):
             return self.schedule(step)
-        return ramps(self.section, step / max(self.schedule, 1), model)
+        return ramp_at(self.section, step / max(self.schedule, 1), model)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Warns of a run that ends before lambda does."""
+        """Warns if the run ends before lambda reaches its end."""
         if not callable(self.schedule) and state.max_steps < self.schedule:
             warnings.warn(
-                f"RampSchedule: lambda takes {self.schedule} steps to {self.section.end}, and the run ends after "
-                f"{state.max_steps}: its model will be on the way there",
+                f"RampSchedule: lambda reaches {self.section.end} after {self.schedule} steps, but the run ends after "
+                f"{state.max_steps}, so that the model will not compute its swap fully: shorten the schedule",
                 stacklevel=2,
             )
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Sets the value of the step to come."""
-        if 0 < state.max_steps <= state.global_step:  # resumed at the end
+        """Sets lambda of the step."""
+        if 0 < state.max_steps <= state.global_step:  # resumed after the last step
             return
         model = base_of(kwargs["model"])
         attnswap.set_ramp(model, self.at(state.global_step + 1, model))
 
 
-def ramps(section: RampSection, progress: float, model: PreTrainedModel) -> Ramps:
-    """Returns lambda of every swap of a model at some point of a ramp.
+def ramp_at(section: RampSection, progress: float, model: PreTrainedModel) -> Ramps:
+    """Returns lambda of all swaps of a model at some point of a ramp.
 
     Args:
         section: The ramp.
-        progress: Steps done over the steps of the ramp.
+        progress: Share of the ramp's steps that are done.
         model: A patched model.
     """
     if section.layers == section.heads == "together":
-        return _along(section, progress)
+        return _value_at(section, progress)
     spec = spec_of(model)
     assert spec is not None
     stack = stacks_of(model)[0]
@@ -102,28 +102,30 @@ def ramps(section: RampSection, progress: float, model: PreTrainedModel) -> Ramp
     groups = info.heads // info.kv_heads
     found: dict[int, float | tuple[float, ...]] = {}
     for layer, slots in spec.layers.items():
-        rank = 0 if section.layers == "together" else order.index(layer)
+        place = 0 if section.layers == "together" else order.index(layer)
         count = 1 if section.layers == "together" else len(order)
         if section.heads == "together":
-            found[layer] = _along(section, progress, rank, count)
+            found[layer] = _value_at(section, progress, place, count)
             continue
-        (heads,) = {slot.count(info.heads) for slot in slots.values()} if _alike(slots, info.heads) else {0}
-        if not heads:
-            raise ConfigError(f"ramp.heads: the swaps of layer {layer} have different numbers of heads: set together")
-        # Heads that share keys and values move together, for some swaps keep a value for both.
+        counts = {slot.count(info.heads) for slot in slots.values()}
+        if len(counts) > 1:
+            raise ConfigError(
+                f"ramp.heads: the swaps of layer {layer} have different numbers of heads, so that their heads cannot "
+                "move one by one: set heads: together"
+            )
+        (heads,) = counts
+        # Heads that share keys and values move together, since some swaps have one parameter for all of them.
         parts = -(-heads // groups)
-        found[layer] = tuple(_along(section, progress, rank * parts + h // groups, count * parts) for h in range(heads))
+        found[layer] = tuple(
+            _value_at(section, progress, place * parts + head // groups, count * parts) for head in range(heads)
+        )
     return found
 
 
-def _alike(slots: dict[str, Slot], heads: int) -> bool:
-    return len({slot.count(heads) for slot in slots.values()}) == 1
-
-
-def _along(section: RampSection, progress: float, rank: int = 0, count: int = 1) -> float:
-    """Returns lambda of the one that begins as number ``rank`` of ``count``."""
+def _value_at(section: RampSection, progress: float, place: int = 0, count: int = 1) -> float:
+    """Returns lambda of the layer or head that starts as number ``place`` of ``count``."""
     if count > 1:
-        progress = (progress - section.spread * rank / (count - 1)) / (1 - section.spread)
+        progress = (progress - section.spread * place / (count - 1)) / (1 - section.spread)
     if progress >= 1:
         return section.end
     if progress <= 0:
@@ -135,15 +137,15 @@ def _along(section: RampSection, progress: float, rank: int = 0, count: int = 1)
     return section.start + (section.end - section.start) * share
 
 
-def follow_checkpoint(model: Any, checkpoint: Path) -> None:
-    """Moves lambda of a model's swaps to where a checkpoint has it, which its tensors alone cannot do.
+def load_ramps(model: Any, checkpoint: Path) -> None:
+    """Sets lambda of a model's swaps to that of a checkpoint.
 
     Args:
-        model: A patched model, or one with swap adapters. Others are left alone.
+        model: A patched model, or one with swap adapters. Other models are not changed.
         checkpoint: A folder with a config.json or an adapter_config.json.
 
     Raises:
-        CheckpointError: The checkpoint's entry is damaged or of other swaps.
+        CheckpointError: The checkpoint's description of the swaps is damaged, or is of other swaps.
     """
     base = base_of(model)
     if not isinstance(base, PreTrainedModel) or not is_patched(base):
@@ -153,8 +155,8 @@ def follow_checkpoint(model: Any, checkpoint: Path) -> None:
         follow(base, specs)
 
 
-def note_ramps(model: Any, checkpoint: Path) -> None:
-    """Writes what the swaps of a model are into a checkpoint: those of sharded models hold no config."""
+def save_ramps(model: Any, checkpoint: Path) -> None:
+    """Writes the spec of a model's swaps into a checkpoint, since checkpoints of sharded models have no config."""
     base = base_of(model)
     found = patched_stacks(base) if isinstance(base, PreTrainedModel) else []
     if found:
@@ -182,5 +184,5 @@ def _read(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f'"{file}" is not JSON: {error}') from None
     if not isinstance(values, dict):
-        raise CheckpointError(f'"{file}" is damaged: it holds no names and values')
+        raise CheckpointError(f'"{file}" is damaged: it is not a JSON object')
     return values

@@ -1,4 +1,4 @@
-"""A whole training run: load, patch, train, save."""
+"""A training run from recipe to result: load, patch, train, save."""
 
 import os
 import sys
@@ -35,29 +35,29 @@ from attnswap.training.fitting import fit
 from attnswap.training.inputs import Inputs, gather_inputs
 from attnswap.training.lora import add_lora
 from attnswap.training.loss import chunked_loss
-from attnswap.training.movement import Moved, as_json, start_from
+from attnswap.training.movement import Moved, as_json, load_start
 from attnswap.training.packing import IGNORED, check_separation
 from attnswap.training.protect import protect
-from attnswap.training.rest import at_rest
 from attnswap.training.signals import StopOnSignal
-from attnswap.training.stages import Stage, Stages, left_alone
+from attnswap.training.stages import Stage, Stages, parameters_to_freeze
 from attnswap.training.summary import summarise
 from attnswap.training.teacher import frozen_teacher, matrix_dtype, teacher_of
 from attnswap.training.trainer import StepLog, SwapTrainer
+from attnswap.training.zero_gradient import zero_gradient_steps
 
 FITTED = "fitted.safetensors"
-"""In a result, and in what a run that is cut off leaves: the start of the swap's parameters that was fitted."""
+"""File of the fitted initial values of the swap's parameters, in a result and in an unfinished run."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run gives back.
+    """The result of a run.
 
     Attributes:
-        output_dir: The saved model, tokenizer and reports.
-        summary: What ``summary.json`` holds.
+        output_dir: Directory of the saved model, tokenizer and reports.
+        summary: Content of ``summary.json``.
         movement: How far each swap parameter moved, by name.
-        signal: A signal that asked for the end when the last step was done, so that this run is whole; or None.
+        signal: A signal that was received after the last step, when the run was already complete; or None.
     """
 
     output_dir: Path
@@ -67,35 +67,38 @@ class TrainResult:
 
 
 def train(config: TrainConfig) -> TrainResult:
-    """Runs a recipe: loads the model, patches it, trains it, and saves the best weights seen.
+    """Runs a recipe: loads the model, patches it, trains it, and saves it.
 
-    Under ``accelerate launch`` every process calls this; the first one writes.
+    With ``accelerate launch`` every process calls this function, and the process of rank 0 writes.
 
     Args:
         config: See :func:`attnswap.training.config.load_config`.
 
     Returns:
-        Where the result is, and what was measured.
+        The result.
 
     Raises:
-        ConfigError: The recipe asks for what does not exist or cannot be, or its output directory is taken.
-        UnsupportedModelError: The model cannot be patched, or its loss not be computed in chunks.
+        ConfigError: The recipe names something that does not exist, its values contradict each other, or its output
+            directory is not empty.
+        UnsupportedModelError: The model cannot be patched, or its loss cannot be computed in chunks.
         NumericsError: The loss or a gradient was not finite for three steps in a row.
-        StoppedError: A signal asked for the end; a checkpoint was saved.
+        StoppedError: A signal such as SIGTERM was received. A checkpoint was saved.
     """
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
-    inputs = gather_inputs(config)  # all that can be refused without the model, which is slow to load
+    inputs = gather_inputs(config)  # finds all errors that can be found without loading the model
     config, output, plan, args = inputs.config, inputs.output, inputs.plan, inputs.args
-    data, shown = inputs.data, inputs.shown
-    with _whole_models(args):
+    data, fit_data = inputs.data, inputs.fit_data
+    with _loading_unsharded(args):
         model = load_model(config.model.reference, dtype=getattr(torch, config.model.dtype))
     use_cache = model.config.use_cache
     _patch(model, config, plan, args.seed)
     fitted = output.partial / FITTED
-    known = Path(args.resume_from_checkpoint).absolute().with_name(FITTED) if args.resume_from_checkpoint else None
-    fit_seconds = _start_swaps(model, inputs, known)
+    earlier_fit = (
+        Path(args.resume_from_checkpoint).absolute().with_name(FITTED) if args.resume_from_checkpoint else None
+    )
+    fit_seconds = _fit_or_load(model, inputs, earlier_fit)
     if config.optimizer.freeze == "all_but_swap":
         freeze_all_but_swap(model)
     adapters = add_lora(model, config.lora) if config.lora else None
@@ -106,9 +109,9 @@ def train(config: TrainConfig) -> TrainResult:
     steps = StepLog(output.partial / "steps.jsonl")
     if fit_seconds is not None and args.process_index == 0:
         steps.note({"fit_runtime": fit_seconds})
-    with learning(model, config, plan) as switch:
-        trainer = _trainer(model, inputs, [*switch, steps])
-        if shown is not None and args.process_index == 0 and not (known == fitted and fitted.is_file()):
+    with recipe_loss(model, config, plan) as callbacks:
+        trainer = _trainer(model, inputs, [*callbacks, steps])
+        if fit_data is not None and args.process_index == 0 and not (earlier_fit == fitted and fitted.is_file()):
             trainer.movement.save(fitted)
         protection = protect(trainer)
         try:
@@ -116,36 +119,36 @@ def train(config: TrainConfig) -> TrainResult:
         finally:
             protection.stop.restore()
         _raise_if_stopped(protection.stop, args)
-        after = _held_out_after(trainer)
+        held_out = _final_held_out(trainer)
     movement = trainer.movement.measure(model)
     if adapters is not None:
         adapters.merge_and_unload()
     if any(stage.section.ramp is not None for stage in plan) and is_patched(model):
-        attnswap.set_ramp(model, 1.0)  # for all heads, which may have gone there one by one
-    model.config.use_cache = use_cache  # Trainer turns it off, and the saved model should generate as before
+        attnswap.set_ramp(model, 1.0)  # one number in the saved config in place of one per head
+    model.config.use_cache = use_cache  # Trainer sets it to false, and the saved model should generate with a cache
     summary = summarise(
         config,
         trainer,
         trained.metrics,
-        after,
+        held_out,
         movement,
         steps,
         trainable,
         protection.finite.skipped,
         data.description,
-        0 if shown is None else sum(len(row["input_ids"]) for row in _looked_at(shown, config)),
+        0 if fit_data is None else sum(len(row["input_ids"]) for row in _fit_windows(fit_data, config)),
     )
     trainer.save_model(str(output.partial))
     if trainer.is_world_process_zero():
         output.publish(config, trainer.state.log_history, as_json(movement), summary)
     trainer.accelerator.wait_for_everyone()
-    late = all_reduce_max(int(protection.stop.received or 0), args.device)
-    return TrainResult(output.final, summary, movement, Signals(late) if late else None)
+    number = all_reduce_max(int(protection.stop.received or 0), args.device)
+    return TrainResult(output.final, summary, movement, Signals(number) if number else None)
 
 
 @contextmanager
-def _whole_models(args: TrainingArguments) -> Iterator[None]:
-    """Has each process load the whole model, which is patched before Trainer shards it."""
+def _loading_unsharded(args: TrainingArguments) -> Iterator[None]:
+    """Makes each process load the full model, which must be patched before Trainer shards it."""
     efficient = os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
     unset_hf_deepspeed_config()
     try:
@@ -158,8 +161,8 @@ def _whole_models(args: TrainingArguments) -> Iterator[None]:
 
 
 def _patch(model: PreTrainedModel, config: TrainConfig, plan: list[Stage], seed: int) -> None:
-    """Swaps what a recipe swaps, at the start of its ramp, in a model that must keep packed documents apart."""
-    set_seed(seed)  # gates may start from noise: the same in every process and on resuming
+    """Patches the model of a recipe at its first lambda, and checks that it keeps packed documents apart."""
+    set_seed(seed)  # gates may be initialised with noise, which must be the same in all processes and on resuming
     if config.swap is not None:
         ramp = next((s.section.ramp.start for s in plan if s.section.ramp is not None), config.ramp)
         attnswap.patch(model, config.swap, part=config.part, layers=config.layers, heads=config.heads, ramp=ramp)
@@ -167,68 +170,72 @@ def _patch(model: PreTrainedModel, config: TrainConfig, plan: list[Stage], seed:
         check_separation(model)
 
 
-def _start_swaps(model: PreTrainedModel, inputs: Inputs, known: Path | None) -> float | None:
-    """Gives swaps that are fitted the start that is known, or fits them and returns the seconds it took."""
-    if inputs.shown is None:
+def _fit_or_load(model: PreTrainedModel, inputs: Inputs, earlier_fit: Path | None) -> float | None:
+    """Fits the swaps and returns the seconds it took; loads the fit of a run that is resumed and returns None."""
+    if inputs.fit_data is None:
         return None
-    if known is not None and known.is_file():
-        start_from(model, known)
+    if earlier_fit is not None and earlier_fit.is_file():
+        load_start(model, earlier_fit)
         return None
     started = time.monotonic()
-    fit_swaps(model, inputs.config, inputs.shown, inputs.args)
+    fit_swaps(model, inputs.config, inputs.fit_data, inputs.args)
     return time.monotonic() - started
 
 
 def _count_trainable(model: PreTrainedModel, plan: list[Stage]) -> int:
-    """Counts the parameters that are trained, and refuses a recipe or a stage that trains none."""
+    """Returns the number of trainable parameters.
+
+    Raises:
+        ConfigError: The recipe or one of its stages trains no parameters.
+    """
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not trainable:
         raise ConfigError("nothing would be trained: every weight is frozen, and the swap has no parameters of its own")
     for stage in plan:
-        left_alone(model, stage.section)  # refuses one that trains nothing, which else would be seen when it begins
+        parameters_to_freeze(model, stage.section)  # raises ConfigError for a stage that trains nothing
     return trainable
 
 
 @contextmanager
-def learning(model: PreTrainedModel, config: TrainConfig, plan: list[Stage]) -> Iterator[list[TrainerCallback]]:
-    """Gives a model the loss of a recipe, and yields the callbacks that go with it."""
+def recipe_loss(model: PreTrainedModel, config: TrainConfig, plan: list[Stage]) -> Iterator[list[TrainerCallback]]:
+    """Makes a model compute the loss of a recipe, and yields the callbacks that this needs."""
     if not plan:
         with chunked_loss(model):
             yield []
         return
     teacher = None
-    if any(stage.section.loss.taught for stage in plan):
+    if any(stage.section.loss.needs_teacher for stage in plan):
         if config.teacher is not None:
             teacher = frozen_teacher(load_model(config.teacher, dtype=torch.float32), matrix_dtype(config))
         else:
             teacher = teacher_of(model, dtype=matrix_dtype(config))
-    switch = Stages(plan, Distillation(teacher, plan[0].section.loss))
+    stages = Stages(plan, Distillation(teacher, plan[0].section.loss))
     try:
-        yield [switch]
+        yield [stages]
     finally:
-        switch.close()
+        stages.close()
 
 
 def fit_swaps(model: PreTrainedModel, config: TrainConfig, data: Data, args: TrainingArguments) -> None:
-    """Fits a patched model as a recipe's ``fit`` says, on windows of its training text, in the first process.
+    """Fits the swaps of a model on windows of the training text, in the process of rank 0, and broadcasts the result.
 
     Raises:
-        ConfigError: DeepSpeed has split the weights, so that no process can run the model alone.
+        ConfigError: DeepSpeed shards the weights, so that no process can run the model alone.
     """
     if is_deepspeed_zero3_enabled():
-        raise ConfigError("fit: under ZeRO-3 no process has the whole model; fit and train by DDP or FSDP")
-    if not strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false")):  # which shards it before it is moved
+        raise ConfigError("fit: with ZeRO-3 no process has the full model; fit and train with DDP or FSDP")
+    if not strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false")):  # FSDP shards the model before it moves it
         model.to(device=args.device)  # type: ignore[call-arg]
     if args.process_index == 0:
-        rows, names = _looked_at(data, config), ("input_ids", "position_ids")
+        rows, names = _fit_windows(data, config), ("input_ids", "position_ids")
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(config.training.get("bf16"))):
             fit(model, ({name: row[name][None].to(model.device) for name in names} for row in rows))
     for parameter in attnswap.swap_parameters(model).values():
         broadcast(parameter.data, args.device)
 
 
-def _looked_at(data: Data, config: TrainConfig) -> Iterator[dict[str, torch.Tensor]]:
-    """Yields windows from all over each part of the data until they hold the tokens to fit to, as many of each part."""
+def _fit_windows(data: Data, config: TrainConfig) -> Iterator[dict[str, torch.Tensor]]:
+    """Yields random windows of the data, with as many tokens of each window length, up to the tokens to fit to."""
     assert config.fit is not None
     generator = torch.Generator().manual_seed(0)
     first = 0
@@ -236,19 +243,19 @@ def _looked_at(data: Data, config: TrainConfig) -> Iterator[dict[str, torch.Tens
         wanted = config.fit.tokens / len(data.sizes)
         for index in torch.randperm(size, generator=generator).tolist():
             row = data.train[first + index]
-            text = int((row["labels"] != IGNORED).nonzero().max()) + 1  # what follows is padding
-            yield {name: values[:text] for name, values in row.items()}
-            wanted -= text
+            length = int((row["labels"] != IGNORED).nonzero().max()) + 1  # the rest is padding
+            yield {name: values[:length] for name, values in row.items()}
+            wanted -= length
             if wanted <= 0:
                 break
         first += size
 
 
 def freeze_all_but_swap(model: PreTrainedModel) -> None:
-    """Leaves only the swap's parameters trainable.
+    """Freezes all parameters but the swap's.
 
     Raises:
-        ConfigError: There is no swap, or it has no parameters.
+        ConfigError: The model has no swap, or its swaps have no parameters.
     """
     own = attnswap.swap_parameters(model)
     if not own:
@@ -271,25 +278,25 @@ def _trainer(model: PreTrainedModel, inputs: Inputs, callbacks: list[TrainerCall
         swap_lr_multiplier=config.optimizer.swap_lr_multiplier,
         stages=plan,
         windows=data.sizes if plan else (),
-        rest=at_rest(config, plan, inputs.args),
+        skip_steps=zero_gradient_steps(config, plan, inputs.args),
     )
 
 
 def _raise_if_stopped(stop: StopOnSignal, args: TrainingArguments) -> None:
-    """Raises StoppedError, which says how to go on, where a signal ended training before its last step."""
+    """Raises StoppedError, with the way to resume, if a signal ended training before its last step."""
     if stop.step is not None and stop.received is not None:
         raise StoppedError(
             f"stopped by {stop.received.name} after step {stop.step}; "
             + (
-                "its checkpoint cannot be resumed (training.save_only_model), so start anew with overwrite=true"
+                "its checkpoint cannot be resumed (training.save_only_model): start anew with overwrite=true"
                 if args.save_only_model
-                else "go on with training.resume_from_checkpoint=latest"
+                else "resume with training.resume_from_checkpoint=latest"
             )
         )
 
 
-def _held_out_after(trainer: SwapTrainer) -> dict[str, float] | None:
-    """Returns the held-out metrics of the weights as they are now."""
+def _final_held_out(trainer: SwapTrainer) -> dict[str, float] | None:
+    """Returns the held-out metrics of the final weights, from the log if they are there."""
     if trainer.args.eval_strategy == "no":
         return None
     entries = [entry for entry in trainer.state.log_history if "eval_loss" in entry]

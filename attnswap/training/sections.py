@@ -1,4 +1,4 @@
-"""The stages of a recipe: what is learned, how lambda moves, and what is trained, one after the other."""
+"""The sections of a recipe about stages: losses, calibration, the ramp of lambda, and what is trained."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -8,19 +8,20 @@ from attnswap.errors import require
 
 @dataclass(frozen=True)
 class LossSection:
-    """What a stage of training minimises, per token.
+    """The loss of a stage: a weighted sum of the following parts, per token.
 
     Attributes:
-        ce: Weight of the cross entropy with the text.
+        ce: Weight of the cross entropy with the labels.
         kl: Weight of the divergence KL(teacher || student) of the next-token distributions.
-        temperature: Divides both models' logits in the divergence, whose gradient is scaled back by it.
-        transfer: Weight of the attention outputs' distance to the teacher's, each layer having seen the teacher's
-            input: the mean over layers of ``|o - o_teacher|^2 / |o_teacher|^2``. It stands alone, without ce and kl.
-        regression: Weight of the squared errors of what swaps predict (the row's logsumexp, of a sigmoid with
-            ``bias: predicted``), a mean over layers and heads, at a lambda of 0 too. Alone, with ``train: swap``, it
-            calibrates them.
-        sinks: Weight of the attention to a text's first token beyond a fifth, a mean over layers and heads: it takes
-            heads off the sink that a pretrained model gave them, where its swap can do without.
+        temperature: Divides the logits of both models in the divergence, which is multiplied by its square.
+        transfer: Weight of the distance between the attention outputs of student and teacher, each student layer
+            having the teacher's input: the mean over layers of ``|o - o_teacher|^2 / |o_teacher|^2``. It cannot be
+            combined with ce and kl.
+        regression: Weight of the squared errors of predictions that swaps make from the hidden states (a sigmoid with
+            ``bias: predicted`` predicts the logsumexp of a row), a mean over layers and heads. It can be trained at a
+            lambda of 0. A stage with this loss alone and ``train: swap`` calibrates the predictions.
+        sinks: Weight of the attention to the first token of a text above 0.2, a mean over layers and heads. It removes
+            the sinks of a pretrained model from heads whose swap does not need them.
     """
 
     ce: float = 1.0
@@ -40,36 +41,36 @@ class LossSection:
         require(self.temperature > 0, "loss.temperature: must be positive")
         require(
             not self.transfer or not (self.ce or self.kl),
-            "loss.transfer: stands alone (its layers see the teacher's inputs, so there are no logits to compare): set "
-            "ce and kl to 0, and give them a stage of their own",
+            "loss.transfer: cannot be combined with ce or kl, since layers with the teacher's inputs give no logits: "
+            "set ce and kl to 0 in this stage, and use them in another one",
         )
 
     @property
-    def taught(self) -> bool:
-        """Whether a teacher takes part."""
+    def needs_teacher(self) -> bool:
+        """Whether the loss compares the model with a teacher."""
         return self.kl > 0 or self.transfer > 0
 
     @property
-    def of_logits(self) -> bool:
-        """Whether the model's logits are learned, not its layers alone."""
+    def uses_logits(self) -> bool:
+        """Whether the loss depends on the model's logits."""
         return self.ce > 0 or self.kl > 0
 
     @property
-    def looks_inside(self) -> bool:
-        """Whether layers are looked into as they run, so that each must run once and keep what it computed."""
+    def observes_layers(self) -> bool:
+        """Whether the loss reads the inside of layers, so that each must run once and unsharded."""
         return self.transfer > 0 or self.regression > 0 or self.sinks > 0
 
 
 @dataclass(frozen=True)
 class FitSection:
-    """Calibration before the first step; see :func:`attnswap.training.fit`.
+    """Least-squares calibration before the first step; see :func:`attnswap.training.fit`.
 
     Attributes:
-        tokens: Tokens of the training text to look at. What enters each layer is kept in main memory meanwhile: 2 bytes
-            for each token, layer and entry of its hidden state.
-        sequence_lengths: Tokens of the windows to look at, as many of each kind; where one is not
-            ``data.sequence_length``, its windows are filled by one document each. None: ``data.sequence_length`` alone,
-            from which nothing is known of what changes with more keys.
+        tokens: Number of tokens of the training text to fit to. The inputs of all layers are kept in main memory
+            meanwhile: 2 bytes per token, layer and entry of the hidden state.
+        sequence_lengths: Lengths of the windows, with as many tokens of each. Windows of another length than
+            ``data.sequence_length`` are filled by one document each. None: only ``data.sequence_length``; the fit then
+            knows nothing about rows with more keys.
     """
 
     tokens: int = 65536
@@ -83,19 +84,19 @@ class FitSection:
 
 @dataclass(frozen=True)
 class RampSection:
-    """How lambda moves over a stage.
+    """The schedule of lambda in a stage.
 
     Attributes:
-        start: lambda of the first step.
-        end: lambda once the ramp is over.
-        over: Share of the stage's steps until every head is at ``end``.
-        shape: ``"geometric"`` multiplies lambda by the same factor each step, from ``least`` where ``start`` is 0:
-            what a swap adds to a row of n keys grows like n times lambda, so equal steps of lambda begin with a
-            jump. ``"linear"`` adds the same, ``"cosine"`` starts and ends slowly.
-        least: Where a geometric ramp from 0 begins.
-        layers: Which layers move first; the others follow one after another.
+        start: lambda before the first step.
+        end: lambda after the ramp.
+        over: Length of the ramp as a share of the stage's steps; then every head is at ``end``.
+        shape: ``"geometric"`` multiplies lambda by the same factor in each step, from ``least`` if ``start`` is 0. Many
+            swaps change a row of n keys in proportion to n times lambda, so that equal steps would begin with a jump.
+            ``"linear"`` adds the same amount in each step. ``"cosine"`` starts and ends slowly.
+        least: First value of a geometric ramp from 0.
+        layers: Whether layers move together, or one after another and from which end.
         heads: Whether the heads of a layer move together or one after another.
-        spread: Share of the ramp over which those that follow begin; 0: all at once.
+        spread: If layers or heads move one after another: the share of the ramp over which their starts are spread.
     """
 
     start: float = 0.0
@@ -109,7 +110,7 @@ class RampSection:
 
     def __post_init__(self) -> None:
         require(0 <= self.start <= 1 and 0 <= self.end <= 1, "ramp: start and end must lie between 0 and 1")
-        require(self.shape != "geometric" or self.end > 0, "ramp.shape: a geometric ramp never gets to 0: take linear")
+        require(self.shape != "geometric" or self.end > 0, "ramp.shape: a geometric ramp cannot end at 0: use linear")
         require(0 < self.over <= 1, "ramp.over: must be above 0 and at most 1")
         require(0 < self.least < 1, "ramp.least: must lie between 0 and 1")
         require(0 <= self.spread < 1, "ramp.spread: must be at least 0 and below 1")
@@ -120,15 +121,15 @@ class StageSection:
     """One stage of a training run.
 
     Attributes:
-        name: What the log calls it.
-        share: Its share of the run's steps (``training.max_steps``).
+        name: Name of the stage in logs.
+        share: Share of the run's steps (``training.max_steps``).
         loss: See :class:`LossSection`.
-        ramp: See :class:`RampSection`; None: lambda stays where it is.
-        train: ``"attention"`` trains the attention modules alone, ``"swap"`` the swap's own parameters.
-        sequence_length: Tokens in a window that one document fills from end to end, for a stage on long documents;
-            None: packed windows of ``data.sequence_length``.
-        learning_rate: Its highest learning rate; None: ``training.learning_rate``. Each stage warms up and decays for
-            itself.
+        ramp: See :class:`RampSection`; None: lambda does not change.
+        train: Which parameters are trained: ``"all"``, those of the attention modules (``"attention"``), or those of
+            the swap (``"swap"``).
+        sequence_length: Tokens per window, for a stage on long documents: each window is filled by one document. None:
+            packed windows of ``data.sequence_length``.
+        learning_rate: Peak learning rate; None: ``training.learning_rate``. Each stage has its own warmup and decay.
     """
 
     name: str
@@ -147,6 +148,6 @@ class StageSection:
         require(length is None or 2 <= length <= 1 << 24, f'stages: sequence_length of "{self.name}" is out of range')
         require(
             not self.loss.transfer or self.train != "all",
-            f'stages: "{self.name}" transfers attention outputs, which trains the attention or the swap: set '
-            "train: attention",
+            f'stages: "{self.name}" has the loss transfer, which trains attention modules only: set '
+            "train: attention or train: swap",
         )

@@ -1,7 +1,6 @@
-"""How much attention goes to the first token of a text, as a loss: heads that rest there are sinks.
+"""A loss on attention sinks: heads that give much of their weight to the first token of a text.
 
-Only what a head gives it beyond a share that makes no sink of it costs anything, since the first token may be read for
-what it says.
+Only the weight above a threshold costs anything, since a head may have reasons to read the first token.
 """
 
 import torch
@@ -12,41 +11,43 @@ from attnswap.attention.problem import Problem
 from attnswap.evaluation.structure import FIRST_QUERY
 from attnswap.surgery.call import LayerCall
 
-SPARED = 0.2
-"""What a head may give the first token at no cost; above :data:`attnswap.evaluation.structure.SINK` it is a sink."""
-ROWS = 64
-"""Queries of each layer that are looked at, which the fused kernels do not show the weights of."""
+FREE_WEIGHT = 0.2
+"""Mean weight on the first token that costs nothing. It is below :data:`attnswap.evaluation.structure.SINK`."""
+QUERIES = 64
+"""Queries per layer whose weights are computed: fused kernels do not return weights, so this is done a second time."""
 
 
-class Sinks:
-    """How far the swapped heads of each layer are sinks, a mean over heads: each head by some neighbouring queries.
+class SinkLoss:
+    """The mean weight above the threshold, over swapped heads and layers; an observer of every slot's problem.
+
+    Each forward uses some neighbouring queries at a random place.
 
     Args:
-        read: Which positions are text, shape (batch, tokens).
+        text_mask: Which positions are text and not padding, shape (batch, tokens).
     """
 
-    def __init__(self, read: Tensor) -> None:
-        self.read = read
+    def __init__(self, text_mask: Tensor) -> None:
+        self.text_mask = text_mask
         self.means: list[Tensor] = []
 
     def __call__(self, call: LayerCall, slot: str, problem: Problem) -> None:
-        """Takes one slot's problem, of whole windows without cached keys; called by the seam."""
+        """Adds the loss of one slot. The forward must be of complete windows, without a KV cache."""
         if call.slots[slot].phase == "before":
             return
         visibility = problem.visibility
         length = visibility.q_length
-        start = int(torch.randint(max(1, length - ROWS + 1), ()))
-        stop = min(start + ROWS, length)
+        start = int(torch.randint(max(1, length - QUERIES + 1), ()))
+        stop = min(start + QUERIES, length)
         block = Block(start, stop, *visibility.key_span(start, stop))
         problem = problem.regular()
         weights = attend_block(problem, problem.terms, block, problem.maths_parameters())[1]
         n = visibility.n.expand(len(weights), -1, -1)[:, :1]
-        first = n[..., None, block.k0 : block.k1] == 1  # it sees itself alone
-        read = self.read[:, None, start:stop].to(n.device)
-        rows = (n[..., start:stop] > FIRST_QUERY) & read  # those before say little of a head
-        given = ((weights * first).sum(-1) * rows).sum((0, 2)) / rows.sum((0, 2)).clamp(min=1)
-        self.means.append((given - SPARED).clamp(min=0).mean())
+        is_first = n[..., None, block.k0 : block.k1] == 1  # the first token of a document sees only itself
+        text_mask = self.text_mask[:, None, start:stop].to(n.device)
+        rows = (n[..., start:stop] > FIRST_QUERY) & text_mask  # earlier queries see too few keys
+        first_weight = ((weights * is_first).sum(-1) * rows).sum((0, 2)) / rows.sum((0, 2)).clamp(min=1)
+        self.means.append((first_weight - FREE_WEIGHT).clamp(min=0).mean())
 
     def mean(self) -> Tensor | None:
-        """Returns the mean over layers, or None where nothing is swapped."""
+        """Returns the mean over layers, or None if no layer computes a swap."""
         return torch.stack(self.means).mean() if self.means else None

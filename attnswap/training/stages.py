@@ -1,4 +1,4 @@
-"""Several stages in one run of a trainer: one optimizer, one log, and checkpoints to resume from anywhere."""
+"""Run several stages in one training run, with one optimizer and one log; a run can be resumed in any stage."""
 
 import itertools
 from collections.abc import Iterator
@@ -27,20 +27,20 @@ from attnswap.surgery.entry import is_patched
 from attnswap.surgery.parameters import swap_parameters
 from attnswap.surgery.patched import slots_of, stacks_of
 from attnswap.training.config import TrainConfig
-from attnswap.training.distill import Distillation, check_looked_into
+from attnswap.training.distill import Distillation, check_observable
 from attnswap.training.loss import chunked_loss
-from attnswap.training.ramp import ramps
+from attnswap.training.ramp import ramp_at
 from attnswap.training.sections import StageSection
 
 
 class Stage:
-    """A stage with its place in the run.
+    """A stage, and which steps of the run it takes.
 
     Args:
-        section: What it is.
-        first: Number of steps before it.
-        steps: Its own number of steps.
-        index: Its place in the recipe, which the control's stages keep.
+        section: The stage's section of the recipe.
+        first: Number of steps before the stage.
+        steps: Number of steps of the stage.
+        index: Index of the stage in the recipe. A control without some of the stages keeps the indices of the others.
     """
 
     def __init__(self, section: StageSection, first: int, steps: int, index: int) -> None:
@@ -48,7 +48,7 @@ class Stage:
 
 
 def plan_stages(sections: list[StageSection], max_steps: int) -> list[Stage]:
-    """Gives each stage its share of a run's steps, at least one.
+    """Divides the steps of a run among its stages, at least one step for each.
 
     Raises:
         ConfigError: There are fewer steps than stages.
@@ -66,35 +66,35 @@ def plan_stages(sections: list[StageSection], max_steps: int) -> list[Stage]:
     return planned
 
 
-def plan_of(config: TrainConfig) -> list[Stage]:
-    """Returns the stages of a recipe, none if it has none."""
+def stages_of(config: TrainConfig) -> list[Stage]:
+    """Returns the stages of a recipe; an empty list for a recipe without stages."""
     return plan_stages(config.stages, config.training["max_steps"]) if config.stages else []
 
 
-def without_swaps(stages: list[Stage]) -> list[Stage]:
-    """Returns what is left of stages for the control: not those that teach the swaps alone, which may be all."""
+def control_stages(stages: list[Stage]) -> list[Stage]:
+    """Returns the stages of the control: those that train an unpatched model too. There may be none."""
     kept, first = [], 0
     for stage in stages:
-        if stage.section.loss.of_logits and stage.section.train != "swap":
+        if stage.section.loss.uses_logits and stage.section.train != "swap":
             kept.append(Stage(stage.section, first, stage.steps, stage.index))
             first += stage.steps
     return kept
 
 
 class Stages(TrainerCallback):
-    """Switches loss, lambda and what is trained as a run goes from stage to stage.
+    """Sets the loss, lambda and the trained parameters of each stage.
 
-    Give it to the trainer's ``callbacks``, so that it is there when the trainer prepares the model. Works with
-    ``transformers.Trainer`` and its subclasses. Learning rates and window lengths of stages are the business of
-    :class:`attnswap.training.SwapTrainer`; with another trainer they are refused.
+    Pass it as one of the trainer's ``callbacks``, since it must be there when the trainer prepares the model. Works
+    with ``transformers.Trainer`` and its subclasses. Only :class:`attnswap.training.SwapTrainer` gives stages their own
+    learning rates and window lengths; with other trainers a stage that has them is refused.
 
     Args:
         stages: See :func:`plan_stages`.
-        distillation: What the losses of the stages are computed by.
+        distillation: Computes the losses of the stages.
 
     Attributes:
-        served: The trainer gives the stages their learning rates and windows.
-        installed: The model computes the loss of the stages.
+        staged_trainer: Whether the trainer gives stages their own learning rates and windows.
+        installed: Whether the model computes the loss of the stages.
     """
 
     def __init__(self, stages: list[Stage], distillation: Distillation) -> None:
@@ -102,88 +102,89 @@ class Stages(TrainerCallback):
         self._current: Stage | None = None
         self._installed = ExitStack()
         self._frozen: list[torch.nn.Parameter] = []
-        self._silenced: list[torch.nn.Parameter] = []
+        self._zeroed: list[torch.nn.Parameter] = []
         self._hooks: list[Any] = []
-        self._made = False
+        self._saw_init = False
         self.installed = False
-        self.served = False
+        self.staged_trainer = False
 
     def at(self, step: int) -> Stage:
-        """Returns the stage of the step that follows ``step`` others."""
+        """Returns the stage of a step, counted from 0."""
         return next((s for s in self.stages if step < s.first + s.steps), self.stages[-1])
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Puts the loss into the model."""
+        """Replaces the model's loss."""
         self._install(base_of(kwargs["model"]))
-        self._made = True
+        self._saw_init = True
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Makes sure that the loss is there, and that every stage can do what it is for.
+        """Checks that the trainer can run all stages, and replaces the model's loss if that was undone.
 
         Raises:
-            ConfigError: The callback was added after the trainer was made, or the stages ask for what it does not do.
+            ConfigError: The callback was added after the trainer was created, or a stage needs what the trainer cannot
+                do.
         """
-        if not self._made:
-            raise ConfigError("Stages must be among the trainer's callbacks=[...] when it is made, not added later")
+        if not self._saw_init:
+            raise ConfigError("pass Stages to the trainer as callbacks=[...]; it cannot be added to a trainer later")
         model: PreTrainedModel = base_of(kwargs["model"])
         planned = sum(stage.steps for stage in self.stages)
         if state.max_steps != planned:
             raise ConfigError(
-                f"stages: planned for {planned} steps, and the trainer makes {state.max_steps}, so that lambda and the "
-                "last stages would end elsewhere: plan_stages(..., max_steps) takes the trainer's max_steps"
+                f"stages: planned for {planned} steps, but the trainer takes {state.max_steps}: call "
+                "plan_stages(..., max_steps) with the trainer's max_steps"
             )
         sections = [stage.section for stage in self.stages]
         if args.load_best_model_at_end and any(section.ramp is not None for section in sections):
-            raise ConfigError("load_best_model_at_end: the best loss may be one at a lambda below 1: switch it off")
+            raise ConfigError("load_best_model_at_end: set it to false, since the best loss may be at a lambda below 1")
         for section in sections:
-            left_alone(model, section)
-            check_looked_into(model, section.loss)
-            if not self.served and (section.learning_rate is not None or section.sequence_length is not None):
+            parameters_to_freeze(model, section)
+            check_observable(model, section.loss)
+            if not self.staged_trainer and (section.learning_rate is not None or section.sequence_length is not None):
                 raise ConfigError(
-                    f'stages: "{section.name}" has a learning rate or windows of its own, which this trainer would not '
-                    "give it: take attnswap.training.SwapTrainer(..., stages=plan, windows=[...])"
+                    f'stages: "{section.name}" has its own learning_rate or sequence_length, which this trainer '
+                    "ignores: use attnswap.training.SwapTrainer(..., stages=plan, windows=[...])"
                 )
-        if not self.installed:  # trained once already
+        if not self.installed:  # this is the second call of train()
             self._current = None
             self._install(model)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Enters the stage of the step to come, and moves lambda."""
-        if 0 < state.max_steps <= state.global_step:  # resumed at the end
+        """Starts a stage at its first step, and sets lambda."""
+        if 0 < state.max_steps <= state.global_step:  # resumed after the last step
             return
         model: PreTrainedModel = base_of(kwargs["model"])
         stage = self.at(state.global_step)
         if stage is not self._current:
-            self._enter(stage, model)
+            self._start(stage, model)
         ramp = stage.section.ramp
         if ramp is not None and is_patched(model):
             done = state.global_step + 1 - stage.first
-            attnswap.set_ramp(model, ramps(ramp, done / max(1.0, ramp.over * stage.steps), model))
+            attnswap.set_ramp(model, ramp_at(ramp, done / max(1.0, ramp.over * stage.steps), model))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Takes gradients of 0 away, which momentum and weight decay would turn into steps."""
-        for parameter in self._silenced:
+        """Removes gradients that were set to 0: momentum and weight decay would still change their parameters."""
+        for parameter in self._zeroed:
             parameter.grad = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Logs where a stage ends, so that no entry speaks of two."""
+        """Logs at the end of a stage, so that no log entry is a mean over two stages."""
         if any(state.global_step == stage.first + stage.steps for stage in self.stages):
             control.should_log = True
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        """Adds the parts of the loss and the stage to a training entry."""
+        """Adds the parts of the loss, the stage and lambda to a log entry of training."""
         if logs is None or "loss" not in logs or self._current is None:
             return
         added: dict[str, Any] = {**self.distillation.means(), "stage": self._current.section.name}
-        ramp = lambda_of(base_of(kwargs["model"]))
+        ramp = mean_lambda(base_of(kwargs["model"]))
         added |= {} if ramp is None else {"lambda": ramp}
         logs.update(added)
         state.log_history[-1].update(added)
@@ -191,12 +192,12 @@ class Stages(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leaves the model as it was, but for what it learned."""
+        """Undoes all changes of the model except the trained weights."""
         self.close()
 
     def close(self) -> None:
-        """Takes the loss out of the model again and thaws what a stage froze; for runs that end in an error."""
-        self._thaw()
+        """Restores the model's loss and ``requires_grad`` of its parameters. Call it also if training raises."""
+        self._unfreeze()
         self._installed.close()
         self.installed = False
 
@@ -204,29 +205,29 @@ class Stages(TrainerCallback):
         self._installed.enter_context(chunked_loss(model, objective=self.distillation))
         self.installed = True
 
-    def _enter(self, stage: Stage, model: PreTrainedModel) -> None:
+    def _start(self, stage: Stage, model: PreTrainedModel) -> None:
         self._current = stage
         self.distillation.loss = stage.section.loss
-        self._thaw()
-        rest = left_alone(model, stage.section)
+        self._unfreeze()
+        untrained = parameters_to_freeze(model, stage.section)
         if rank_and_world_size(model)[1] > 1:
             # DDP waits for the gradient of every parameter that required one when it wrapped the model.
-            self._silenced = rest
-            self._hooks = [parameter.register_hook(torch.zeros_like) for parameter in rest]
+            self._zeroed = untrained
+            self._hooks = [parameter.register_hook(torch.zeros_like) for parameter in untrained]
             return
-        self._frozen = rest
-        for parameter in rest:
+        self._frozen = untrained
+        for parameter in untrained:
             parameter.requires_grad_(False)
 
-    def _thaw(self) -> None:
+    def _unfreeze(self) -> None:
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         for hook in self._hooks:
             hook.remove()
-        self._frozen, self._silenced, self._hooks = [], [], []
+        self._frozen, self._zeroed, self._hooks = [], [], []
 
 
-def left_alone(model: PreTrainedModel, section: StageSection) -> list[torch.nn.Parameter]:
+def parameters_to_freeze(model: PreTrainedModel, section: StageSection) -> list[torch.nn.Parameter]:
     """Returns the trainable parameters of a model that a stage does not train.
 
     Raises:
@@ -239,26 +240,29 @@ def left_alone(model: PreTrainedModel, section: StageSection) -> list[torch.nn.P
         modules = (module for stack in stacks_of(model) for _, module in stack.modules.values())
         chosen |= {id(p) for module in modules for p in module.parameters()}
     trainable = [p for p in model.parameters() if p.requires_grad]
-    rest = [p for p in trainable if id(p) not in chosen]
-    if len(rest) == len(trainable):
-        raise ConfigError(f'stages: "{section.name}" has nothing to train')
-    return rest
+    untrained = [p for p in trainable if id(p) not in chosen]
+    if len(untrained) == len(trainable):
+        raise ConfigError(
+            f'stages: "{section.name}" has nothing to train: the model has no trainable parameters of the kind that '
+            f'"train: {section.train}" names'
+        )
+    return untrained
 
 
-def lambda_of(model: PreTrainedModel) -> float | None:
-    """Returns the mean lambda over the swapped heads of a model, or None if it has no swaps."""
+def mean_lambda(model: PreTrainedModel) -> float | None:
+    """Returns the mean lambda over the slots of a model, or None for an unpatched model."""
     ramps = [slot.ramp for _, _, _, slot in slots_of(model)]
     means = [sum(ramp) / len(ramp) if isinstance(ramp, tuple) else ramp for ramp in ramps]
     return sum(means) / len(means) if means else None
 
 
 class StagedWindows(Sampler[int]):
-    """Draws windows of each stage's own length, stage after stage.
+    """Draws windows stage by stage, from the part of the data set that has the stage's windows.
 
     Args:
-        sizes: How many windows there are for each stage, in the order in which the data set holds them.
-        draws: How many each stage takes; where there are fewer, they come again in another order.
-        seeds: Of the order of each.
+        sizes: Number of windows in the data set for each stage, in order.
+        draws: Number of windows that each stage draws. If a stage has fewer, they are repeated in another order.
+        seeds: Seed of the order of each stage.
     """
 
     def __init__(self, sizes: list[int], draws: list[int], seeds: list[int]) -> None:
@@ -278,15 +282,15 @@ class StagedWindows(Sampler[int]):
 
 
 def staged_schedule(optimizer: Optimizer, stages: list[Stage], args: TrainingArguments) -> LambdaLR:
-    """Returns a schedule in which each stage warms up and decays for itself.
+    """Returns a learning rate schedule in which each stage has its own warmup and decay.
 
     Args:
-        optimizer: Whose groups have the run's learning rates.
+        optimizer: The optimizer, with the learning rates of the run.
         stages: The stages.
-        args: The run's; ``warmup_steps`` below 1 are a share of each stage.
+        args: The arguments of the run. A value of ``warmup_steps`` below 1 is a share of each stage.
 
     Raises:
-        ConfigError: The schedule depends on how the run goes.
+        ConfigError: The type of the schedule depends on losses, so that it cannot be computed beforehand.
     """
     factors = []
     for stage in stages:
@@ -294,14 +298,14 @@ def staged_schedule(optimizer: Optimizer, stages: list[Stage], args: TrainingArg
         warmup = round(warmup * stage.steps) if warmup < 1 else min(int(warmup), stage.steps // 2)
         peak = args.learning_rate if stage.section.learning_rate is None else stage.section.learning_rate
         scale = peak / args.learning_rate if args.learning_rate else 1.0
-        # On an optimizer of its own: making a schedule sets the rates of its optimizer.
+        # Creating a schedule sets the rates of its optimizer, so each stage gets a dummy one.
         dummy = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=peak or 1.0)
         options: Any = args.lr_scheduler_kwargs or None
         made = get_scheduler(args.lr_scheduler_type, dummy, warmup, stage.steps, scheduler_specific_kwargs=options)
         if not isinstance(made, LambdaLR):
             raise ConfigError(
-                f'training.lr_scheduler_type: "{SchedulerType(args.lr_scheduler_type).value}" looks at the run as it '
-                "goes, which stages do not let it: take linear, cosine, constant or another that is known beforehand"
+                f'training.lr_scheduler_type: "{SchedulerType(args.lr_scheduler_type).value}" depends on the losses '
+                "of the run, which does not work with stages: use linear, cosine, constant or another fixed schedule"
             )
         factors.append((stage, made.lr_lambdas[0], scale))
 

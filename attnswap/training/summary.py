@@ -1,4 +1,4 @@
-"""The figures of a run, as plain values and as a table."""
+"""The summary of a training run, as plain values and as a table."""
 
 import statistics
 from typing import Any
@@ -20,32 +20,32 @@ def summarise(
     config: TrainConfig,
     trainer: SwapTrainer,
     metrics: dict[str, float],
-    after: dict[str, float] | None,
+    held_out: dict[str, float] | None,
     movement: dict[str, Moved],
     steps: StepLog,
     trainable: int,
     skipped: list[int],
-    described: dict[str, Any],
+    description: dict[str, Any],
     fit_tokens: int,
 ) -> dict[str, Any]:
-    """Returns what ``summary.json`` holds.
+    """Returns the content of ``summary.json``.
 
     Args:
         config: The recipe.
-        trainer: After training.
-        metrics: What training returned.
-        after: Held-out metrics of the saved weights; None: not evaluated.
+        trainer: The trainer after training.
+        metrics: The metrics that ``train`` returned.
+        held_out: Held-out metrics of the saved weights; None: they were not evaluated.
         movement: How far each swap parameter moved.
         steps: The log of the run, with the duration of each step of this process.
-        trainable: Number of weights trained.
-        skipped: The steps that were left out.
-        described: What identifies the training text.
-        fit_tokens: Tokens that a start was fitted to.
+        trainable: Number of trained weights.
+        skipped: The steps that were skipped because a loss or gradient was not finite.
+        description: Identifies the training text.
+        fit_tokens: Number of tokens that initial swap parameters were fitted to.
     """
     args, state = trainer.args, trainer.state
-    at_rest = [] if trainer.rest is None else trainer.rest.left
-    computed = {step: duration for step, duration in steps.seconds.items() if step not in at_rest}
-    before = next((entry for entry in state.log_history if "eval_loss" in entry and entry["step"] == 0), None)
+    not_computed = [] if trainer.skip_steps is None else trainer.skip_steps.skipped
+    computed = {step: duration for step, duration in steps.seconds.items() if step not in not_computed}
+    at_start = next((entry for entry in state.log_history if "eval_loss" in entry and entry["step"] == 0), None)
     return {
         "schema": "attnswap.train/1",
         "commit": commit(),
@@ -54,11 +54,11 @@ def summarise(
         "steps": state.global_step,
         "best_step": trainer.loaded_step,
         "train_loss": _mean_loss(state.log_history, metrics["train_loss"]),
-        "held_out_loss_before": before["eval_loss"] if before else None,
-        "held_out_loss": after["eval_loss"] if after else None,
-        "held_out_tokens": after["eval_tokens"] if after else None,
+        "held_out_loss_before": at_start["eval_loss"] if at_start else None,
+        "held_out_loss": held_out["eval_loss"] if held_out else None,
+        "held_out_tokens": held_out["eval_tokens"] if held_out else None,
         "sequence_length": config.data.sequence_length,
-        "data": {"source": config.data.source, **described},
+        "data": {"source": config.data.source, **description},
         "tokens": tokens_of(config, trainer),
         "fit_tokens": fit_tokens,
         "stages": [
@@ -74,7 +74,7 @@ def summarise(
         "processes": args.world_size,
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else config.model.dtype,
         "skipped_steps": skipped,
-        "steps_at_rest": len(at_rest),
+        "steps_at_rest": len(not_computed),
         "seconds": steps.runtime,
         "seconds_per_step": None if trainer.stages else _median(computed, range(state.global_step)),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
@@ -86,23 +86,23 @@ def summarise(
 
 
 def _median(seconds: dict[int, float], steps: range) -> float | None:
-    """Returns the median duration of those of the steps that this process computed."""
+    """Returns the median duration of the steps in a range that this process computed; None if it computed none."""
     known = [seconds[step] for step in steps if step in seconds]
     return statistics.median(known) if known else None
 
 
-def _mean_loss(log: list[dict[str, Any]], known: float) -> float:
-    """Returns the mean loss over all steps of a run, resumed or not; what is known where none was logged."""
+def _mean_loss(log: list[dict[str, Any]], default: float) -> float:
+    """Returns the mean logged loss over all steps of a run, resumed or not; a default if no loss was logged."""
     entries = [entry for entry in log if "loss" in entry]
     starts = [0, *(entry["step"] for entry in entries)]
     steps = [entry["step"] - start for entry, start in zip(entries, starts, strict=False)]
     if not sum(steps):
-        return known
+        return default
     return sum(entry["loss"] * count for entry, count in zip(entries, steps, strict=True)) / sum(steps)
 
 
 def tokens_of(config: TrainConfig, trainer: SwapTrainer) -> int:
-    """Returns how many tokens a run has read, padding included."""
+    """Returns the number of tokens that a run has read, padding included."""
     done, windows = trainer.state.global_step, windows_per_step(trainer.args)
     if not trainer.stages:
         return done * windows * config.data.sequence_length

@@ -1,4 +1,4 @@
-"""What a swapped model learns from: the model it was."""
+"""Teachers for distillation: the model before patching, or another model."""
 
 import copy
 from collections.abc import Iterator
@@ -21,23 +21,22 @@ from attnswap.training.config import TrainConfig
 
 
 class Teacher:
-    """The model a student was before its swaps, ready to answer.
-
-    Make one with :func:`teacher_of`.
+    """A model whose outputs a student learns to reproduce. Create one with :func:`teacher_of`.
 
     Args:
-        model: The model that answers: the student itself, whose swaps are passed by while it does, or another one.
-        shared: It is the student itself.
-        mixed: Dtype of its matrix products where that is not the dtype of its hidden states.
+        model: The teacher's model. It may be the student itself, whose swaps and adapters are then switched off while
+            it acts as the teacher.
+        shared: Whether the model is the student itself.
+        mixed: Autocast dtype of the matrix products; None: no autocast.
     """
 
     def __init__(self, model: PreTrainedModel, *, shared: bool, mixed: torch.dtype | None = None) -> None:
         self.model, self.shared, self.mixed = model, shared, mixed
-        self._bare: Any = None
+        self._empty_outputs: Any = None
 
     @contextmanager
-    def answering(self) -> Iterator[None]:
-        """Makes the model compute what it did before: no swaps, no adapters, no dropout, no gradients."""
+    def as_teacher(self) -> Iterator[None]:
+        """Switches off swaps, adapters, dropout and gradients inside a ``with`` block."""
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             if self.shared:
@@ -50,32 +49,35 @@ class Teacher:
             yield
 
     def hidden(self, inputs: dict[str, Any]) -> Tensor:
-        """Returns the last hidden states, shape (batch, tokens, width); a copy follows its student to its device."""
+        """Returns the last hidden states, shape (batch, tokens, width).
+
+        A teacher with its own weights is first moved to the device of the inputs.
+        """
         if not self.shared:
             self.model.to(device=inputs["input_ids"].device)  # type: ignore[call-arg]
-        with self.answering():
+        with self.as_teacher():
             outputs = body_of(self.model)(**inputs, use_cache=False)
-        self._bare = type(outputs)()
+        self._empty_outputs = type(outputs)()
         return outputs.last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Returns the logits (rows, vocabulary) of some of those hidden states (rows, width)."""
-        with self.answering():
-            return head_logits(self.model, self._bare, hidden[None])[0]
+        """Returns the logits (rows, vocabulary) of hidden states (rows, width) that :meth:`hidden` returned."""
+        with self.as_teacher():
+            return head_logits(self.model, self._empty_outputs, hidden[None])[0]
 
 
 def teacher_of(model: PreTrainedModel, *, dtype: torch.dtype = torch.bfloat16) -> Teacher:
-    """Returns the teacher of a patched model, to be made before the model is trained.
+    """Returns the teacher of a patched model: the model before patching. Call it before training.
 
-    While the model's own weights are frozen (LoRA, or only the swaps' parameters trained) they are the teacher:
-    nothing is copied. Otherwise it is a frozen copy without the swaps, see :func:`frozen_teacher`.
+    If the model's original weights are frozen (LoRA, or only the swaps' parameters are trained), the teacher uses
+    them too, and nothing is copied. Otherwise it is a frozen copy without the swaps, see :func:`frozen_teacher`.
 
     Args:
-        model: The student, with whatever will be trained set to require gradients.
-        dtype: Dtype of a copy's matrices.
+        model: The student. The parameters that will be trained must already require gradients.
+        dtype: Dtype of the matrices of a copy.
 
     Raises:
-        ConfigError: The model's adapters hold its swaps, and more than they is trained.
+        ConfigError: The model has adapters, and other weights of it are trained too.
     """
     inner: PreTrainedModel = base_of(model)
     own = {id(p) for p in swap_parameters(inner).values()}
@@ -83,7 +85,10 @@ def teacher_of(model: PreTrainedModel, *, dtype: torch.dtype = torch.bfloat16) -
     if not any(p.requires_grad and id(p) not in own and id(p) not in adapters for p in inner.parameters()):
         return Teacher(inner, shared=True)
     if adapters:
-        raise ConfigError("a model with adapters whose own weights are trained too cannot be copied as its teacher")
+        raise ConfigError(
+            "a model with adapters whose other weights are trained too cannot be copied as its own teacher: freeze its "
+            "weights, or merge the adapters"
+        )
     twin = copy.deepcopy(inner)
     if is_patched(twin):
         unpatch(twin)
@@ -91,15 +96,15 @@ def teacher_of(model: PreTrainedModel, *, dtype: torch.dtype = torch.bfloat16) -
 
 
 def frozen_teacher(model: PreTrainedModel, dtype: torch.dtype = torch.bfloat16) -> Teacher:
-    """Makes a model of its own a teacher, in place: frozen, its matrices in another dtype.
+    """Turns a model into a teacher, in place: freezes it and converts its matrices to another dtype.
 
-    In 16 bits it computes as a student in mixed precision does, with hidden states in fp32, and agrees to the last bit
-    with a student that has learned nothing. Hidden states in 16 bits would differ by more than what is left to learn
-    at the end, most of all where activations are massive.
+    With 16-bit matrices the teacher computes in the same way as a student in mixed precision, with hidden states in
+    fp32, so that an untrained student has a loss of exactly 0. The rounding errors of 16-bit hidden states would be
+    larger than what remains to be learned at the end of training, above all where activations are massive.
 
     Args:
         model: A model in fp32, or in ``dtype``.
-        dtype: Dtype of its matrices but for embeddings.
+        dtype: Dtype of the matrices, except embeddings.
     """
     model.eval().requires_grad_(False)
     kept = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
@@ -110,14 +115,14 @@ def frozen_teacher(model: PreTrainedModel, dtype: torch.dtype = torch.bfloat16) 
 
 
 def matrix_dtype(config: TrainConfig) -> torch.dtype:
-    """Returns the dtype in which a recipe's student multiplies matrices, and so its teacher should."""
+    """Returns the dtype of the student's matrix products in a recipe, which its teacher uses too."""
     mixed = next((name for name in ("bf16", "fp16") if config.training.get(name)), None)
     return {"bf16": torch.bfloat16, "fp16": torch.float16, None: getattr(torch, config.model.dtype)}[mixed]
 
 
 @contextmanager
 def _without_adapters(model: nn.Module) -> Iterator[None]:
-    """Switches off peft's layers of a model."""
+    """Switches off the PEFT adapters of a model inside a ``with`` block."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not m.disable_adapters]

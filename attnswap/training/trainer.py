@@ -1,4 +1,4 @@
-"""``transformers.Trainer`` with the swap's parameters in a group of their own and losses weighed by token."""
+"""``transformers.Trainer`` with a parameter group for the swap, and losses averaged over tokens."""
 
 import copy
 import json
@@ -19,29 +19,29 @@ from attnswap.errors import ConfigError
 from attnswap.evaluation.result import write_atomically
 from attnswap.training.loss import chunked_loss
 from attnswap.training.movement import Movement, by_kind
-from attnswap.training.rest import AtRest
 from attnswap.training.stages import Stage, StagedWindows, Stages, staged_schedule
+from attnswap.training.zero_gradient import SkipZeroGradientSteps
 
 
 class SwapTrainer(Trainer):
     """Trains a patched model, or an unpatched one as the control.
 
-    Use it under :func:`attnswap.training.loss.chunked_loss`, with rows of ``input_ids``, ``position_ids`` and
-    ``labels``. The evaluation loss is the summed negative log-likelihood over the summed count of labels, whatever
-    the batches and processes; the training loss already is, for ``average_tokens_across_devices`` is on by default.
+    Use it inside :func:`attnswap.training.loss.chunked_loss`, with rows of ``input_ids``, ``position_ids`` and
+    ``labels``. The evaluation loss is a mean over tokens, independent of the batches and the number of processes. The
+    training loss is too, since ``average_tokens_across_devices`` is on by default.
 
     Args:
-        *args: As for ``Trainer``.
-        swap_lr_multiplier: Learning rate of the swap's parameters over that of the rest.
-        stages: Stages with rates and windows of their own; the callback :class:`attnswap.training.Stages` does the
-            rest of what they ask for.
-        windows: How many windows the data set holds for each stage, in order; empty: all stages draw from all of it.
-        rest: Says which steps need not be computed.
-        **kwargs: As for ``Trainer``.
+        *args: See ``Trainer``.
+        swap_lr_multiplier: Ratio of the learning rate of the swap's parameters to that of the other parameters.
+        stages: Stages with their own learning rates and windows. The callback :class:`attnswap.training.Stages` does
+            everything else that stages need.
+        windows: Number of windows in the data set for each stage, in order; empty: all stages use all windows.
+        skip_steps: Says which steps need not be computed.
+        **kwargs: See ``Trainer``.
 
     Attributes:
-        model: The model, without what Trainer wraps around it.
-        movement: How far the swap's parameters are from where they were when the trainer was made.
+        model: The model, without the wrappers of Trainer.
+        movement: Measures how far the swap's parameters moved since the trainer was created.
     """
 
     model: PreTrainedModel
@@ -52,34 +52,34 @@ class SwapTrainer(Trainer):
         swap_lr_multiplier: float = 10.0,
         stages: Sequence[Stage] = (),
         windows: Sequence[int] = (),
-        rest: AtRest | None = None,
+        skip_steps: SkipZeroGradientSteps | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = True  # the loss in chunks does, whatever the model's own says
-        self.rest = rest
-        if rest is not None:
-            self.add_callback(rest)
+        self.model_accepts_loss_kwargs = True  # the chunked loss accepts them, even if the model's own loss does not
+        self.skip_steps = skip_steps
+        if skip_steps is not None:
+            self.add_callback(skip_steps)
         self.swap_lr_multiplier = swap_lr_multiplier
         self.stages, self.windows = list(stages), list(windows)
         if self.windows and len(self.windows) != len(self.stages):
-            raise ConfigError(f"windows: {len(self.windows)} numbers for {len(self.stages)} stages")
+            raise ConfigError(f"windows: give one number per stage: {len(self.windows)} for {len(self.stages)} stages")
         for section in (stage.section for stage in self.stages):
             if section.sequence_length is not None and not self.windows:
                 raise ConfigError(
-                    f'stages: "{section.name}" has windows of its own: say with windows=[...] how many the data set '
-                    "holds for each stage, one after the other"
+                    f'stages: "{section.name}" has a sequence_length, so the data set must contain the windows of each '
+                    "stage, one stage after another: give the number of windows per stage as windows=[...]"
                 )
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, Stages):
-                callback.served = bool(self.stages)
+                callback.staged_trainer = bool(self.stages)
         self.movement = Movement(self.model)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Makes the recipe's optimizer over :func:`attnswap.parameter_groups`.
+        """Creates the recipe's optimizer over :func:`attnswap.parameter_groups`.
 
         Raises:
-            ConfigError: The optimizer is not installed, or insists on parameter groups of its own.
+            ConfigError: The optimizer is not installed, or makes its own parameter groups.
         """
         if self.optimizer is None:
             trained = self.model if model is None else model
@@ -91,8 +91,8 @@ class SwapTrainer(Trainer):
                 {"params", "model", "optimizer_dict"} & kwargs.keys()
             ):
                 raise ConfigError(
-                    f'training.optim: "{self.args.optim}" makes its own parameter groups, which would train the '
-                    "swap's parameters like all others; take adamw_torch, sgd or another plain optimizer"
+                    f'training.optim: "{self.args.optim}" makes its own parameter groups, so that the swap would '
+                    "not get its own learning rate: use adamw_torch, sgd or another plain optimizer"
                 )
             groups = attnswap.parameter_groups(
                 trained,
@@ -104,14 +104,14 @@ class SwapTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Makes the recipe's schedule, in which each stage starts anew."""
+        """Creates the recipe's learning rate schedule, which begins anew with each stage."""
         if not self.stages:
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
             chosen = self.optimizer if optimizer is None else optimizer
             assert chosen is not None
             self.lr_scheduler = staged_schedule(chosen, self.stages, self.args)
-            self._created_lr_scheduler = True  # so that a second run gets one of its own
+            self._created_lr_scheduler = True  # so that a second call of train() creates another one
         return self.lr_scheduler
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -121,7 +121,7 @@ class SwapTrainer(Trainer):
         return StagedWindows(self.windows, draws, [self.args.seed + stage.index for stage in self.stages])
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
-        """Sees that the best weights are saved, whether or not a checkpoint is due: they are what the run keeps."""
+        """Requests a checkpoint of the best weights, even if none is due at this step: the run ends with them."""
         best = super()._determine_best_metric(*args, **kwargs)
         if best and self.args.load_best_model_at_end:
             self.control.should_save = True
@@ -129,20 +129,20 @@ class SwapTrainer(Trainer):
 
     @property
     def loaded_step(self) -> int | None:
-        """The step whose checkpoint was loaded as the best at the end; None: the weights are those of the last step."""
+        """Step of the best checkpoint, which was loaded at the end; None if the weights are those of the last step."""
         best = self.state.best_model_checkpoint
         if not self.args.load_best_model_at_end or best is None:
             return None
         return int(Path(best).name.rpartition("-")[2])
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Computes a step's loss and gradients, or neither where the model is known to be at rest."""
-        if self.rest is not None and self.rest.here:
+        """Computes loss and gradients of a step, unless the gradients are known to be zero."""
+        if self.skip_steps is not None and self.skip_steps.skip_step:
             return torch.zeros((), device=self.args.device)
         return super().training_step(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the model; one that FSDP shards is put together, except in checkpoints to resume from."""
+        """Saves the model. One that FSDP shards is saved as one model, except in checkpoints to resume from."""
         if not self.is_fsdp_enabled or _internal_call:
             super().save_model(output_dir, _internal_call)
             return
@@ -159,7 +159,7 @@ class SwapTrainer(Trainer):
                 self.model = sharded
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Logs, with the largest change of each kind of swap parameter."""
+        """Logs, and adds the largest change of each kind of swap parameter."""
         if "loss" in logs:
             for kind, moved in by_kind(self.movement.measure(self.model)).items():
                 logs[f"moved_{kind}"] = moved.largest
@@ -174,8 +174,9 @@ class SwapTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Evaluates, and replaces the mean over batches by the mean over tokens."""
-        over = any(isinstance(c, Stages) and not c.installed for c in self.callback_handler.callbacks)
-        with chunked_loss(self.model) if over else nullcontext():  # which the stages took away when training ended
+        # Stages remove their loss from the model when training ends.
+        ended = any(isinstance(c, Stages) and not c.installed for c in self.callback_handler.callbacks)
+        with chunked_loss(self.model) if ended else nullcontext():
             output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
         nll, tokens = (part.astype("float64").sum() for part in output.predictions)
         mean = {f"{metric_key_prefix}_loss": float(nll / tokens), f"{metric_key_prefix}_tokens": int(tokens)}
@@ -183,12 +184,12 @@ class SwapTrainer(Trainer):
 
 
 def windows_per_step(args: TrainingArguments) -> int:
-    """Returns how many windows all processes together read in an optimizer step."""
+    """Returns the number of windows that all processes together read per optimizer step."""
     return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def _unsharded(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> PreTrainedModel:
-    """Returns an ordinary model with a state that was gathered from the parts of a sharded one."""
+    """Returns an ordinary model with the state dict that was gathered from a sharded one."""
     kind = next(base for base in type(model).__mro__ if not issubclass(base, FSDPModule))
     with torch.device("meta"):
         plain = kind(copy.deepcopy(model.config))  # type: ignore[call-arg]
@@ -200,10 +201,10 @@ def _unsharded(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> PreTra
 
 
 class StepLog(TrainerCallback):
-    """Writes every log entry to a file of JSON lines as it comes, and times the steps.
+    """Writes every log entry to a file of JSON lines at once, and times the steps.
 
     Args:
-        path: The file; a run that is resumed goes on in it, from the step of its checkpoint.
+        path: The file. A resumed run continues it from the step of its checkpoint.
 
     Attributes:
         seconds: Duration of each optimizer step of this process, by the number of steps before it.
@@ -216,11 +217,11 @@ class StepLog(TrainerCallback):
 
     @property
     def runtime(self) -> float:
-        """Seconds of fitting and training, of all the processes that took turns at it and came to an orderly end."""
+        """Seconds of fitting and training, summed over the run and its resumptions; a killed run does not count."""
         return sum(entry.get(kind, 0.0) for entry in self._entries() for kind in ("fit_runtime", "train_runtime"))
 
     def note(self, entry: dict[str, Any]) -> None:
-        """Writes an entry of our own."""
+        """Writes an entry that is not from the trainer's log."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
@@ -232,17 +233,17 @@ class StepLog(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Takes out what was logged after the checkpoint that the run goes on from.
+        """Removes the entries after the checkpoint from which the run is resumed.
 
         Raises:
-            ConfigError: A step reads more or less than it did before, so that the run would not be the same.
+            ConfigError: The number of windows per step has changed, so that the run would not be the same.
         """
         windows = windows_per_step(args)
         before = [entry["windows_per_step"] for entry in self._entries() if "windows_per_step" in entry]
         if before and before[-1] != windows:
             raise ConfigError(
-                f"training.resume_from_checkpoint: the run read {before[-1]} windows in a step and would now read "
-                f"{windows}: go on with as many processes as before, or start anew with overwrite=true"
+                f"training.resume_from_checkpoint: the run read {before[-1]} windows per step and would now read "
+                f"{windows}: resume it with the same number of processes, or start anew with overwrite=true"
             )
         if state.is_world_process_zero and not before:
             self.note({"windows_per_step": windows})
@@ -253,16 +254,16 @@ class StepLog(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Starts the clock."""
+        """Starts to time the step."""
         self._started = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stops the clock, and sees that no step stays out of the log."""
+        """Records the step's duration, and logs if a checkpoint or the end follows, so that no step is missing."""
         self.seconds[state.global_step - 1] = time.perf_counter() - self._started
         if control.should_save or state.global_step >= state.max_steps:
             control.should_log = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Writes the newest entry, in the first process."""
+        """Writes the newest entry, in the process of rank 0."""
         if state.is_world_process_zero:
             self.note(state.log_history[-1])

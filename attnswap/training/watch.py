@@ -1,4 +1,4 @@
-"""Where something that is not a number first appears: by layer and head, on the way forward and back."""
+"""Find the layer and head in which the first non-finite number appears, in the forward and backward pass."""
 
 from typing import Any
 
@@ -14,10 +14,10 @@ BACKWARD = ("gradient of the output", "gradient of the query")
 
 
 class Watch:
-    """Looks at the attention of every layer of one model, until it is removed.
+    """Records non-finite numbers in the attention and the gradients of a model, until it is removed.
 
     Args:
-        model: A ``transformers`` model, patched or not. Of one that is not, only the parameters are watched.
+        model: A ``transformers`` model. Of an unpatched one, only the gradients of parameters are recorded.
     """
 
     def __init__(self, model: Any) -> None:
@@ -35,20 +35,20 @@ class Watch:
         ]
 
     def remove(self) -> None:
-        """Stops looking."""
+        """Removes all hooks."""
         for hook in self._enters:
             hook.watch = None
         for handle in self._handles:
             handle.remove()
 
     def __call__(self, call: Any, query: Tensor, output: Tensor, dim: int) -> None:
-        """Looks at one layer's attention; called by the seam.
+        """Checks the attention of one layer; called by its attention function.
 
         Args:
             call: The :class:`~attnswap.surgery.call.LayerCall`.
             query: Shape (batch, heads, queries, head_dim).
-            output: What attention gave.
-            dim: The dimension of its heads.
+            output: The output of attention.
+            dim: The dimension of the output that counts heads.
         """
         layer = call.layer
         self.swaps[layer] = {slot.swap.name: slot.heads and list(slot.heads) for slot in call.slots.values()}
@@ -70,7 +70,7 @@ class Watch:
         def note(gradient: Tensor) -> None:
             local = to_local(gradient)
             finite = torch.isfinite(local.detach())
-            # A swap's parameters go by heads first.
+            # The first dimension of a swap's parameters counts heads.
             self.parameters[name] = ~(
                 finite.flatten(1).all(1) if own and local.ndim > 1 else finite if own else finite.all()
             )
@@ -78,7 +78,7 @@ class Watch:
         return note
 
     def first(self) -> dict[str, Any] | None:
-        """Returns the first place in the order of computation where a number was lost, or None."""
+        """Returns where the first non-finite number appeared, in the order of computation, or None."""
         layers = sorted({layer for layer, _ in self.bad})
         order = [(layer, what) for layer in layers for what in FORWARD]
         order += [(layer, what) for layer in reversed(layers) for what in BACKWARD]
@@ -93,7 +93,7 @@ class Watch:
         return self.bad[layer, what].nonzero().flatten().tolist() if (layer, what) in self.bad else []
 
     def report(self) -> dict[str, Any]:
-        """Returns everything seen, as plain values."""
+        """Returns all recorded non-finite numbers, as plain values."""
         layers = sorted({layer for layer, _ in self.bad})
         return {
             "first": self.first(),
@@ -110,10 +110,10 @@ class Watch:
         }
 
     def summary(self) -> str:
-        """Says in half a sentence where it began."""
+        """Returns a part of a sentence that says where the first non-finite number appeared."""
         found = self.first()
         if found is None:
-            return "all attention was finite: it began elsewhere, such as in the loss"
+            return "attention was finite in all layers, so that it began elsewhere, such as in the loss"
         heads = ", ".join(map(str, found["heads"]))
         return (
             f"first in the {found['where']} of layer {found['layer']}, head {heads} (swap: {', '.join(found['swap'])})"

@@ -105,7 +105,7 @@ class Recorder:
             self.now += cost
             return torch.zeros(())
 
-        return calls.Call(forward, (), torch.zeros(()))
+        return calls.TimedCall(forward, (), torch.zeros(()))
 
 
 def test_rounds_interleave():
@@ -192,9 +192,9 @@ def test_packages(label):
 
 def test_long_calls_of_peers_are_left_out():
     peer = PEERS["eager softmax"]
-    assert "GiB" in estimate.too_much(peer, setting(1 << 22), 1.0, limit=10.0)
-    assert "more than the limit of 10 s" in estimate.too_much(peer, setting(), 11.0, limit=10.0)
-    assert estimate.too_much(peer, setting(), 9.0, limit=10.0) is None
+    assert "GiB" in estimate.reason_to_skip(peer, setting(1 << 22), 1.0, limit=10.0)
+    assert "more than the limit of 10 s" in estimate.reason_to_skip(peer, setting(), 11.0, limit=10.0)
+    assert estimate.reason_to_skip(peer, setting(), 9.0, limit=10.0) is None
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def test_memory_in_fresh_processes():
     dense = [memory.extra_memory(case, setting(n, shape=shape), "dense", 1, False) for n in lengths]
     flash = memory.extra_memory(SDPA, setting(2048, shape=shape), "auto", 1, False)
     square = 4 * 8 * 2048**2
-    assert 2 * square < dense[1] < PEERS["eager softmax"].squares * square
+    assert 2 * square < dense[1] < PEERS["eager softmax"].score_matrices * square
     assert statistics.exponent(lengths, dense) == pytest.approx(2, abs=0.15)
     assert 8 * 2048 * 16 * 4 <= flash < square / 4  # at least its output
 

@@ -13,13 +13,13 @@ from tests.helpers.training import recipe, tiny_llama
 TOO_LONG = {"data": {"sequence_length": 256}}
 RECIPES: dict[str, tuple[dict[str, Any], str]] = {
     "data": ({"data": {"files": ["nowhere/*.txt"]}}, "no file matches"),
-    "no text": ({"data": {"files": ["EMPTY"]}}, "at least two are needed"),
+    "no text": ({"data": {"files": ["EMPTY"]}}, "but needs two"),
     "JSON lines": ({"data": {"files": ["BROKEN"]}}, "not valid JSON"),
     "long documents": (
         {"stages": [{"name": "long", "share": 1.0, "sequence_length": 128}], "data": {"max_documents": 2}},
-        "no document of the training data",
+        "no training document fills",
     ),
-    "window": (TOO_LONG, "256 tokens are more than the 128 positions"),
+    "window": (TOO_LONG, "must be at most 128, the number of positions"),
     "tokenizer": ({"model": {"reference": "MODEL", "tokenizer": "BARE"}}, "no tokenizer"),
     "model": ({"model": {"reference": "./nowhere"}}, "no model at"),
     "foreign model": ({"model": {"reference": "EMPTY FOLDER"}}, "no model config"),

@@ -122,7 +122,7 @@ def test_the_built_in_text_is_read_without_one(run, models):
         (["MODEL", "--device", "gpuu"], 2, 'unknown device "gpuu"'),
         (["GPT2", "--window", "200", "--device", "cpu"], 2, "cannot read windows of 200 tokens"),
         (["MAMBA"], 3, "no attention module"),
-        (["NAN", *SMALL], 4, "non-finite"),
+        (["NAN", *SMALL], 4, "is not finite"),
         ([], 2, "MODEL"),
     ],
 )
@@ -176,7 +176,7 @@ def test_any_shapes_and_names_are_drawn(tmp_path):
     negative.zeros[:] = 0.0
     assert_drawn(plot_structure([negative], tmp_path / "negative.png", labels=["a"]))
     for given in ([], shapes):
-        with pytest.raises(ConfigError, match="one label for each"):
+        with pytest.raises(ConfigError, match="as many labels as structures"):
             plot_structure(given, tmp_path / "none.png", labels=names[: len(given) - 1])
     assert not (tmp_path / "none.png").exists()
 

@@ -19,7 +19,7 @@ from attnswap.errors import ConfigError
 from attnswap.evaluation.bootstrap import Comparison
 from attnswap.healing import speed
 from attnswap.healing.experiment import Experiment
-from attnswap.healing.measuring import Bench
+from attnswap.healing.measurements import CachedMeasurements
 from attnswap.healing.report import rows_of, table, title
 from attnswap.healing.result import proof_of_use, recovered
 from attnswap.training import Stages, parse_config
@@ -156,7 +156,7 @@ def test_a_signal_in_the_last_step_of_a_run_ends_the_experiment(
     with monkeypatch.context() as patch:
         patch.setattr(Stages, method, killed)
         assert run(tmp_path) == 143
-    assert "stopped by SIGTERM when healed was trained" in capsys.readouterr().err
+    assert "stopped by SIGTERM after the training of healed" in capsys.readouterr().err
     assert (tmp_path / "out" / "healed" / "summary.json").is_file()
     assert not list((tmp_path / "out").glob("control*"))
 
@@ -170,7 +170,7 @@ def test_a_control_by_other_batches_or_of_other_text_is_refused(
     summary = tmp_path / "out" / "control" / "summary.json"
     right = json.loads(summary.read_text())
     for wrong, words in (
-        ({"windows_per_step": 16}, "windows in a step: 2 and 16"),
+        ({"windows_per_step": 16}, "windows per step: 2 and 16"),
         ({"data": {**right["data"], "sha256": "0" * 64}}, "sha256 of the text"),
     ):
         summary.write_text(json.dumps(right | wrong))
@@ -192,8 +192,8 @@ def test_the_swap_alone_is_the_model_that_training_started_from(tmp_path: Path) 
     written(tmp_path)
     swap = {"name": "selective-temperature", "init": "paper"}
     experiment = Experiment(parse_config(recipe(tmp_path, swap=swap)), tmp_path / "out", text=TEXT)
-    bench = Bench(experiment, byte_tokenizer())
-    ours, theirs = (swap_parameters(bench.unhealed()) for _ in range(2))
+    measurements = CachedMeasurements(experiment, byte_tokenizer())
+    ours, theirs = (swap_parameters(measurements.unhealed()) for _ in range(2))
     assert any(p.std() > 0 for p in ours.values()), "it starts from noise"
     assert all(torch.equal(p, theirs[name]) for name, p in ours.items())
 
@@ -201,14 +201,14 @@ def test_the_swap_alone_is_the_model_that_training_started_from(tmp_path: Path) 
 def test_a_swap_that_overflows_untrained_is_left_out_of_the_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original = Bench.unhealed
+    original = CachedMeasurements.unhealed
 
-    def overflowing(self: Bench, *args: Any, **kwargs: Any) -> Any:
+    def overflowing(self: CachedMeasurements, *args: Any, **kwargs: Any) -> Any:
         model = original(self, *args, **kwargs)
         model.get_output_embeddings().weight.data.fill_(math.nan)
         return model
 
-    monkeypatch.setattr(Bench, "unhealed", overflowing)
+    monkeypatch.setattr(CachedMeasurements, "unhealed", overflowing)
     written(tmp_path)
     assert run(tmp_path) == 0, capsys.readouterr().err
     assert "unhealed is left out of the result" in capsys.readouterr().out
@@ -264,7 +264,7 @@ FOUND = sorted((ROOT / "results").glob("*/result.json"))
 @pytest.mark.parametrize("width", [80, 60, 30])
 def test_no_number_of_the_closing_table_is_cut(width: int) -> None:
     """Whatever was measured, in a terminal of any width."""
-    wanted = {True: "the swap is used", False: "the swap is not used", None: "starts as an identity"}
+    wanted = {True: "the swap is used", False: "the swap is not used", None: "starts as softmax"}
     seen = set()
     for file in FOUND:
         result = json.loads(file.read_text())
@@ -288,7 +288,7 @@ def test_no_number_of_the_closing_table_is_cut(width: int) -> None:
 def test_a_swap_is_needed_to_be_healed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="heals a swap"):
         Experiment(config=parse_config(recipe(tmp_path, swap="none")), out=tmp_path / "out")
-    with pytest.raises(ConfigError, match="a part of the swap only"):
+    with pytest.raises(ConfigError, match="at a lambda of 1, not"):
         Experiment(config=parse_config(recipe(tmp_path, swap="softpick", ramp=0.05)), out=tmp_path / "out")
 
 

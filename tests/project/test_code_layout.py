@@ -15,7 +15,7 @@ from attnswap.modes import evaluating
 from attnswap.surgery.module import LayerSwap
 from attnswap.surgery.spec import _taken
 from attnswap.swaps import ModelInfo
-from attnswap.training.loss import _prove
+from attnswap.training.loss import _check_head
 from attnswap.training.packing import check_separation
 from tests.helpers.paths import ROOT
 from tests.helpers.thinning import kept
@@ -165,7 +165,7 @@ def score(model: PreTrainedModel) -> None:
         assert not any(module.training for module in model.modules())
 
 
-@pytest.mark.parametrize("use", [check_separation, _prove, score])
+@pytest.mark.parametrize("use", [check_separation, _check_head, score])
 def test_a_frozen_layer_stays_in_evaluation_mode(use: Callable[[PreTrainedModel], None]) -> None:
     """Trials of a model put back the mode of each module, not one mode for all."""
     model = tiny("llama").train()

@@ -14,11 +14,11 @@ import torch
 import yaml
 
 from attnswap.errors import ConfigError, NumericsError
-from attnswap.healing.alike import differences
+from attnswap.healing.comparable import recipe_differences
 from attnswap.healing.experiment import Experiment
 from attnswap.healing.leaderboard import PAGE, page, read_results, table
 from attnswap.healing.report import markdown
-from attnswap.healing.rerun import check_rerun, read_committed, within
+from attnswap.healing.rerun import check_rerun, compare_with_committed, read_committed
 from attnswap.training.config import as_run, load_config, parse_config
 from tests.helpers.paths import ROOT
 
@@ -162,13 +162,13 @@ RECIPE = parse_config({"output_dir": "out", "model": {"reference": "embedded"}, 
 
 
 def test_a_rerun_must_land_in_the_committed_interval() -> None:
-    assert "1.0250" in within(made(1.025), made(1.02))[0]
+    assert "1.0250" in compare_with_committed(made(1.025), made(1.02))[0]
     with pytest.raises(NumericsError, match="outside"):
-        within(made(1.04), made(1.02))
+        compare_with_committed(made(1.04), made(1.02))
     with pytest.raises(ConfigError, match="training text differ"):
-        within({**made(1.02), "data": {"sha256": "c"}}, made(1.02))
+        compare_with_committed({**made(1.02), "data": {"sha256": "c"}}, made(1.02))
     with pytest.raises(ConfigError, match="protocol differ"):
-        within({**made(1.02), "protocol": {"scored_tokens": 91}}, made(1.02))
+        compare_with_committed({**made(1.02), "protocol": {"scored_tokens": 91}}, made(1.02))
 
 
 def test_a_rerun_of_something_else_is_refused_before_it_is_trained(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_a_rerun_of_something_else_is_refused_before_it_is_trained(tmp_path: Pat
         (RECIPE, {"dtype": torch.bfloat16}, "dtype"),
         (RECIPE, {"max_tokens": 91}, "max_tokens"),
         (RECIPE, {"max_tokens": 93}, "max_tokens"),
-        (RECIPE, {"text": "another"}, "another Python"),
+        (RECIPE, {"text": "another"}, "the text to measure on"),
     ):
         with pytest.raises(ConfigError, match=words):
             check_rerun(Experiment(config, **{**options, **changes}), made(1.02))
@@ -195,4 +195,4 @@ def test_a_rerun_of_something_else_is_refused_before_it_is_trained(tmp_path: Pat
 
 def test_the_recipe_that_results_smoke_runs_is_the_committed_one() -> None:
     ran = load_config(ROOT / "recipes" / "smoke" / "softpick.yaml")
-    assert not differences(as_run(ran), FOUND["smoke"]["recipe"])
+    assert not recipe_differences(as_run(ran), FOUND["smoke"]["recipe"])

@@ -44,7 +44,7 @@ from attnswap.coverage.columns import move_away, oracle
 from attnswap.errors import AttnSwapError, CheckpointError, ConfigError, UnsupportedModelError
 from attnswap.surgery.inputs import tiny_inputs
 from attnswap.surgery.patched import stacks_of
-from attnswap.training.ramp import follow_checkpoint, note_ramps
+from attnswap.training.ramp import load_ramps, save_ramps
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 TOKENS = {"vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -250,16 +250,16 @@ def test_lambda_of_one_of_several_parts(kind, tmp_path):
     mixed = run(model)
     assert torch.equal(run(type(model).from_pretrained(tmp_path)), mixed)
     (tmp_path / "sharded").mkdir()
-    note_ramps(model, tmp_path / "sharded")
+    save_ramps(model, tmp_path / "sharded")
     for checkpoint in (tmp_path, tmp_path / "sharded"):  # by config.json, and by the file beside sharded weights
         attnswap.set_ramp(model, 0.25)
         assert not torch.equal(run(model), mixed)
-        follow_checkpoint(model, checkpoint)
+        load_ramps(model, checkpoint)
         assert torch.equal(run(model), mixed)
     attnswap.unpatch(model)
     attnswap.patch(model, "softpick", part="encoder", ramp=0.5)
     with pytest.raises(CheckpointError, match="same swap"):
-        follow_checkpoint(model, tmp_path)
+        load_ramps(model, tmp_path)
     assert attnswap.describe(model).layers[0].swaps["softpick"].ramp == 0.5
 
 

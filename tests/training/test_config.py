@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import attnswap
 from attnswap.errors import ConfigError
-from attnswap.healing.alike import as_control
+from attnswap.healing.comparable import control_recipe
 from attnswap.healing.experiment import Experiment
 from attnswap.training import load_config, parse_config
 from attnswap.training.config import to_mapping
@@ -69,7 +69,7 @@ HEALING = sorted((ROOT / "recipes" / "heal").glob("*.yaml"))
 
 def control_of(path: Path) -> dict[str, Any]:
     experiment = Experiment(config=load_config(path, ["output_dir=out"]), out=Path("out"))
-    return as_control(to_mapping(experiment.control_config))
+    return control_recipe(to_mapping(experiment.control_config))
 
 
 @pytest.mark.parametrize("path", HEALING, ids=lambda path: path.stem)
@@ -127,8 +127,8 @@ def test_a_resolved_recipe_reads_back() -> None:
         ({"training": {"per_device_train_batch_size": 0}}, "training.per_device_train_batch_size: must be at least 1"),
         ({"training": {"gradient_accumulation_steps": 0}}, "training.gradient_accumulation_steps: must be at least 1"),
         ({"training": {"seed": -1}}, "training.seed: must be at least 0"),
-        ({"training": {"metric_for_best_model": "accuracy"}}, "training.metric_for_best_model: the loss is all"),
-        ({"training": {"greater_is_better": True}}, "training.greater_is_better: a smaller loss is better"),
+        ({"training": {"metric_for_best_model": "accuracy"}}, "training.metric_for_best_model: must be eval_loss"),
+        ({"training": {"greater_is_better": True}}, "training.greater_is_better: must be false"),
         ({"training": {"lr_scheduler_type": "cosin"}}, 'unknown value "cosin". Did you mean "cosine"?'),
         ({"swap": "ssmx"}, 'unknown swap "ssmx". Did you mean "ssmax"?'),
         ({"swap": {"name": "ssmax", "fom": "affine"}}, 'has no option "fom". Did you mean "form"?'),
@@ -138,10 +138,10 @@ def test_a_resolved_recipe_reads_back() -> None:
         ({"model": "embedded"}, "model: must be a mapping"),
         ({"model": {"dtype": "float23"}}, "not 'float23' (str). Did you mean \"float32\"?"),
         ({"data": {"source": "files"}}, 'data.files: goes with "source: files"'),
-        ({"data": {"kind": "chat"}}, "the offline text holds no chats"),
+        ({"data": {"kind": "chat"}}, "the offline text has no conversations"),
         ({"data": {"eval_fraction": 0}}, "data.eval_fraction: must lie between 0 and 1"),
-        ({"swap": "none", "layers": [0]}, "layers, heads: nothing is swapped"),
-        ({"optimizer": {"freeze": "all_but_swap"}, "lora": {}}, "lora: goes with"),
+        ({"swap": "none", "layers": [0]}, "layers, heads: leave them out"),
+        ({"optimizer": {"freeze": "all_but_swap"}, "lora": {}}, "lora: needs"),
         ({"output_dir": 3}, "output_dir: must be a text"),
     ],
 )

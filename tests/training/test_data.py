@@ -33,7 +33,7 @@ from tests.helpers.training import byte_tokenizer, documents, recipe, tiny_gemma
 def windows(lengths: list[int], length: int, bos: int | None, whole: bool = False) -> list[dict[str, list[int]]]:
     """Packs documents whose tokens are all different: document d has tokens 1000 d + 10, 1000 d + 11, ..."""
     made = [[1000 * d + 10 + i for i in range(n)] for d, n in enumerate(lengths)]
-    return list(pack([Document(ids, ids) for ids in made], length, bos=bos, pad=1, whole=whole))
+    return list(pack([Document(ids, ids) for ids in made], length, bos=bos, pad=1, cut_documents=not whole))
 
 
 def pieces(window: dict[str, list[int]]) -> list[slice]:
@@ -127,8 +127,8 @@ def test_offline_text_is_split_by_file(tmp_path: Path) -> None:
     ("content", "changes", "message"),
     [
         (None, {}, "no file matches"),
-        ("only one", {}, "at least two are needed"),
-        ("a\n\nb", {"documents": "file"}, "at least two are needed"),
+        ("only one", {}, "but needs two"),
+        ("a\n\nb", {"documents": "file"}, "but needs two"),
         (b"\xff\xff", {}, "as UTF-8 text"),
         ("{}", {"kind": "chat"}, 'a.txt line 1: needs a list "messages"'),
         ('{"messages": [{"role": "user"}]}', {"kind": "chat"}, 'needs a text "role" and a text "content"'),
@@ -169,7 +169,7 @@ def test_enough_and_different_text_is_passed_over_in_silence(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("texts", "training", "message"),
     [
-        (unlike(40) + unlike(40)[:15], {}, "15 documents repeat others and are left out; 32 are trained on"),
+        (unlike(40) + unlike(40)[:15], {}, "15 documents repeat others and are left out; 32 are used for training"),
         (unlike(20), {"per_device_train_batch_size": 99, "gradient_accumulation_steps": 9}, "a step reads 891 windows"),
         (unlike(20), {"max_steps": 5000}, r"windows are each read \d+ times"),
         (unlike(9, words=5), {}, r"only \d+ held-out tokens"),
@@ -235,9 +235,9 @@ def test_chat_templates_that_hide_the_answer_are_refused(smollm2: PreTrainedToke
     with pytest.raises(ConfigError, match="no chat template"):
         encode_conversation(CHAT, byte_tokenizer())
     rewriting = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(ConfigError, match="renders earlier turns differently"):
+    with pytest.raises(ConfigError, match="renders earlier messages differently"):
         encode_conversation(CHAT, byte_tokenizer(rewriting))
-    with pytest.raises(ConfigError, match="cannot start with the assistant"):
+    with pytest.raises(ConfigError, match="cannot start with an assistant message"):
         encode_conversation(CHAT[1:], smollm2)
 
 
@@ -261,7 +261,7 @@ def test_a_model_that_cannot_be_packed_is_refused():
 
 def test_one_document_for_each_window():
     documents = [Document(list(range(10, 10 + n)), list(range(10, 10 + n))) for n in (5, 3, 20)]
-    windows = list(pack(documents, 8, bos=1, pad=0, together=False))
+    windows = list(pack(documents, 8, bos=1, pad=0, share_windows=False))
     assert [w["input_ids"][:2] for w in windows] == [[1, 10], [1, 10], [1, 10], [1, 17], [1, 24]]
     assert all(len(w["input_ids"]) == 8 for w in windows)
     assert [sum(label != -100 for label in w["labels"]) for w in windows] == [5, 3, 7, 7, 6]

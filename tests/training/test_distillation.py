@@ -274,7 +274,7 @@ def test_a_transfer_leaves_out_what_stands_between_attention(
     assert beside
     assert not called
     assert [module.forward for module in beside] == before
-    monkeypatch.setattr("attnswap.training.transfer._idle", lambda module: contextlib.nullcontext())
+    monkeypatch.setattr("attnswap.training.transfer._returning_zeros", lambda module: contextlib.nullcontext())
     whole_loss, whole_gradient = learned()
     assert len(called) == len(beside)
     assert torch.equal(loss, whole_loss)
@@ -348,8 +348,8 @@ def test_a_regression_alone_calibrates_a_swap_that_is_not_there_yet() -> None:
 
 @pytest.mark.parametrize("loss", [{"transfer": 1.0}, {"regression": 1.0}, {"ce": 1.0, "sinks": 50.0}])
 def test_nothing_is_learned_from_padding(loss: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attnswap.training.sinks.ROWS", 1000)  # all queries
-    monkeypatch.setattr("attnswap.training.sinks.SPARED", 0.0)
+    monkeypatch.setattr("attnswap.training.sinks.QUERIES", 1000)  # all queries
+    monkeypatch.setattr("attnswap.training.sinks.FREE_WEIGHT", 0.0)
     model = tiny_llama()
     teacher = teacher_of(model, dtype=torch.float32)
     attnswap.patch(model, {"name": "sigmoid", "bias": "predicted"})

@@ -166,7 +166,7 @@ def test_an_experiment_runs_by_two_processes_from_end_to_end(tmp_path):
     shutil.rmtree(tmp_path / "many" / "control")
     refused = spawn("-m", "attnswap.cli", *words)
     assert refused.returncode == 2
-    assert "on 4 windows a step, and its control would be on 2" in " ".join(refused.stderr.split())
+    assert "on 4 windows per step, and its control would be on 2" in " ".join(refused.stderr.split())
     again = accelerate(2, "--module", "attnswap.cli", *words)
     assert again.returncode == 0, again.stderr[-6000:]
 

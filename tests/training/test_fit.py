@@ -1,4 +1,4 @@
-"""Calibration by least squares: starts that are told from what the unswapped layers do."""
+"""Calibration by least squares: initial values that are fitted to the original attention."""
 
 import copy
 import json
@@ -127,7 +127,7 @@ def test_a_fit_looks_at_as_many_tokens_of_each_length(tmp_path: Path, monkeypatc
     assert train(parse_config(values)).summary["fit_tokens"] == 8 * 64 + 5 * 100
     assert seen == [(1, 64)] * 8 + [(1, 100)] * 5
     values["fit"] = {"sequence_lengths": [64, 129]}
-    with pytest.raises(ConfigError, match=r"fit.sequence_lengths: 129 tokens are more"):
+    with pytest.raises(ConfigError, match=r"fit.sequence_lengths: must be at most 128"):
         train(parse_config({**values, "output_dir": str(tmp_path / "other")}))
     values["fit"] = {"sequence_lengths": []}
     with pytest.raises(ConfigError, match="must be positive"):

@@ -123,7 +123,7 @@ def test_a_head_that_needs_more_than_the_hidden_states_is_refused() -> None:
             return output
 
     model = Odd(tiny_llama().config)
-    with pytest.raises(UnsupportedModelError, match="other logits apart from its decoder"), chunked_loss(model):
+    with pytest.raises(UnsupportedModelError, match="gives other logits then"), chunked_loss(model):
         pass
 
     class Earlier(LlamaForCausalLM):
@@ -131,7 +131,7 @@ def test_a_head_that_needs_more_than_the_hidden_states_is_refused() -> None:
             states = self.model(input_ids, output_hidden_states=True).hidden_states
             return CausalLMOutputWithPast(logits=self.lm_head(states[-2]))
 
-    with pytest.raises(UnsupportedModelError, match="cannot be run apart"), chunked_loss(Earlier(tiny_llama().config)):
+    with pytest.raises(UnsupportedModelError, match="cannot:"), chunked_loss(Earlier(tiny_llama().config)):
         pass
     model = tiny_llama()
     model.config.output_router_logits = True

@@ -12,9 +12,9 @@ from attnswap.cli import app
 from attnswap.errors import CheckpointError, ConfigError
 from attnswap.healing import Experiment, heal
 from attnswap.training.config import TrainConfig, parse_config
-from attnswap.training.durable import check, latest_checkpoint, seal
+from attnswap.training.durable import check_complete, latest_checkpoint, mark_complete
 from attnswap.training.output import Output
-from attnswap.training.ramp import SPEC, follow_checkpoint
+from attnswap.training.ramp import SPEC, load_ramps
 from tests.helpers.tiny_models import tiny
 
 
@@ -219,11 +219,11 @@ def test_a_checkpoint_with_a_damaged_marker_is_not_whole(tmp_path: Path, damage:
     for step in (1, 2):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "model.safetensors").write_text("weights")
-        seal(tmp_path / f"checkpoint-{step}")
+        mark_complete(tmp_path / f"checkpoint-{step}")
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
     (tmp_path / "checkpoint-2" / "complete.json").write_bytes(DAMAGED[damage])
     with pytest.raises(CheckpointError, match="incomplete"):
-        check(tmp_path / "checkpoint-2")
+        check_complete(tmp_path / "checkpoint-2")
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
 
 
@@ -236,7 +236,7 @@ def test_a_checkpoint_with_a_damaged_spec_is_refused(tmp_path: Path, damage: str
     no_json = damage in ("", "{", "[]", "1", "null", '"files"', "of bytes", "deep", "zeros")
     if name == SPEC or no_json:
         with pytest.raises(CheckpointError):
-            follow_checkpoint(model, tmp_path)
+            load_ramps(model, tmp_path)
     else:
-        follow_checkpoint(model, tmp_path)  # it says nothing of swaps
+        load_ramps(model, tmp_path)  # it says nothing of swaps
     assert attnswap.describe(model).patched_layers == [0, 1]

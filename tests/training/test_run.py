@@ -156,7 +156,9 @@ def test_checkpoints_are_saved_when_the_recipe_says(
     training: dict[str, Any], steps: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved: list[int] = []
-    monkeypatch.setattr("attnswap.training.durable.seal", lambda folder: saved.append(int(folder.name.split("-")[1])))
+    monkeypatch.setattr(
+        "attnswap.training.durable.mark_complete", lambda folder: saved.append(int(folder.name.split("-")[1]))
+    )
     run(tmp_path, training={"max_steps": 5, "learning_rate": 1e-3} | training)
     assert saved == steps
 
@@ -248,13 +250,13 @@ def test_a_run_resumed_ends_where_a_straight_one_does(tmp_path: Path, monkeypatc
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, **changes)
     checkpoint = tmp_path / "out.partial" / "checkpoint-6"
-    with pytest.raises(ConfigError, match=r"go on with training\.resume_from_checkpoint=latest"):
+    with pytest.raises(ConfigError, match=r"resume it with training\.resume_from_checkpoint=latest"):
         run(tmp_path, **changes)
     changes["training"] |= {"resume_from_checkpoint": str(checkpoint)}
     resumed = run(tmp_path, **changes)
     assert torch.equal(logits(resumed.output_dir), logits(straight.output_dir))
     assert resumed.movement == straight.movement
-    with pytest.raises(ConfigError, match="no checkpoint with an optimizer state"):
+    with pytest.raises(ConfigError, match="not a checkpoint with an optimizer state"):
         run(tmp_path, overwrite=True, training={"resume_from_checkpoint": str(tmp_path)})
 
 
@@ -356,10 +358,10 @@ def test_what_is_there_is_not_touched_by_mistake(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": {"sequence_length": 256}}, "256 tokens are more than the 128 positions"),
+        ({"data": {"sequence_length": 256}}, "must be at most 128, the number of positions"),
         (
             {"stages": [{"name": "long", "share": 1.0, "loss": {"ce": 1.0}, "sequence_length": 256}]},
-            "stages.0.sequence_length: 256 tokens are more than the 128 positions",
+            "stages.0.sequence_length: must be at most 128",
         ),
         ({"swap": "softpick", "optimizer": {"freeze": "all_but_swap"}}, "has no parameters of its own"),
         ({"swap": "none", "optimizer": {"freeze": "all_but_swap"}}, "has no parameters of its own"),

@@ -13,8 +13,8 @@ from attnswap.evaluation.structure import FIRST_QUERY
 from attnswap.surgery.call import LayerCall
 from attnswap.training import Distillation, LossSection, chunked_loss, sinks
 from attnswap.training.observing import observing
-from attnswap.training.regression import Errors
-from attnswap.training.sinks import Sinks
+from attnswap.training.regression import RegressionLoss
+from attnswap.training.sinks import SinkLoss
 from tests.helpers.training import VOCABULARY, tiny_llama
 
 TINY_GPTJ = GPTJConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, rotary_dim=8, n_positions=128)
@@ -43,11 +43,11 @@ def inputs_of(values: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_it_is_the_weight_on_each_documents_first_token(
     monkeypatch: pytest.MonkeyPatch, swap: Any, lengths: list[int]
 ) -> None:
-    monkeypatch.setattr(sinks, "ROWS", 1000)  # all queries
-    monkeypatch.setattr(sinks, "SPARED", 0.013)  # near the mean, so that some heads cost and others do not
+    monkeypatch.setattr(sinks, "QUERIES", 1000)  # all queries
+    monkeypatch.setattr(sinks, "FREE_WEIGHT", 0.013)  # near the mean, so that some heads cost and others do not
     model, values = tiny_llama(), windows(lengths)
     attnswap.patch(model, swap, heads=[0, 2])
-    with observing(model, Sinks(all_of(values))) as found:
+    with observing(model, SinkLoss(all_of(values))) as found:
         weights = model(**inputs_of(values), use_cache=False, output_attentions=True).attentions
     expected = []
     for layer in (0, 1):
@@ -60,16 +60,16 @@ def test_it_is_the_weight_on_each_documents_first_token(
 
 
 def test_some_queries_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sinks, "SPARED", 0.0)
+    monkeypatch.setattr(sinks, "FREE_WEIGHT", 0.0)
     model, values = tiny_llama(), windows([400])
     attnswap.patch(model, "ssmax")
     draws = []
     for _ in range(60):
-        with observing(model, Sinks(all_of(values))) as found, torch.no_grad():
+        with observing(model, SinkLoss(all_of(values))) as found, torch.no_grad():
             model(**inputs_of(values), use_cache=False)
         draws.append(found.mean())
-    monkeypatch.setattr(sinks, "ROWS", 1000)
-    with observing(model, Sinks(all_of(values))) as found, torch.no_grad():
+    monkeypatch.setattr(sinks, "QUERIES", 1000)
+    with observing(model, SinkLoss(all_of(values))) as found, torch.no_grad():
         model(**inputs_of(values), use_cache=False)
     assert len({float(draw) for draw in draws}) > 10
     assert float(torch.stack(draws).mean()) == pytest.approx(float(found.mean()), rel=0.25)
@@ -78,7 +78,7 @@ def test_some_queries_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_short_texts_have_no_sinks() -> None:
     model, values = tiny_llama(), windows([FIRST_QUERY, FIRST_QUERY])
     attnswap.patch(model, "ssmax")
-    with observing(model, Sinks(all_of(values))) as found:
+    with observing(model, SinkLoss(all_of(values))) as found:
         model(**inputs_of(values), use_cache=False)
     assert found.mean() == 0
 
@@ -86,7 +86,7 @@ def test_short_texts_have_no_sinks() -> None:
 def test_heads_that_are_no_sinks_cost_nothing() -> None:
     model, values = tiny_llama(), windows([200])
     attnswap.patch(model, "ssmax")
-    with observing(model, Sinks(all_of(values))) as found:
+    with observing(model, SinkLoss(all_of(values))) as found:
         model(**inputs_of(values), use_cache=False)
     total = found.mean()
     assert total is not None
@@ -96,7 +96,7 @@ def test_heads_that_are_no_sinks_cost_nothing() -> None:
 
 
 def test_learning_takes_the_weight_away_and_the_log_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sinks, "SPARED", 0.0)
+    monkeypatch.setattr(sinks, "FREE_WEIGHT", 0.0)
     model, values = tiny_llama(), windows([160])
     attnswap.patch(model, "ssmax")
     objective = Distillation(None, LossSection(ce=1.0, sinks=100.0))
@@ -146,7 +146,7 @@ def test_a_slot_at_lambda_0_is_seen_and_costs_nothing(make: Any) -> None:
     def observe(call: LayerCall, slot: str, problem: Problem) -> None:
         seen.append((call.layer, float(torch.as_tensor(problem.ramp).max())))
 
-    looks = Sinks(all_of(ids)), Errors(all_of(ids))
+    looks = SinkLoss(all_of(ids)), RegressionLoss(all_of(ids))
     with observing(model, observe), observing(model, looks[0]) as found, observing(model, looks[1]) as errors:
         assert torch.equal(model(ids, use_cache=False).logits, expected)
     assert seen == [(0, 0.0), (1, 0.0)]

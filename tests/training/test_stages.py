@@ -28,8 +28,8 @@ from attnswap.training import (
     teacher_of,
     train,
 )
-from attnswap.training.ramp import ramps
-from attnswap.training.stages import StagedWindows, staged_schedule, without_swaps
+from attnswap.training.ramp import ramp_at
+from attnswap.training.stages import StagedWindows, control_stages, staged_schedule
 from tests.helpers.kill_saves import Tokens
 from tests.helpers.paths import ROOT
 from tests.helpers.training import cut_off, logged, recipe, stop_at, tiny_llama, write_model
@@ -39,14 +39,14 @@ def test_sections_that_say_nothing_sensible_are_refused() -> None:
     for values, words in (
         ({"ce": 0.0}, "must be positive"),
         ({"kl": -1.0}, "not be negative"),
-        ({"transfer": 1.0}, "stands alone"),
+        ({"transfer": 1.0}, "cannot be combined"),
         ({"temperature": 0.0}, "temperature"),
     ):
         with pytest.raises(ConfigError, match=words):
             LossSection(**values)
     with pytest.raises(ConfigError, match="train: attention"):
         StageSection("x", 1.0, LossSection(ce=0, kl=0, transfer=1))
-    with pytest.raises(ConfigError, match="never gets to 0"):
+    with pytest.raises(ConfigError, match="cannot end at 0"):
         RampSection(1.0, 0.0)
 
 
@@ -57,23 +57,23 @@ def test_a_geometric_ramp_multiplies_and_ends_at_its_end() -> None:
     model = tiny_llama()
     attnswap.patch(model, "softpick", ramp=0.0)
     section = RampSection(least=1e-2)
-    values = [ramps(section, step / 4, model) for step in range(6)]
+    values = [ramp_at(section, step / 4, model) for step in range(6)]
     assert values == pytest.approx([0.0, 10**-1.5, 10**-1.0, 10**-0.5, 1.0, 1.0])
-    assert ramps(RampSection(0.2, 0.8, shape="linear"), 0.5, model) == pytest.approx(0.5)
-    assert ramps(RampSection(0.0, 1.0, shape="cosine"), 0.25, model) == pytest.approx((1 - 2**-0.5) / 2)
+    assert ramp_at(RampSection(0.2, 0.8, shape="linear"), 0.5, model) == pytest.approx(0.5)
+    assert ramp_at(RampSection(0.0, 1.0, shape="cosine"), 0.25, model) == pytest.approx((1 - 2**-0.5) / 2)
 
 
 def test_layers_and_heads_may_take_turns() -> None:
     model = tiny_llama(num_hidden_layers=3)
     attnswap.patch(model, "softpick", ramp=0.0)
     linear = {"shape": "linear", "spread": 0.5}
-    up = ramps(RampSection(layers="first to last", **linear), 0.5, model)
+    up = ramp_at(RampSection(layers="first to last", **linear), 0.5, model)
     assert up == pytest.approx({0: 1.0, 1: 0.5, 2: 0.0})
-    down = ramps(RampSection(layers="last to first", **linear), 0.75, model)
+    down = ramp_at(RampSection(layers="last to first", **linear), 0.75, model)
     assert down == pytest.approx({0: 0.5, 1: 1.0, 2: 1.0})
-    heads = ramps(RampSection(heads="one by one", **linear), 0.5, model)
+    heads = ramp_at(RampSection(heads="one by one", **linear), 0.5, model)
     assert heads == dict.fromkeys(range(3), (1.0, 1.0, 0.0, 0.0)), "two query heads share one key head"
-    both = ramps(RampSection(layers="first to last", heads="one by one", **linear), 0.5, model)
+    both = ramp_at(RampSection(layers="first to last", heads="one by one", **linear), 0.5, model)
     assert [both[layer] for layer in range(3)] == [
         pytest.approx(x) for x in ((1.0, 1.0, 0.8, 0.8), (0.6, 0.6, 0.4, 0.4), (0.2, 0.2, 0.0, 0.0))
     ]
@@ -106,9 +106,9 @@ def test_stages_share_the_steps_of_a_run() -> None:
     with pytest.raises(ConfigError, match="too few"):
         plan_stages(sections, 2)
     plan = plan_stages([StageSection("t", 0.5, TRANSFER, train="attention"), StageSection("kl", 0.5, KL)], 10)
-    assert [(s.section.name, s.first, s.steps) for s in without_swaps(plan)] == [("kl", 0, 5)]
-    assert [stage.index for stage in without_swaps(plan)] == [1], "whose windows are those of the healed run"
-    assert without_swaps(plan[:1]) == []
+    assert [(s.section.name, s.first, s.steps) for s in control_stages(plan)] == [("kl", 0, 5)]
+    assert [stage.index for stage in control_stages(plan)] == [1], "whose windows are those of the healed run"
+    assert control_stages(plan[:1]) == []
 
 
 def test_each_stage_draws_from_its_own_windows_and_has_its_own_rates() -> None:
@@ -176,7 +176,7 @@ def test_stages_work_as_a_callback_of_a_plain_trainer(tmp_path: Path) -> None:
     assert all(p.requires_grad for p in model.parameters())
 
     wrong = Stages(plan_stages([StageSection("logits", 1.0, KL)], 9), Distillation(None, KL))
-    with pytest.raises(ConfigError, match="planned for 9 steps, and the trainer makes 6"):
+    with pytest.raises(ConfigError, match="planned for 9 steps, but the trainer takes 6"):
         Trainer(model=model, args=args, train_dataset=Tokens(), callbacks=[wrong]).train()
     wrong.close()
     with pytest.warns(UserWarning, match="the run ends after 6"):
@@ -300,16 +300,16 @@ def test_the_control_leaves_out_what_only_swaps_learn(tmp_path: Path) -> None:
         ({"stages": STAGES, "ramp": 0.5}, "stages move it"),
         (
             {"stages": STAGES, "training": {"max_steps": 20, "gradient_checkpointing": True}},
-            "leave it out for transfer",
+            "runs each layer twice",
         ),
-        ({"stages": STAGES[:1], "swap": "none", "training": {"max_steps": 20}}, "no control"),
+        ({"stages": STAGES[:1], "swap": "none", "training": {"max_steps": 20}}, "without a swap none of them"),
         ({"stages": STAGES, "training": {"max_steps": 20, "activation_checkpointing": True}}, "training.activation_ch"),
         ({"stages": [{"name": "a", "share": 1.0, "ramp": {"end": 0.5}}]}, "must end at 1"),
         ({"stages": STAGES, "training": {"max_steps": -1}}, "max_steps"),
         ({"stages": STAGES, "training": {"load_best_model_at_end": True}}, "load_best_model_at_end"),
         ({"stages": [{"name": "a", "share": 1.0, "loss": {"kl": 1.0, "hl": 1}}]}, "nearest|Did you mean|unknown key"),
-        ({"teacher": "embedded"}, "goes with stages"),
-        ({"stages": STAGES, "training": {"max_steps": 20, "learning_rate": 0.0}}, "the rate of long too"),
+        ({"teacher": "embedded"}, "only stages use a teacher"),
+        ({"stages": STAGES, "training": {"max_steps": 20, "learning_rate": 0.0}}, "since the rates of long"),
     ],
 )
 def test_recipes_whose_stages_make_no_sense_are_refused(tmp_path: Path, changes: Any, words: str) -> None:
@@ -362,7 +362,7 @@ def test_a_model_saved_with_swaps_needs_a_named_teacher(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="saved with swaps"):
         train(parse_config(recipe(tmp_path, **rest)))
     ramped = [{**changes["stages"][0], "ramp": {"over": 0.5}}]
-    with pytest.raises(ConfigError, match="a ramp would move the swaps"):
+    with pytest.raises(ConfigError, match="a ramp would change their lambda"):
         train(parse_config(recipe(tmp_path, **{**rest, "stages": ramped}, teacher=str(tmp_path / "model"))))
 
 
@@ -448,6 +448,6 @@ def test_a_run_is_not_resumed_by_another_number_of_processes(tmp_path: Path) -> 
     values = recipe(tmp_path, training={"save_strategy": "steps", "save_steps": 4, "eval_strategy": "no"})
     cut_off(values, 6)
     values["training"] |= {"resume_from_checkpoint": "latest", "gradient_accumulation_steps": 2}
-    with pytest.raises(ConfigError, match="2 windows in a step and would now read 4"):
+    with pytest.raises(ConfigError, match="2 windows per step and would now read 4"):
         train(parse_config(values))
     assert (tmp_path / "out.partial" / "checkpoint-4").is_dir()

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from attnswap.healing.run import same_weights
 from attnswap.training import SwapTrainer, parse_config, train
-from attnswap.training.rest import TRIED
+from attnswap.training.zero_gradient import CHECKED_STEPS
 from tests.helpers.healing import run, written
 from tests.helpers.training import recipe
 
@@ -25,9 +25,9 @@ MIXED = {"bf16": True, "weight_decay": 0.0, "eval_strategy": "no"}
 @pytest.mark.parametrize(
     ("changes", "left"),
     [
-        ({}, 9 - 2 * TRIED),
+        ({}, 9 - 2 * CHECKED_STEPS),
         ({"stages": [{"name": "logits", "share": 1.0, "loss": {"kl": 0.9, "ce": 0.1}}]}, 0),
-        ({"training": MIXED | {"bf16": False}}, 9 - 2 * TRIED),
+        ({"training": MIXED | {"bf16": False}}, 9 - 2 * CHECKED_STEPS),
         ({"training": MIXED | {"weight_decay": 0.1}}, 0),
         ({"swap": "softpick"}, 0),
     ],
@@ -63,7 +63,7 @@ def test_a_control_at_rest_is_the_original_and_not_measured_again(
     assert "measuring control\n" not in capsys.readouterr().out
     folder = tmp_path / "out" / "result"
     result = json.loads((folder / "result.json").read_text())
-    assert result["control_steps"] == {"steps": 9, "steps_at_rest": 9 - 2 * TRIED}
+    assert result["control_steps"] == {"steps": 9, "steps_at_rest": 9 - 2 * CHECKED_STEPS}
     assert [entry["control_to_original"]["ratio"] for entry in result["contexts"]] == [1.0, 1.0]
     assert "3 of its 9 steps were skipped" in (folder / "result.md").read_text()
     model, control, healed = (str(tmp_path / name) for name in ("model", "out/control", "out/healed"))

@@ -1,4 +1,4 @@
-"""What the process of one memory measurement does: ``python -m attnswap.bench.fresh JSON``."""
+"""The process of one memory measurement: ``python -m attnswap.bench.memory_process JSON``."""
 
 import ctypes
 import gc
@@ -14,11 +14,11 @@ from attnswap.errors import AttnSwapError
 
 WARM_UP_LENGTH = 64
 SLACK = 1 << 20
-"""How far the peak may lie above the resident size right after it was reset: the kernel counts in batches of pages."""
+"""How far the peak may be above the resident size right after a reset: the kernel counts in batches of pages."""
 
 
 def resident() -> tuple[int, int]:
-    """Returns the resident size of this process and its peak, in bytes."""
+    """Returns the current and the peak resident size of this process, in bytes."""
     lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
     return int(lines["VmRSS"].split()[0]) << 10, int(lines["VmHWM"].split()[0]) << 10
 
@@ -31,7 +31,7 @@ def measure(case: Case, setting: Setting, backend: str) -> int:
         warm()
     call = build(case, setting, draw_tensors(setting), backend)
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory that stays with the process would hide what the call takes
+    ctypes.CDLL(None).malloc_trim(0)  # else the call could use freed memory of the process, which would not be measured
     RESET.write_text("5")
     before, peak = resident()
     if peak - before > SLACK:

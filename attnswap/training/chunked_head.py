@@ -1,7 +1,8 @@
-"""A loss over logits that exist for a chunk of positions at a time, with its gradient worked out on the way forward.
+"""A loss over the logits of a language model head, with one chunk of positions in memory at a time.
 
-The head runs once: each chunk's logits are turned into the loss of their rows and at once into gradients of the hidden
-states and of the head's own parameters, and forgotten. The backward pass only scales what is already there.
+The gradient is computed in the forward pass: from each chunk of logits follow the loss of its rows and the gradients of
+the hidden states and of the head's parameters, then the logits are freed. The backward pass only scales the gradients.
+So the head runs once. Recomputing the logits in the backward pass would run it twice.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,19 +15,19 @@ from torch.utils.checkpoint import checkpoint
 
 from attnswap.training.packing import IGNORED
 
-ROWS = 16
-"""Rows of logits that losses work on at once: what a core's cache holds of a vocabulary of 50k."""
+BLOCK_ROWS = 16
+"""Rows of logits that a loss works on at once on a CPU: with a vocabulary of 50k they fit into a core's cache."""
 
 
 class RowLoss(Protocol):
-    """What a row of logits costs."""
+    """A loss for each row of logits."""
 
     def __call__(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """Returns the loss of each row, fp32 (rows,), and its gradient (rows, vocabulary) in the logits' dtype.
 
         Args:
             logits: Shape (rows, vocabulary).
-            rows: Which rows of the whole these are.
+            rows: The position of these rows among all rows.
         """
 
 
@@ -34,7 +35,7 @@ class CrossEntropy:
     """The negative log-likelihood of labels.
 
     Args:
-        targets: Labels, -100 where there is none, shape (rows,).
+        targets: Labels, shape (rows,); -100 for no label.
     """
 
     def __init__(self, targets: Tensor) -> None:
@@ -54,10 +55,10 @@ class CrossEntropy:
 
 
 def in_blocks(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> Any:
-    """Applies a function of rows to a few rows at a time, which stay in the cache that way."""
+    """Applies a function of rows to a few rows at a time, which then stay in the cache of a CPU core."""
     if tensors[0].device.type != "cpu":
         return function(*tensors)
-    parts = [function(*block) for block in zip(*(t.split(ROWS) for t in tensors), strict=True)]
+    parts = [function(*block) for block in zip(*(t.split(BLOCK_ROWS) for t in tensors), strict=True)]
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
@@ -70,19 +71,19 @@ def head_loss(
     *,
     sharded: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Computes the summed loss of rows of hidden states, ``chunk`` rows of logits at a time.
+    """Computes the sum of a loss over rows of hidden states, with ``chunk`` rows of logits in memory at a time.
 
     Args:
         hidden: Hidden states, shape (rows, width).
-        head: Turns some of them into logits (rows, vocabulary).
+        head: Computes the logits (rows, vocabulary) of some rows.
         modules: The modules whose parameters the head may use.
-        loss: What a row costs.
-        chunk: Rows whose logits exist at the same time.
-        sharded: FSDP watches the head, and must see its one backward pass where it expects it: the head runs once more
-            then, in place of gradients on the way forward.
+        loss: The loss of each row.
+        chunk: Rows of logits in memory at a time.
+        sharded: The head is sharded by FSDP, whose hooks need an ordinary backward pass. Then the head runs again in
+            the backward pass (activation checkpointing).
 
     Returns:
-        The sum, differentiable once, and the loss of each row, shape (rows,).
+        The sum, which can be differentiated once, and the loss of each row, shape (rows,).
     """
     if sharded:
         parts = [
@@ -91,17 +92,16 @@ def head_loss(
         ]
         sums, rows = zip(*parts, strict=True)
         return torch.stack(sums).sum(), torch.cat(rows)
-    places = [
+    owners = [
         (module, name)
         for top in modules
         for module in top.modules()
         for name, parameter in module._parameters.items()
         if parameter is not None and parameter.requires_grad
     ]
-    trained = [module._parameters[name] for module, name in places]
+    trained = [module._parameters[name] for module, name in owners]
     differentiate = torch.is_grad_enabled() and (hidden.requires_grad or bool(trained))
-    chosen = places if differentiate else None
-    return _HeadLoss.apply(hidden, head, loss, chunk, chosen, *trained)  # type: ignore[no-any-return]
+    return _HeadLoss.apply(hidden, head, loss, chunk, owners if differentiate else None, *trained)  # type: ignore[no-any-return]
 
 
 def _rows_loss(part: Tensor, head: Callable[[Tensor], Tensor], loss: RowLoss, start: int) -> tuple[Tensor, Tensor]:
@@ -121,19 +121,19 @@ class _RowsLoss(torch.autograd.Function):
 
 
 @contextmanager
-def _leaves(places: list[tuple[nn.Module, str]], leaves: list[Tensor]) -> Iterator[None]:
-    """Puts other tensors in the place of parameters.
+def _parameters_replaced(owners: list[tuple[nn.Module, str]], leaves: list[Tensor]) -> Iterator[None]:
+    """Replaces parameters by other tensors.
 
-    The gradients taken on the way forward must not reach the parameters themselves: data-parallel engines wait there
-    for the one backward pass.
+    The gradients that are computed in the forward pass must not reach the parameters: DDP has hooks there, which expect
+    one backward pass.
     """
-    kept = [module._parameters[name] for module, name in places]
-    for (module, name), leaf in zip(places, leaves, strict=True):
+    kept = [module._parameters[name] for module, name in owners]
+    for (module, name), leaf in zip(owners, leaves, strict=True):
         module._parameters[name] = leaf  # type: ignore[assignment]
     try:
         yield
     finally:
-        for (module, name), parameter in zip(places, kept, strict=True):
+        for (module, name), parameter in zip(owners, kept, strict=True):
             module._parameters[name] = parameter
 
 
@@ -145,37 +145,39 @@ class _HeadLoss(torch.autograd.Function):
         head: Callable[[Tensor], Tensor],
         loss: RowLoss,
         chunk: int,
-        places: list[tuple[nn.Module, str]] | None,
+        owners: list[tuple[nn.Module, str]] | None,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        losses, of_hidden = [], []
-        of_parameters: list[Tensor | None] = [None] * len(parameters)
-        differentiate = places is not None
+        losses, hidden_gradients = [], []
+        gradients: list[Tensor | None] = [None] * len(parameters)
+        differentiate = owners is not None
         leaves = [p.detach().requires_grad_() for p in parameters] if differentiate else []
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             part = hidden[rows].detach().requires_grad_(differentiate)
-            with torch.set_grad_enabled(differentiate), _leaves(places or [], leaves):
+            with torch.set_grad_enabled(differentiate), _parameters_replaced(owners or [], leaves):
                 logits = head(part)
             values, gradient = loss(logits.detach(), rows)
             losses.append(values)
             if differentiate:
-                first, *others = torch.autograd.grad(logits, (part, *leaves), gradient, allow_unused=True)
-                of_hidden.append(first)
+                of_part, *others = torch.autograd.grad(logits, (part, *leaves), gradient, allow_unused=True)
+                hidden_gradients.append(of_part)
                 for i, found in enumerate(others):
-                    known = of_parameters[i]
-                    of_parameters[i] = found if known is None or found is None else known.add_(found)
-        ctx.of_hidden = torch.cat(of_hidden) if differentiate else None
-        ctx.of_parameters = of_parameters
+                    known = gradients[i]
+                    gradients[i] = found if known is None or found is None else known.add_(found)
+        ctx.hidden_gradient = torch.cat(hidden_gradients) if differentiate else None
+        ctx.gradients = gradients
         rows_of_loss = torch.cat(losses)
         ctx.mark_non_differentiable(rows_of_loss)
         return rows_of_loss.sum(), rows_of_loss
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
-        if ctx.of_hidden is None:
-            raise RuntimeError("the gradients of this loss were used up: it can be differentiated once")
-        scale, parts = upstream[0], (ctx.of_hidden, *ctx.of_parameters)
-        ctx.of_hidden = ctx.of_parameters = None
+        if ctx.hidden_gradient is None:
+            raise RuntimeError(
+                "the chunked loss can be differentiated only once: compute it again for another backward"
+            )
+        scale, parts = upstream[0], (ctx.hidden_gradient, *ctx.gradients)
+        ctx.hidden_gradient = ctx.gradients = None  # scaled in place below
         first, *others = (None if part is None else part.mul_(scale.to(part.dtype)) for part in parts)
         return first, None, None, None, None, *others
