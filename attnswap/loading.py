@@ -159,8 +159,8 @@ def refuse_orphans(unexpected: Iterable[str], reference: str | Path) -> None:
         raise CheckpointError(
             f'"{reference}" contains {len(orphans)} swap parameters, such as {orphans[0]}, but the config names no '
             "swap for them, so the model would compute plain softmax. If another config was given to from_pretrained, "
-            "load the checkpoint with its own. If model.config was replaced after attnswap.patch, patch the original "
-            "model again, load these weights into it with load_state_dict, and save it"
+            "load the checkpoint with its own config. If model.config was replaced after attnswap.patch, patch the "
+            "original model again, load these weights into it with load_state_dict, and save it"
         )
 
 

@@ -5,6 +5,7 @@ runs, with a decoder that returns the hidden states at once. Callers must check 
 of the whole model: a model may compute them from more than its last hidden states.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,8 +27,8 @@ def head_logits(
         model: A causal language model.
         outputs: What its decoder returned.
         hidden: Last hidden states of the wanted positions, shape (batch, positions, width).
-        forward: The forward to run; default: that of the model's class. ``model.forward`` includes what libraries put
-            around it on the instance, such as accelerate's autocast.
+        forward: Runs the model; default: the forward of its class, for use inside the model's own forward. Elsewhere
+            pass the model, so that hooks run, such as those that gather sharded weights.
 
     Returns:
         Logits of shape (batch, positions, vocabulary).
@@ -44,31 +45,29 @@ def with_hidden(outputs: ModelOutput, hidden: Tensor | None) -> Any:
     return type(outputs)(**{**outputs, "last_hidden_state": hidden})
 
 
-class _DecoderStub(nn.Module):
-    """Returns a given output in place of computing it; has all other attributes of the decoder it replaces.
-
-    Hooks on the decoder do not run: a sharding engine would gather and free weights that nothing uses.
-    """
-
-    def __init__(self, decoder: nn.Module, output: Any) -> None:
-        super().__init__()
-        # Not as submodules: the decoder must not be found twice in the model.
-        self.__dict__["decoder"], self.__dict__["output"] = decoder, output
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["decoder"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__["output"]
-
-
 @contextmanager
 def _decoder_replaced(model: PreTrainedModel, output: Any) -> Iterator[None]:
+    """Replaces a model's decoder by one that returns a given output."""
     modules, name = model._modules, body_name(model)
     decoder = modules[name]
     assert decoder is not None
-    modules[name] = _DecoderStub(decoder, output)
+    modules[name] = _stub_of(decoder, output)
     try:
         yield
     finally:
         modules[name] = decoder
+
+
+def _stub_of(decoder: nn.Module, output: Any) -> nn.Module:
+    """Returns a module with the class, attributes and children of a decoder that returns a given output.
+
+    The children are there for models that read a tied embedding, and for hooks that look for a module. The hooks of the
+    decoder do not run: those of a sharding engine would gather weights that nothing uses.
+    """
+    stub: nn.Module = object.__new__(type(decoder))  # without __init__, which would create weights
+    stub.__dict__.update(decoder.__dict__)
+    for hooks in ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"):
+        stub.__dict__[hooks] = OrderedDict()
+    stub.__dict__["_compiled_call_impl"] = None
+    stub.__dict__["forward"] = lambda *args, **kwargs: output
+    return stub

@@ -91,7 +91,7 @@ class Scorer:
         (output,) = outputs
         size = size or max(1, self.chunk_elements // (self.vocabulary * len(inputs)))
         for hidden in output["last_hidden_state"][:, -last:].split(size, dim=1):
-            yield head_logits(self.model, output, hidden, forward=self.model.forward).float()
+            yield head_logits(self.model, output, hidden, forward=self.model).float()
 
     def chunk_bytes(self, rows: int) -> int:
         """Returns the memory in bytes of a chunk of at most ``rows`` positions: logits, fp32 copy and log-softmax."""

@@ -129,7 +129,7 @@ def test_torch_takes_its_flash_path_or_none():
         assert "Flash" in type(call.forward().grad_fn).__name__
     narrow = calls.Tensors(tensors.query, tensors.key, tensors.value[..., :8], tensors.upstream[..., :8])
     calls.sdpa(narrow.query, narrow.key, narrow.value)  # torch alone would take another path
-    with pytest.raises(UnsupportedModelError, match="flash attention cannot serve"):
+    with pytest.raises(UnsupportedModelError, match="flash attention cannot compute"):
         timing.sample(calls.build(SDPA, setting(), narrow), 1)
 
 

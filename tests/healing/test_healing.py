@@ -119,7 +119,7 @@ def test_a_stopped_run_goes_on_and_one_of_another_recipe_does_not(
         steps.clear()
         if not begun:
             assert run(tmp_path) == 2
-            assert "unfinished run of another recipe: training.learning_rate" in capsys.readouterr().err
+            assert "unfinished run of a recipe with other values of training.learning_rate" in capsys.readouterr().err
             assert (tmp_path / "out" / "healed.partial" / "checkpoint-5").is_dir()
         asked = ["training.resume_from_checkpoint=latest"] if begun else ["overwrite=true"]
         assert run(tmp_path, *asked) == 0, capsys.readouterr().err
@@ -133,7 +133,7 @@ def test_a_stopped_run_goes_on_and_one_of_another_recipe_does_not(
             shutil.rmtree(tmp_path / "out")
     written(tmp_path, training={"eval_strategy": "no", "learning_rate": 0.03})
     assert run(tmp_path) == 2
-    assert "the result of another recipe: training.learning_rate" in capsys.readouterr().err
+    assert "the result of a recipe with other values of training.learning_rate" in capsys.readouterr().err
     steps.clear()
     assert run(tmp_path, "overwrite=true") == 0, capsys.readouterr().err
     assert steps[0] == 0

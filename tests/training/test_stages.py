@@ -183,7 +183,7 @@ def test_stages_work_as_a_callback_of_a_plain_trainer(tmp_path: Path) -> None:
         RampSchedule(9).on_train_begin(args, trainer.state, trainer.control)
     late = Trainer(model=model, args=args, train_dataset=Tokens())
     late.add_callback(Stages(plan, Distillation(None, KL)))
-    with pytest.raises(ConfigError, match="when it is made"):
+    with pytest.raises(ConfigError, match="cannot be added"):
         late.train()
     plan = plan_stages([StageSection("logits", 1.0, KL, learning_rate=1e-3)], 6)
     plain = Trainer(model=model, args=args, train_dataset=Tokens(), callbacks=[Stages(plan, Distillation(None, KL))])
@@ -331,7 +331,7 @@ def test_a_stage_whose_windows_no_document_fills_is_refused(tmp_path: Path) -> N
     write_model(tmp_path / "long", tiny_llama(max_position_embeddings=8192))
     stages = [{"name": "a", "share": 1.0, "sequence_length": 4096}]
     values = recipe(tmp_path, model={"reference": str(tmp_path / "long")}, stages=stages)
-    with pytest.raises(ConfigError, match="no document"):
+    with pytest.raises(ConfigError, match="no training document"):
         train(parse_config(values))
 
 
