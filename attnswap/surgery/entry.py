@@ -14,15 +14,25 @@ def towers_of(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     return [config, *(x for x in vars(config).values() if isinstance(x, PreTrainedConfig))]
 
 
-def entries_of(model: nn.Module) -> list[tuple[PreTrainedConfig, dict[str, Any]]]:
-    """Returns the configs of a model that have an entry, with it: those the model saves, else those of its modules."""
+def entries_of(model: nn.Module, loading: bool = False) -> list[tuple[PreTrainedConfig, dict[str, Any]]]:
+    """Returns the configs of a model that have an entry, with it: those the model saves, then others of its modules.
+
+    Args:
+        model: The model.
+        loading: Leave out the others: while a model is built, a half's copy of the config names parts of the whole.
+    """
     own = getattr(model, "config", None)
     saved = towers_of(own) if isinstance(own, PreTrainedConfig) else []
-    found = [(config, entry) for config in saved if isinstance(entry := getattr(config, KEY, None), dict)]
-    if found:
-        return found
-    others = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    return [(config, entry) for config in others.values() if isinstance(entry := getattr(config, KEY, None), dict)]
+    configs = saved if loading else [*saved, *unsaved_configs(model)]
+    return [(config, entry) for config in configs if isinstance(entry := getattr(config, KEY, None), dict)]
+
+
+def unsaved_configs(model: nn.Module) -> list[PreTrainedConfig]:
+    """Returns configs of a model's modules that are not saved with it, such as copies for each half of the model."""
+    own = getattr(model, "config", None)
+    saved = {id(config) for config in towers_of(own)} if isinstance(own, PreTrainedConfig) else set()
+    found = {id(c): c for m in model.modules() if isinstance(c := getattr(m, "config", None), PreTrainedConfig)}
+    return [config for key, config in found.items() if key not in saved]
 
 
 def carrier_of(config: PreTrainedConfig) -> PreTrainedConfig | None:
@@ -63,3 +73,17 @@ def forget(config: PreTrainedConfig) -> None:
     """Takes an entry, and the implementation that goes with it, out of a config."""
     for name in ("attn_implementation", KEY):
         config.__dict__.pop(name, None)
+
+
+def clear_entries(model: nn.Module, before: str) -> None:
+    """Takes all entries out of the configs of an unpatched model, also those of copies that a loaded model has.
+
+    Args:
+        model: The model.
+        before: The attention implementation for configs that still name attnswap.
+    """
+    own = getattr(model, "config", None)
+    for config in [*(towers_of(own) if isinstance(own, PreTrainedConfig) else []), *unsaved_configs(model)]:
+        forget(config)
+        if config._attn_implementation == KEY:
+            config._attn_implementation_internal = before

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from attnswap.errors import CheckpointError, ConfigError
 from attnswap.surgery.entry import write_spec
 from attnswap.surgery.module import children_of
-from attnswap.surgery.patched import patched_stacks
+from attnswap.surgery.patched import patched_stacks, refuse_own_parts
 from attnswap.surgery.select import LayersLike, select_layers
 from attnswap.surgery.spec import PatchSpec, Slot
 from attnswap.surgery.stacks import AttentionStack
@@ -42,8 +42,9 @@ def set_ramp(
     """
     chosen = _chosen(model, part)
     if len(chosen) > 1 and (layers is not None or isinstance(ramp, Mapping)):
-        names = ", ".join(repr(spec.part) for _, spec in chosen)
+        names = ", ".join(f'"{stack.name}"' for stack, _ in chosen)
         raise ConfigError(f"several parts of this model are patched: choose part= from {names} to move single layers")
+    ramp = ramp if isinstance(ramp, Mapping) else check_ramp(ramp)  # once: it may be a generator
     moves = [(stack, spec, _values(spec, ramp, layers)) for stack, spec in chosen]
     for stack, spec, values in moves:
         _check_values(stack, spec, values)
@@ -59,11 +60,12 @@ def _chosen(model: PreTrainedModel, part: str | None) -> list[tuple[AttentionSta
         ConfigError: There is none.
     """
     found = patched_stacks(model, read=False)
+    refuse_own_parts(model, found)
     if not found:
         raise ConfigError(f"this {type(model).__name__} is not patched")
     chosen = [(stack, spec) for stack, spec in found if part is None or part in (spec.part, stack.name)]
     if not chosen:
-        names = ", ".join(repr(spec.part) for _, spec in found)
+        names = ", ".join(f'"{stack.name}"' for stack, _ in found)
         raise ConfigError(f"part={part!r} is not patched; the patched parts are {names}")
     return chosen
 

@@ -8,10 +8,11 @@ from attnswap.errors import ConfigError
 from attnswap.loading import clear_dequantized_flags
 from attnswap.surgery.attach import attach, own_config
 from attnswap.surgery.connect import disconnect
+from attnswap.surgery.entry import clear_entries, is_patched
 from attnswap.surgery.guard import guard, unguard
 from attnswap.surgery.move import check_one_ramp
 from attnswap.surgery.owners import outermost
-from attnswap.surgery.patched import patched_stacks, refuse_adapters
+from attnswap.surgery.patched import patched_stacks, refuse_adapters, refuse_half
 from attnswap.surgery.plan import HeadsLike, make_plan, swaps_with_heads
 from attnswap.surgery.probe import verify
 from attnswap.surgery.report import PatchReport, build_report
@@ -75,16 +76,23 @@ def unpatch(model: PreTrainedModel) -> None:
         model: A patched model.
 
     Raises:
-        ConfigError: The model is not patched, or its swaps belong to adapters.
+        ConfigError: The model is not patched, its swaps belong to adapters, or it is a part of a model whose other
+            attention has the same config.
     """
     refuse_adapters(model)
     found = patched_stacks(model, read=False)
     if not found:
         raise ConfigError(f"this {type(model).__name__} is not patched")
-    with all_or_nothing(outermost(model)):
+    for stack, _ in found:
+        refuse_half(stack)
+    whole = outermost(model)
+    with all_or_nothing(whole):
         for stack, spec in found:
             disconnect(stack, spec.before)
-        unguard(outermost(model))
+        clear_entries(model, found[0][1].before)
+        unguard(whole)
+        if is_patched(whole):  # another part of it
+            guard(whole)
         for module in model.modules():
             kept = module.__dict__.get("_keep_in_fp32_modules_strict")
             if isinstance(kept, set):

@@ -16,7 +16,7 @@ from transformers import initialization as init
 from attnswap.errors import AttnSwapError, CheckpointError, ConfigError
 from attnswap.surgery.attach import attach
 from attnswap.surgery.connect import unhook
-from attnswap.surgery.entry import carrier_of, entries_of, forget
+from attnswap.surgery.entry import carrier_of, entries_of, forget, unsaved_configs
 from attnswap.surgery.guard import guard
 from attnswap.surgery.hooks import remove_hooks
 from attnswap.surgery.module import SwapModule, child_of
@@ -37,10 +37,10 @@ def rebuild(model: PreTrainedModel) -> None:
     """
     if carrier_of(model.config) is None:
         return
-    for _, entry in entries_of(model):
+    for _, entry in entries_of(model, loading=True):
         read_entry(entry)  # a damaged entry is refused by every part of a model
     try:
-        found = written_stacks(model)
+        found = written_stacks(model, loading=True)
         for stack, spec in found:
             _check(stack, spec)
     except AttnSwapError as error:
@@ -50,6 +50,8 @@ def rebuild(model: PreTrainedModel) -> None:
         return
     remove_hooks(model.modules(), "_forward_pre_hooks", Unresolved)
     _leave_others(model, found)
+    for config in unsaved_configs(model):  # a half's copy of the config; it gets the entry of its own stacks again
+        forget(config)
     specs = [_rebuild(stack, spec) for stack, spec in found]
     guard(model, loaded=specs)
     if not isinstance(model._init_weights, _InitWeights):
@@ -65,8 +67,17 @@ def _rebuild(stack: AttentionStack, spec: PatchSpec) -> PatchSpec:
     elif name is not None and not any(child_of(m) for _, m in stack.modules.values()):
         spec = replace(spec, before=name)  # asked for when loading
     check_implementation(spec.before)
-    attach(stack, spec, {i: s for i, s in spec.layers.items() if child_of(stack.module(i)) is None}, loading=True)
+    added = {i: slots for i, slots in spec.layers.items() if _slots_of(stack.module(i)) != slots}
+    for layer in added:
+        stack.module(layer)._modules.pop(KEY, None)
+    attach(stack, spec, added, loading=True)
     return spec
+
+
+def _slots_of(module: nn.Module) -> dict[str, Slot] | None:
+    """Returns the slots that a part of the model attached when it was built."""
+    child = child_of(module)
+    return None if child is None else child.slots
 
 
 def _check(stack: AttentionStack, spec: PatchSpec) -> None:

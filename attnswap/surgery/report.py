@@ -100,7 +100,7 @@ def build_report(
     found = found or [_untouched(find_stack(model))]
     rows = [row for stack, spec in found for row in _rows(stack, spec)]
     parameters = sum(p.numel() for p in swap_parameters(model).values())
-    before = ", ".join(dict.fromkeys(spec.before for _, spec in found))
+    before = ", ".join(dict.fromkeys(str(spec.before) for _, spec in found))
     return PatchReport(type(model).__name__, before, tuple(rows), parameters, tuple(notes))
 
 

@@ -116,6 +116,8 @@ def write_entry(specs: Sequence[PatchSpec]) -> dict[str, Any]:
     """Returns the entry of a config for one or several parts of a model, as JSON-able values."""
     if len(specs) == 1:
         return specs[0].to_dict()
+    if len({spec.part for spec in specs}) < len(specs):
+        raise ValueError(f"an entry cannot name the parts {[spec.part for spec in specs]}")
     parts = [{"seam": spec.seam, "part": spec.part, **spec.to_dict(), "format": 2} for spec in specs]
     return {"format": FORMAT, "parts": parts}
 

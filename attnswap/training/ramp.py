@@ -7,7 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 import attnswap
 from attnswap.errors import CheckpointError, ConfigError
@@ -15,10 +22,12 @@ from attnswap.surgery.body import base_of
 from attnswap.surgery.entry import is_patched
 from attnswap.surgery.move import follow
 from attnswap.surgery.patched import patched_stacks, spec_of, stacks_of
-from attnswap.surgery.spec import KEY, PatchSpec, read_entry, with_towers, write_entry
+from attnswap.surgery.spec import KEY, PatchSpec, read_entry
 from attnswap.training.sections import RampSection
 
 SPEC = "attnswap.json"
+ENTRIES = "entries"
+"""The key under which that file has the entries of several parts."""
 
 
 Ramps = float | dict[int, float | tuple[float, ...]]
@@ -150,7 +159,7 @@ def load_ramps(model: Any, checkpoint: Path) -> None:
     base = base_of(model)
     if not isinstance(base, PreTrainedModel) or not is_patched(base):
         return
-    specs = _specs_in(checkpoint, getattr(model, "active_adapter", None))
+    specs = _specs_in(checkpoint, getattr(model, "active_adapter", None), base.config)
     if specs:
         follow(base, specs)
 
@@ -160,21 +169,27 @@ def save_ramps(model: Any, checkpoint: Path) -> None:
     base = base_of(model)
     found = patched_stacks(base) if isinstance(base, PreTrainedModel) else []
     if found:
-        entry = write_entry([spec for _, spec in found])
-        (checkpoint / SPEC).write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
+        # Towers that were patched as models of their own may have the same part, which one entry cannot name twice.
+        entries = [spec.to_dict() for _, spec in found]
+        values = entries[0] if len(entries) == 1 else {ENTRIES: entries}
+        (checkpoint / SPEC).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
-def _specs_in(checkpoint: Path, adapter: str | None) -> list[PatchSpec]:
-    """Returns the specs of all parts that a checkpoint swaps, as its files have them."""
+def _specs_in(checkpoint: Path, adapter: str | None, config: PreTrainedConfig) -> list[PatchSpec]:
+    """Returns the specs of all parts that a checkpoint swaps, in the order of the model's towers."""
     if (checkpoint / SPEC).is_file():
-        return read_entry(_read(checkpoint / SPEC))
+        values = _read(checkpoint / SPEC)
+        entries = values[ENTRIES] if isinstance(values.get(ENTRIES), list) else [values]
+        return [spec for entry in entries for spec in read_entry(entry)]
     for folder in (checkpoint / str(adapter), checkpoint):
         if (folder / "adapter_config.json").is_file():
             entry = _read(folder / "adapter_config.json").get("spec")
             return [] if entry is None else read_entry(entry)
     if not (checkpoint / "config.json").is_file():
         return []
-    towers = with_towers(_read(checkpoint / "config.json"))
+    values = _read(checkpoint / "config.json")
+    names = [name for name, tower in vars(config).items() if isinstance(tower, PreTrainedConfig)]
+    towers = [values, *(tower for name in names if isinstance(tower := values.get(name), dict))]
     return [spec for tower in towers if isinstance(entry := tower.get(KEY), dict) for spec in read_entry(entry)]
 
 
