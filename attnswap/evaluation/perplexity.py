@@ -51,10 +51,9 @@ def evaluate_perplexity(
 
     At context length L a window spans L tokens of text. The model reads BOS (if the tokenizer has one) and the first
     L - 1 of them, and the last half of the window is scored. Scoring starts at half the largest context, so that every
-    length scores the same tokens, each exactly once and with at least half a window of text before it. The mean NLL is
-    the summed NLL over the number of tokens, accumulated in fp64 from an fp32 log-softmax. The logits of a window are
-    computed in chunks. In a run of several processes (``torch.distributed``) the windows are divided among them, and
-    every process returns the same evaluation.
+    length scores the same tokens, each once and with at least half a window of text before it. The mean NLL is
+    accumulated in fp64 from an fp32 log-softmax of chunks of logits. In a run of several processes
+    (``torch.distributed``) the windows are divided among them, and all of them return the same evaluation.
 
     Args:
         model: The model, in any dtype and on any device. It is put into evaluation mode meanwhile.
@@ -78,8 +77,7 @@ def evaluate_perplexity(
         The evaluation; :func:`attnswap.evaluation.write_report` writes it to files.
 
     Raises:
-        ConfigError: An argument is out of range, the text is shorter than the largest context, or the baseline scored
-            other tokens.
+        ConfigError: An argument is out of range, the text is too short, or the baseline scored other tokens.
         NumericsError: A loss is not finite; the message names the window.
         UnsupportedModelError: The model is not a decoder with a head on its last hidden states.
     """

@@ -187,9 +187,9 @@ def test_a_rerun_of_something_else_is_refused_before_it_is_trained(tmp_path: Pat
             check_rerun(Experiment(config, **{**options, **changes}), made(1.02))
     for content in ("{}", "[]", "not json"):
         (tmp_path / "result.json").write_text(content)
-        with pytest.raises(ConfigError, match="no result"):
+        with pytest.raises(ConfigError, match="is not a result"):
             read_committed(tmp_path / "result.json")
-    with pytest.raises(ConfigError, match="no result"):
+    with pytest.raises(ConfigError, match="is not a result"):
         read_committed(tmp_path / "absent.json")
 
 

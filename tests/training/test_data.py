@@ -171,8 +171,8 @@ def test_enough_and_different_text_is_passed_over_in_silence(tmp_path: Path) -> 
     [
         (unlike(40) + unlike(40)[:15], {}, "15 documents repeat others and are left out; 32 are used for training"),
         (unlike(20), {"per_device_train_batch_size": 99, "gradient_accumulation_steps": 9}, "a step reads 891 windows"),
-        (unlike(20), {"max_steps": 5000}, r"windows are each read \d+ times"),
-        (unlike(9, words=5), {}, r"only \d+ held-out tokens"),
+        (unlike(20), {"max_steps": 5000}, r"windows is read \d+ times"),
+        (unlike(9, words=5), {}, r"over only \d+ tokens"),
         ([text + "  \n" + text for text in unlike(40)] + unlike(40), {}, r"\d+ of 64 passages .* the held-out"),
         (["a chapter " + " ".join(unlike(40)), *unlike(40)], {}, r"\d+ of 64 passages .* the held-out"),
     ],

@@ -190,7 +190,7 @@ def test_commands_refuse_before_they_work(home: Path, command: str, place: str, 
     }.get(command, [command, "embedded", "--out", str(out)])
     found = CliRunner().invoke(app, words)
     assert isinstance(found.exception, ConfigError), found.exception
-    assert any(word in str(found.exception) for word in ("a file", "can be written", "exists already"))
+    assert any(word in str(found.exception) for word in ("a file", "is not writable", "exists already"))
     assert (home / "file").read_text() == "work"
 
 

@@ -297,7 +297,7 @@ def test_the_control_leaves_out_what_only_swaps_learn(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"stages": STAGES, "ramp": 0.5}, "stages move it"),
+        ({"stages": STAGES, "ramp": 0.5}, "since stages have ramps"),
         (
             {"stages": STAGES, "training": {"max_steps": 20, "gradient_checkpointing": True}},
             "runs each layer twice",
