@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 from attnswap.cli.terminal import Terminal
-from attnswap.devices import default_device
 from attnswap.errors import UnsupportedModelError
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "evaluate", "safetensors", "gguf")
@@ -23,6 +22,7 @@ def doctor_command() -> None:
     from rich.table import Table
 
     from attnswap.attention.native import build
+    from attnswap.devices import default_device
 
     table = Table("check", "result")
     table.add_row("python", platform.python_version())

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attnswap.devices import default_device
 from attnswap.errors import ConfigError, nearest
 from attnswap.folders import check_writable
 
@@ -36,6 +35,8 @@ def parse_device(text: str | None) -> str:
         ConfigError: torch does not know the name, or this machine has no such device.
     """
     import torch
+
+    from attnswap.devices import default_device
 
     here = list(dict.fromkeys(["cpu", default_device()]))
     try:

@@ -279,7 +279,7 @@ def refuse(error, match, model, act, tokens) -> None:
 
 BAD = {
     "unknown swap": ({"swap": "ssmx"}, ConfigError, 'Did you mean "ssmax"'),
-    "no swap": ({}, ConfigError, "wants a swap"),
+    "no swap": ({}, ConfigError, "needs a swap"),
     "a layer that does not exist": ({"swap": "ssmax", "layers": [7]}, ConfigError, "layer 7"),
     "half a group of heads": ({"swap": "forgetting-gate", "heads": [9]}, ConfigError, "head"),
     "a predicate of layers": ({"swap": "ssmax", "layers": lambda i: True}, ConfigError, "written to a file"),
@@ -340,7 +340,9 @@ def test_the_wrong_base_is_refused(load_it, stock, tokens, tmp_path):
     other = tiny("llama", seed=1)
     refuse(ConfigError, "other weights", other, lambda: load_it(other, tmp_path), tokens)
     wider = tiny("llama", layers=3)
-    refuse(ConfigError, "num_hidden_layers is 2, and here it is 3", wider, lambda: load_it(wider, tmp_path), tokens)
+    refuse(
+        ConfigError, "num_hidden_layers is 2; that of this base is 3", wider, lambda: load_it(wider, tmp_path), tokens
+    )
 
 
 def test_the_check_of_the_base_can_be_waived(stock, tokens, tmp_path):

@@ -302,7 +302,7 @@ def test_command_line(run, short_samples):
         (["--swaps", ""], "unknown swap"),
         (["--backend", "nativ"], 'Did you mean "native"'),
         (["--dtype", "fp99"], 'unknown dtype "fp99"'),
-        (["--lengths", "9z"], "no number of tokens"),
+        (["--lengths", "9z"], "not a number of tokens"),
         (["--lengths", "1"], "at least 2"),
         (["--shapes", "smolm2"], 'Did you mean "smollm2"'),
         (["--rounds", "8"], "at least 9"),

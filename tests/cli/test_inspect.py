@@ -115,7 +115,7 @@ def test_the_built_in_text_is_read_without_one(run, models):
         (["MODEL", "--against", "./nowhere"], 2, "no model at"),
         (["MODEL", "--text", "none.txt"], 2, "cannot read the text file"),
         (["MODEL", "--text", "short.txt"], 2, "too few for a window"),
-        (["MODEL", "--window", "9z"], 2, "no number of tokens"),
+        (["MODEL", "--window", "9z"], 2, "not a number of tokens"),
         (["MODEL", "--window", "64"], 2, "more than 64"),
         (["MODEL", "--windows", "0"], 2, "windows"),
         (["MODEL", "--dtype", "bf61"], 2, 'Did you mean "bf16"'),

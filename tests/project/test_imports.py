@@ -158,6 +158,7 @@ def test_patched_models_are_served_in_every_order_of_imports(saved: Path, order:
 @pytest.mark.parametrize(
     ("arguments", "absent"),
     [(["--help"], {"torch", "transformers"}), (["list"], {"torch._dynamo", "transformers"})],
+    ids=["help", "list"],
 )
 def test_quick_commands_import_little(arguments: list[str], absent: set[str]) -> None:
     code = (
