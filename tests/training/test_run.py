@@ -33,10 +33,23 @@ from attnswap.training import (
     train,
 )
 from attnswap.training.config import to_mapping
-from tests.helpers.paths import ROOT
-from tests.helpers.training import accelerate, byte_tokenizer, logged, recipe, tiny_llama, write_model
+from tests.helpers.paths import FIXTURES, ROOT
+from tests.helpers.training import accelerate, byte_tokenizer, documents, logged, recipe, tiny_llama, write_model
 
 IDS = torch.arange(4, 44)[None]
+
+
+def test_an_old_recipe_trains_to_the_same_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages, a ramp head by head, a teacher and a swap's options, all under the names they had at first."""
+    fixture = FIXTURES / "recipe"
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("\n\n".join(documents()), encoding="utf-8")
+    train(load_config(fixture / "recipe.yaml"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        found = model(IDS).logits[0, -1, :8]
+    assert torch.allclose(found, torch.tensor(json.loads((fixture / "logits.json").read_text())), atol=1e-3)
 
 
 def run(tmp_path: Path, **changes: Any) -> TrainResult:
