@@ -14,17 +14,19 @@ def towers_of(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     return [config, *(x for x in vars(config).values() if isinstance(x, PreTrainedConfig))]
 
 
-def entries_of(model: nn.Module, loading: bool = False) -> list[tuple[PreTrainedConfig, dict[str, Any]]]:
-    """Returns the configs of a model that have an entry, with it: those the model saves, then others of its modules.
+def entries_of(model: nn.Module, loading: bool = False) -> list[tuple[PreTrainedConfig, dict[str, Any], bool]]:
+    """Returns the configs of a model that have an entry, the entry, and whether the model saves the config.
 
     Args:
         model: The model.
-        loading: Leave out the others: while a model is built, a half's copy of the config names parts of the whole.
+        loading: Leave out configs that are not saved: while a model is built, a half's copy of the config names parts
+            of the whole.
     """
     own = getattr(model, "config", None)
     saved = towers_of(own) if isinstance(own, PreTrainedConfig) else []
-    configs = saved if loading else [*saved, *unsaved_configs(model)]
-    return [(config, entry) for config in configs if isinstance(entry := getattr(config, KEY, None), dict)]
+    configs = [(config, True) for config in saved]
+    configs += [] if loading else [(config, False) for config in unsaved_configs(model)]
+    return [(c, entry, kept) for c, kept in configs if isinstance(entry := getattr(c, KEY, None), dict)]
 
 
 def unsaved_configs(model: nn.Module) -> list[PreTrainedConfig]:

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from attnswap.errors import CheckpointError, ConfigError
 from attnswap.surgery.entry import write_spec
 from attnswap.surgery.module import children_of
-from attnswap.surgery.patched import patched_stacks, refuse_own_parts
+from attnswap.surgery.patched import patched_stacks
 from attnswap.surgery.select import LayersLike, select_layers
 from attnswap.surgery.spec import PatchSpec, Slot
-from attnswap.surgery.stacks import AttentionStack
+from attnswap.surgery.stacks import AttentionStack, refuse_own_parts
 from attnswap.swaps import Swap
 
 RampLike = float | Iterable[float]
@@ -60,7 +60,7 @@ def _chosen(model: PreTrainedModel, part: str | None) -> list[tuple[AttentionSta
         ConfigError: There is none.
     """
     found = patched_stacks(model, read=False)
-    refuse_own_parts(model, found)
+    refuse_own_parts([stack for stack, _ in found])
     if not found:
         raise ConfigError(f"this {type(model).__name__} is not patched")
     chosen = [(stack, spec) for stack, spec in found if part is None or part in (spec.part, stack.name)]

@@ -12,12 +12,13 @@ from attnswap.surgery.entry import clear_entries, is_patched
 from attnswap.surgery.guard import guard, unguard
 from attnswap.surgery.move import check_one_ramp
 from attnswap.surgery.owners import outermost
-from attnswap.surgery.patched import patched_stacks, refuse_adapters, refuse_half
+from attnswap.surgery.patched import patched_stacks, refuse_adapters
 from attnswap.surgery.plan import HeadsLike, make_plan, swaps_with_heads
 from attnswap.surgery.probe import verify
 from attnswap.surgery.report import PatchReport, build_report
 from attnswap.surgery.select import LayersLike
 from attnswap.surgery.spec import KEY
+from attnswap.surgery.stacks import refuse_half
 from attnswap.surgery.undo import all_or_nothing
 from attnswap.swaps import Swap, SwapLike
 
@@ -57,8 +58,8 @@ def patch(
         UnsupportedModelError: attnswap cannot compute this model's attention correctly. After either error the model
             is unchanged.
     """
-    plan = make_plan(model, part, swaps_with_heads(swap, heads), layers, check_one_ramp(ramp))
     whole = outermost(model)
+    plan = make_plan(model, whole, part, swaps_with_heads(swap, heads), layers, check_one_ramp(ramp))
     with all_or_nothing(whole):
         own_config(whole)
         attach(plan.stack, plan.spec, plan.added)
@@ -83,9 +84,9 @@ def unpatch(model: PreTrainedModel) -> None:
     found = patched_stacks(model, read=False)
     if not found:
         raise ConfigError(f"this {type(model).__name__} is not patched")
-    for stack, _ in found:
-        refuse_half(stack)
     whole = outermost(model)
+    for stack, _ in found:
+        refuse_half(stack, whole)
     with all_or_nothing(whole):
         for stack, spec in found:
             disconnect(stack, spec.before)

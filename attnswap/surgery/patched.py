@@ -9,12 +9,11 @@ from dataclasses import replace
 from transformers import PreTrainedModel
 
 from attnswap.errors import CheckpointError, ConfigError
-from attnswap.surgery.entry import entries_of, unsaved_configs
+from attnswap.surgery.entry import entries_of
 from attnswap.surgery.module import child_of
-from attnswap.surgery.owners import outermost
 from attnswap.surgery.seam import GateHook, gate_hook_of
 from attnswap.surgery.spec import KEY, PatchSpec, Slot, read_entry
-from attnswap.surgery.stacks import AttentionStack, find_stack, groups
+from attnswap.surgery.stacks import AttentionStack, find_stack, refuse_half, refuse_own_parts
 
 
 def written_stacks(model: PreTrainedModel, loading: bool = False) -> list[tuple[AttentionStack, PatchSpec]]:
@@ -29,9 +28,10 @@ def written_stacks(model: PreTrainedModel, loading: bool = False) -> list[tuple[
         ConfigError: It names attention that the model does not have.
     """
     found: list[tuple[AttentionStack, PatchSpec]] = []
-    for config, entry in entries_of(model, loading):
+    for config, entry, saved in entries_of(model, loading):
         for spec in read_entry(entry):
-            stack = find_stack(model, spec.part, None if config is getattr(model, "config", None) else config)
+            own = config is getattr(model, "config", None)
+            stack = find_stack(model, spec.part, None if own else config, saved=saved)
             shared = [other for other, _ in found if stack.shares(other)]
             again = [other for other in shared if other.part == stack.part and len(other.modules) == len(stack.modules)]
             if shared and not again:
@@ -42,51 +42,6 @@ def written_stacks(model: PreTrainedModel, loading: bool = False) -> list[tuple[
             if not shared:  # else the config of a half of the model, which repeats the entry of the whole
                 found.append((stack, spec))
     return found
-
-
-def refuse_own_parts(model: PreTrainedModel, found: list[tuple[AttentionStack, PatchSpec]]) -> None:
-    """Refuses parts that were patched as models of their own, if their entry would mean other attention in the whole.
-
-    Args:
-        model: The whole model.
-        found: Its patched stacks.
-
-    Raises:
-        ConfigError: There is such a part.
-    """
-    for stack, _ in found:
-        if any(stack.config is config for config in unsaved_configs(model)) and not _means_same(model, stack):
-            raise ConfigError(
-                f"{stack.name} was patched as a model of its own, whose config the {type(model).__name__} around it "
-                "does not save: unpatch that part, and patch the whole model with part="
-            )
-
-
-def _means_same(model: PreTrainedModel, stack: AttentionStack) -> bool:
-    """Whether the words of a part choose the same attention in the whole model."""
-    try:
-        return len(find_stack(model, stack.part).shares(stack)) == len(stack.modules)
-    except ConfigError:
-        return False
-
-
-def refuse_half(stack: AttentionStack) -> None:
-    """Refuses a part of a larger model if attention outside of the part reads its implementation from the same config.
-
-    Raises:
-        ConfigError: There is such attention: its layers would have no hooks.
-    """
-    outer = outermost(stack.model)
-    if outer is stack.model:
-        return
-    inside, config = {id(module) for module in stack.siblings}, stack.config
-    modules = [named for group in groups(outer) for named in group.modules.values()]
-    rest = [name for name, m in modules if getattr(m, "config", None) is config and id(m) not in inside]
-    if rest:
-        raise ConfigError(
-            f"{rest[0]} of the {type(outer).__name__} around this {type(stack.model).__name__} has the same config, so "
-            f"that one cannot be changed without the other: pass the {type(outer).__name__}, with part= for a patch"
-        )
 
 
 def patched_stacks(model: PreTrainedModel, read: bool = True) -> list[tuple[AttentionStack, PatchSpec]]:
@@ -158,8 +113,13 @@ def gate_hooks(model: PreTrainedModel) -> list[GateHook]:
     return [hook for module in modules if (hook := gate_hook_of(module)) is not None]
 
 
-def open_stack(model: PreTrainedModel, part: str | None) -> tuple[AttentionStack, PatchSpec]:
+def open_stack(model: PreTrainedModel, part: str | None, whole: PreTrainedModel) -> tuple[AttentionStack, PatchSpec]:
     """Returns the attention that a user wants to patch, with the spec of the swaps that it has already.
+
+    Args:
+        model: The model, patched already or not.
+        part: As in :func:`attnswap.patch`.
+        whole: The outermost model around it, or the model itself.
 
     Raises:
         ConfigError: There is no such attention or several, the model's swaps belong to adapters, or a part of the
@@ -168,7 +128,7 @@ def open_stack(model: PreTrainedModel, part: str | None) -> tuple[AttentionStack
     """
     refuse_adapters(model)
     known = patched_stacks(model)
-    refuse_own_parts(model, known)
+    refuse_own_parts([stack for stack, _ in known])
     if part is None and known:
         if len(known) > 1:
             raise ConfigError(
@@ -186,7 +146,7 @@ def open_stack(model: PreTrainedModel, part: str | None) -> tuple[AttentionStack
                 f"part={part!r}: layer {min(shared)} of it is patched already as a layer of another part "
                 f'("{other.name}"); name that part, or call attnswap.unpatch first'
             )
-    refuse_half(stack)
+    refuse_half(stack, whole)
     before = before_of(stack, stack.config._attn_implementation)
     return stack, PatchSpec(before, seam=stack.seam, part=part)
 

@@ -46,6 +46,7 @@ class Plan:
 
 def make_plan(
     model: PreTrainedModel,
+    whole: PreTrainedModel,
     part: str | None,
     wanted: list[tuple[Swap, HeadsLike]],
     layers: LayersLike,
@@ -55,6 +56,7 @@ def make_plan(
 
     Args:
         model: The model, patched already or not.
+        whole: The outermost model around it, or the model itself.
         part: As in :func:`attnswap.patch`.
         wanted: Swaps with their heads.
         layers: As in :func:`attnswap.patch`.
@@ -64,7 +66,7 @@ def make_plan(
         ConfigError: A swap, layer or head does not exist or does not fit, or a head is already swapped.
         UnsupportedModelError: The attention cannot be served.
     """
-    stack, spec = open_stack(model, part)
+    stack, spec = open_stack(model, part, whole)
     chosen = select_layers(layers, stack.layers)
     info = stack.info(chosen[0])
     plan = Plan(stack, spec)

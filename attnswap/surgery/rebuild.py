@@ -37,7 +37,7 @@ def rebuild(model: PreTrainedModel) -> None:
     """
     if carrier_of(model.config) is None:
         return
-    for _, entry in entries_of(model, loading=True):
+    for _, entry, _ in entries_of(model, loading=True):
         read_entry(entry)  # a damaged entry is refused by every part of a model
     try:
         found = written_stacks(model, loading=True)

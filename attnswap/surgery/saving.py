@@ -16,8 +16,9 @@ from attnswap.errors import AttnSwapError, CheckpointError, ConfigError, Unsuppo
 from attnswap.surgery.entry import carrier_of, write_spec
 from attnswap.surgery.guard import WRAPPING
 from attnswap.surgery.module import child_of
-from attnswap.surgery.patched import patched_stacks, refuse_own_parts
+from attnswap.surgery.patched import patched_stacks
 from attnswap.surgery.spec import KEY, read_entry
+from attnswap.surgery.stacks import refuse_own_parts
 
 
 @contextmanager
@@ -68,7 +69,7 @@ def _render(
         )
     _refuse_adapters(holders)
     found = patched_stacks(model)
-    refuse_own_parts(model, found)
+    refuse_own_parts([stack for stack, _ in found])
     known = {id(module) for stack, _ in found for _, module in stack.modules.values()}
     strange = next((name for name, module in holders.items() if id(module) not in known), None)
     if strange is not None:

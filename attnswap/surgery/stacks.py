@@ -58,6 +58,7 @@ class AttentionStack:
         name: What their names have in common, with ``*`` for numbers.
         cross: They attend to another sequence than the one their queries come from.
         others: The model's other attention modules, with their names.
+        saved: The entry that names the stack, if there is one, is in a config that the model saves.
     """
 
     model: PreTrainedModel
@@ -66,6 +67,7 @@ class AttentionStack:
     name: str
     cross: bool
     others: tuple[tuple[str, nn.Module], ...]
+    saved: bool = True
 
     @property
     def layers(self) -> list[int]:
@@ -183,7 +185,7 @@ def _own_index(module: nn.Module) -> int | None:
 
 
 def find_stack(
-    model: PreTrainedModel, part: str | None = None, config: PreTrainedConfig | None = None
+    model: PreTrainedModel, part: str | None = None, config: PreTrainedConfig | None = None, saved: bool = True
 ) -> AttentionStack:
     """Returns the attention modules that a patch is about.
 
@@ -192,6 +194,7 @@ def find_stack(
         part: Words of their names such as ``"encoder"``, ``"vision_tower"`` or ``"decoder.layers.*.self_attn"``, or
             ``"cross"``; default: self-attention, of the decoder or text tower where there are several.
         config: Only modules with this config are meant, if there are any.
+        saved: See :class:`AttentionStack`.
 
     Raises:
         ConfigError: ``part`` means no attention of this model, or several.
@@ -212,7 +215,55 @@ def find_stack(
         name=", ".join(group.name for group in chosen),
         cross=any(group.cross for group in chosen),
         others=tuple(named for group in every if group not in chosen for named in group.modules.values()),
+        saved=saved,
     )
+
+
+def refuse_own_parts(stacks: list[AttentionStack]) -> None:
+    """Refuses parts that were patched as models of their own, if their entry would mean other attention in the whole.
+
+    Args:
+        stacks: The patched stacks of the whole model.
+
+    Raises:
+        ConfigError: There is such a part.
+    """
+    for stack in stacks:
+        if not stack.saved and not _means_same(stack):
+            raise ConfigError(
+                f"{stack.name} was patched as a model of its own, whose config the {type(stack.model).__name__} around "
+                "it does not save: unpatch that part, and patch the whole model with part="
+            )
+
+
+def _means_same(stack: AttentionStack) -> bool:
+    """Whether the words of a part choose the same attention in the whole model."""
+    try:
+        return len(find_stack(stack.model, stack.part).shares(stack)) == len(stack.modules)
+    except ConfigError:
+        return False
+
+
+def refuse_half(stack: AttentionStack, whole: PreTrainedModel) -> None:
+    """Refuses a part of a larger model if attention outside of the part reads its implementation from the same config.
+
+    Args:
+        stack: The attention modules of the part.
+        whole: The outermost model around it, or its model itself.
+
+    Raises:
+        ConfigError: There is such attention: its layers would have no hooks.
+    """
+    if whole is stack.model:
+        return
+    inside, config = {id(module) for module in stack.siblings}, stack.config
+    modules = [named for group in groups(whole) for named in group.modules.values()]
+    rest = [name for name, m in modules if getattr(m, "config", None) is config and id(m) not in inside]
+    if rest:
+        raise ConfigError(
+            f"{rest[0]} of the {type(whole).__name__} around this {type(stack.model).__name__} has the same config, so "
+            f"that one cannot be changed without the other: pass the {type(whole).__name__}, with part= for a patch"
+        )
 
 
 def _has_config(group: Group, config: PreTrainedConfig) -> bool:
