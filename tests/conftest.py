@@ -29,7 +29,7 @@ from tests.helpers.tiny_models import VOCABULARY, tiny
 settings.register_profile(
     "whole", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), max_examples=40
 )
-settings.register_profile("quick", settings.get_profile("whole"), max_examples=10)
+settings.register_profile("quick", settings.get_profile("whole"), max_examples=8)
 settings.load_profile("quick")  # --hypothesis-profile=whole comes after this
 
 

@@ -148,6 +148,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Swap, str, T
     return build([*elementwise(), *(Printed(t) for t in trees())], tmp_path_factory.mktemp("codegen"))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("swap", elementwise(), ids=variant_id)
 def test_the_cpp_form_equals_the_tensor_form(compiled, swap: Swap):
     check_cpp(compiled, swap, 1e-3 if isinstance(swap, EveryWord) else 5e-5)

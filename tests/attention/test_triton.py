@@ -107,6 +107,7 @@ def test_lengths_that_do_not_fill_their_tiles(interpreted: Worker, queries: int,
         check(interpreted, swap, case)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("level", ["huge", "low"])
 @pytest.mark.parametrize("swap", [SWAPS[0], SWAPS[2], SWAPS[3]], ids=variant_id)
 def test_scores_of_ten_thousand(interpreted: Worker, swap: Swap, level: str):

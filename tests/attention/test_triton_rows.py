@@ -92,8 +92,15 @@ def test_masks(interpreted: Worker, swap: Swap, mask: str):
     check(interpreted, swap, Case(batch, kv_heads=1, queries=9, keys=70, width=16, value_width=24, mask=mask, seed=5))
 
 
-@pytest.mark.thinned(12)
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "square"])
+QUICK = ("window", "padding", "sinks")
+"""Kinds of calls whose masks reach the kernels of rows in different ways; the others are left to make test-all."""
+
+
+@pytest.mark.thinned(2)
+@pytest.mark.parametrize(
+    "kind",
+    [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind != "square"],
+)
 @pytest.mark.parametrize("swap", [SWAPS[0], LEARNED], ids=variant_id)
 def test_calls_of_a_model(interpreted: Worker, swap: Swap, kind: str):
     wanted = solve(swap, "dense", torch.float64, kind)
@@ -101,7 +108,7 @@ def test_calls_of_a_model(interpreted: Worker, swap: Swap, kind: str):
 
 
 @pytest.mark.thinned(3)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("swap", [SWAPS[0], LEARNED, Cubes()], ids=variant_id)
 def test_half_precision(interpreted: Worker, swap: Swap, dtype: torch.dtype):
     case = Case(batch=1, kv_heads=1, queries=70, keys=70, width=64, value_width=64, seed=3)
@@ -257,6 +264,7 @@ def call_decayed(decay: float, options: dict[str, Any]) -> dict[str, Tensor]:
     return decayed("triton", decay, "value", **options)
 
 
+@pytest.mark.slow
 def test_what_is_left_out_is_not_missed(interpreted: Worker):
     """A gate whose tiles are left out in part: outputs and all gradients, to the rounding of fp32."""
     for decay in (0.1, 0.25, 2.0):

@@ -93,6 +93,7 @@ def test_an_experiment_measures_every_control_and_is_not_done_twice(
     assert not (tmp_path / "third").exists()
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_and_one_of_another_recipe_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -161,6 +162,7 @@ def test_a_signal_in_the_last_step_of_a_run_ends_the_experiment(
     assert not list((tmp_path / "out").glob("control*"))
 
 
+@pytest.mark.slow
 def test_a_control_by_other_batches_or_of_other_text_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -235,6 +237,7 @@ def test_a_recipe_that_fits_its_swap_first_is_measured_fitted(
     assert (tmp_path / "out" / "healed" / "fitted.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_recipe_without_stages_is_healed_by_its_cross_entropy_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

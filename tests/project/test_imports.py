@@ -144,7 +144,7 @@ served(LlamaForCausalLM.from_pretrained(folder / "patched"))
     "order",
     [
         pytest.param(ATTNSWAP_FIRST, id="attnswap-first"),
-        pytest.param(MODEL_FIRST, id="model-first"),
+        pytest.param(MODEL_FIRST, id="model-first", marks=pytest.mark.slow),
         pytest.param(PARTS_FIRST, id="parts-first"),
         pytest.param(TRANSFORMERS_FIRST, id="transformers-first", marks=pytest.mark.slow),
         pytest.param(ANOTHER_THREAD, id="another-thread", marks=pytest.mark.slow),

@@ -133,7 +133,7 @@ def test_a_shifted_n_would_be_noticed(swap, tokens, monkeypatch):
     assert difference(model, tokens, "dynamic") > TOLERANCE
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize("swap", SWAPS)
 def test_compiled_decoding_with_a_static_cache(swap, tokens):
     model = build("llama", swap)

@@ -128,7 +128,7 @@ def test_resized_embeddings(swap, patched, tokens, tmp_path):
     assert torch.equal(logits(again, tokens), logits(model, tokens))
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("swap", SWAPS)
 def test_patching_and_unpatching_a_compiled_model(swap, tokens):
     model = tiny()

@@ -192,6 +192,7 @@ def token_is_padding(inputs: Inputs) -> Tensor:
     return padded
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("swap", [s for s in variants() if s.name in ROWS], ids=variant_id)
 def test_reference_equals_the_formula(swap: Swap):
     # The released position factor is rounded to fp32 by definition.

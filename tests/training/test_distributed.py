@@ -263,6 +263,7 @@ def test_what_is_not_finite_in_one_process_ends_the_measurement_in_all(monkeypat
         pass
 
 
+@pytest.mark.slow
 def test_tensor_parallelism_computes_the_swap_or_refuses(tmp_path):
     """Two processes with half of the heads each; a swap without tensors works, all else raises."""
     cases = {
