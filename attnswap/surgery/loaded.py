@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedModel
 from attnswap.loading import refuse_incomplete, refuse_orphans
 from attnswap.surgery.entry import carrier_of
 from attnswap.surgery.patched import written_stacks
+from attnswap.surgery.rebuild import Unresolved
 from attnswap.surgery.seam import check_loaded, gate_hook_of
 from attnswap.surgery.spec import KEY
 
@@ -31,7 +32,11 @@ def check_whole(model: PreTrainedModel, found: Mapping[str, Any], path: Any, opt
         CheckpointError: A tensor of a patched checkpoint is missing or left over, or lambda is not what config.json
             says.
     """
-    refuse_orphans(found.get("unexpected_keys", ()), path)
+    unexpected = list(found.get("unexpected_keys", ()))
+    unresolved = next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, Unresolved)), None)
+    if unresolved is not None and any(KEY in name.split(".") for name in unexpected):
+        unresolved(model)  # says more than that swaps are left over
+    refuse_orphans(unexpected, path)
     if carrier_of(model.config) is None:
         return
     swaps = [entry for entry in found.get("mismatched_keys", ()) if KEY in entry[0].split(".")]

@@ -121,7 +121,7 @@ class Unresolved:
     def __init__(self, reason: str) -> None:
         self.reason = reason
 
-    def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+    def __call__(self, model: nn.Module, args: tuple[Any, ...] = ()) -> None:
         """Raises CheckpointError."""
         raise CheckpointError(
             f"the config names swaps that {type(model).__name__} alone has no place for, so that it would compute "

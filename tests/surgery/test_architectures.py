@@ -31,6 +31,7 @@ from transformers import (
     Swinv2Config,
     Swinv2Model,
     T5Config,
+    T5EncoderModel,
     T5ForConditionalGeneration,
     ViTConfig,
     ViTModel,
@@ -352,6 +353,15 @@ def test_towers_that_are_patched_as_models_of_their_own(tmp_path):
     del model.text_model.config.attnswap
     with pytest.raises(CheckpointError, match="lost its attnswap entry"):
         model.state_dict()
+
+
+def test_a_half_of_a_checkpoint_says_what_it_lacks(tmp_path):
+    model = build("t5")
+    for part in ("encoder", "cross"):
+        attnswap.patch(model, "ssmax", part=part)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r'T5EncoderModel alone has no place for.*part="cross"'):
+        T5EncoderModel.from_pretrained(tmp_path)
 
 
 def test_parts_that_overlap_are_refused(tmp_path):
