@@ -9,7 +9,7 @@ from attnswap.surgery.entry import write_spec
 from attnswap.surgery.hooks import remove_hooks
 from attnswap.surgery.module import child_of
 from attnswap.surgery.scores import intercept, release
-from attnswap.surgery.seam import GateHook, Route, ServedCheck, gate_hook_of
+from attnswap.surgery.seam import GateHook, Route, ServedCheck, gate_hook_of, route_of
 from attnswap.surgery.spec import KEY
 from attnswap.surgery.stacks import AttentionStack
 from attnswap.surgery.tied import retie, untie
@@ -28,7 +28,7 @@ def connect(stack: AttentionStack, before: str, loading: bool = False) -> None:
     """
     through_interface, config = stack.seam == "interface", stack.config
     untie(stack)
-    route = next((hook.route for module in stack.siblings if (hook := gate_hook_of(module))), None)
+    route = route_of(stack.siblings)
     if route is not None and route.dispatched != through_interface and any(map(child_of, stack.siblings)):
         raise UnsupportedModelError(
             f"{stack.name} and another attention of {type(stack.model).__name__} that is patched already share one "

@@ -22,17 +22,20 @@ def entries_of(model: nn.Module, loading: bool = False) -> list[tuple[PreTrained
         loading: Leave out configs that are not saved: while a model is built, a half's copy of the config names parts
             of the whole.
     """
-    own = getattr(model, "config", None)
-    saved = towers_of(own) if isinstance(own, PreTrainedConfig) else []
-    configs = [(config, True) for config in saved]
+    configs = [(config, True) for config in saved_configs(model)]
     configs += [] if loading else [(config, False) for config in unsaved_configs(model)]
     return [(c, entry, kept) for c, kept in configs if isinstance(entry := getattr(c, KEY, None), dict)]
 
 
+def saved_configs(model: nn.Module) -> list[PreTrainedConfig]:
+    """Returns the configs that are saved with a model: its own and those of its towers."""
+    own = getattr(model, "config", None)
+    return towers_of(own) if isinstance(own, PreTrainedConfig) else []
+
+
 def unsaved_configs(model: nn.Module) -> list[PreTrainedConfig]:
     """Returns configs of a model's modules that are not saved with it, such as copies for each half of the model."""
-    own = getattr(model, "config", None)
-    saved = {id(config) for config in towers_of(own)} if isinstance(own, PreTrainedConfig) else set()
+    saved = {id(config) for config in saved_configs(model)}
     found = {id(c): c for m in model.modules() if isinstance(c := getattr(m, "config", None), PreTrainedConfig)}
     return [config for key, config in found.items() if key not in saved]
 
@@ -84,8 +87,7 @@ def clear_entries(model: nn.Module, before: str) -> None:
         model: The model.
         before: The attention implementation for configs that still name attnswap.
     """
-    own = getattr(model, "config", None)
-    for config in [*(towers_of(own) if isinstance(own, PreTrainedConfig) else []), *unsaved_configs(model)]:
+    for config in [*saved_configs(model), *unsaved_configs(model)]:
         forget(config)
         if config._attn_implementation == KEY:
             config._attn_implementation_internal = before

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from attnswap.errors import CheckpointError, ConfigError
 from attnswap.surgery.entry import entries_of
 from attnswap.surgery.module import child_of
-from attnswap.surgery.seam import GateHook, gate_hook_of
+from attnswap.surgery.seam import GateHook, gate_hook_of, route_of
 from attnswap.surgery.spec import KEY, PatchSpec, Slot, read_entry
 from attnswap.surgery.stacks import AttentionStack, find_stack, refuse_half, refuse_own_parts
 
@@ -103,8 +103,8 @@ def before_of(stack: AttentionStack, written: str) -> str:
         stack: The attention modules.
         written: The one the model had when it was patched, for modules that are not connected.
     """
-    hooks = (gate_hook_of(module) for module in stack.siblings)
-    return next((hook.route.before for hook in hooks if hook is not None), written)
+    route = route_of(stack.siblings)
+    return written if route is None else route.before
 
 
 def gate_hooks(model: PreTrainedModel) -> list[GateHook]:

@@ -5,6 +5,7 @@ module hands it to :func:`attention_forward`; after the forward, :class:`ServedC
 patched module either computes its swaps or raises, whatever happened to the model's configuration in between.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -124,6 +125,12 @@ class ServedCheck:
                 "Call attnswap.unpatch(model), set the implementation, and patch again. (A model that computes "
                 'attention itself wants "eager" or "sdpa".)'
             )
+
+
+def route_of(modules: Iterable[nn.Module]) -> Route | None:
+    """Returns the route that attention modules of one config share, if they are connected."""
+    hooks = (gate_hook_of(module) for module in modules)
+    return next((hook.route for hook in hooks if hook is not None), None)
 
 
 def gate_hook_of(module: nn.Module) -> GateHook | None:
