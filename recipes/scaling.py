@@ -72,7 +72,16 @@ def tokens_per_second(shape: Shape, run: Run) -> float:
 
 def table() -> str:
     """Returns the table as Markdown."""
-    head = ("model", "trained", "context", "GPUs of 80 GB", "state a GPU", "activations", "gathered", "sum")
+    head = (
+        "model",
+        "trained",
+        "context",
+        "GPUs of 80 GB",
+        "weights and optimizer state per GPU",
+        "activations",
+        "FSDP2 all-gather buffers",
+        "sum",
+    )
     rows = []
     for shape in SHAPES:
         for run in RUNS[shape.name]:
@@ -83,7 +92,7 @@ def table() -> str:
             trained = "all weights" if run.full else "adapter"
             speed = f"{tokens_per_second(shape, run):,.0f}"
             rows.append([shape.name, trained, str(run.context), str(run.gpus), *sizes, speed])
-    return markdown_table((*head, "tokens/s a GPU"), rows, words=2)
+    return markdown_table((*head, "tokens/s per GPU"), rows, words=2)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class AttnSwapConfig(LoraConfig):
     Args:
         swap: A name, config or mapping with a name; or a mapping of several to their heads, as for
             :func:`attnswap.patch`.
-        part: Which attention, in a model that has several.
+        part: Which attention modules, in a model that has several kinds: encoder, decoder, cross, ...
         layers: Index, slice string or list of indices; default: all.
         heads: Query heads; default: all.
         ramp: Initial lambda, from 0 to 1. ``attnswap.describe`` and ``spec`` of a saved adapter give the present one.
@@ -39,7 +39,7 @@ class AttnSwapConfig(LoraConfig):
     """
 
     swap: Any = field(default=None, metadata={"help": "The attention normalizer, as for attnswap.patch."})
-    part: str | None = field(default=None, metadata={"help": "Which attention, in a model that has several."})
+    part: str | None = field(default=None, metadata={"help": "Which attention modules: encoder, decoder, cross, ..."})
     layers: Any = field(default=None, metadata={"help": "Layers to swap: index, slice string or list."})
     heads: Any = field(default=None, metadata={"help": "Query heads to swap; default: all."})
     ramp: float = field(default=1.0, metadata={"help": "lambda to start at: 0 is softmax, 1 the swap."})

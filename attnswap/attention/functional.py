@@ -33,8 +33,8 @@ def attention(
 
     Differs from ``torch.nn.functional.scaled_dot_product_attention`` where the lengths differ: ``is_causal=True``
     aligns the *last* query with the *last* key, as decoding with a cache needs it (torch aligns the first with the
-    first). A row without any visible key gives 0. Learned per-head features left out take their initial value, which
-    for a swap with an identity start (``attnswap list``) makes the result softmax's.
+    first). A row without any visible key gives 0. Per-head features that are left out take their
+    initial value; those per query or per key, such as ``log_forget``, must be given.
 
     Args:
         query: Shape (batch, heads, queries, head_dim).

@@ -133,7 +133,7 @@ def compare_all(found: dict[str, Evaluation]) -> list[dict[str, float]]:
 
 def write(out: Path, found: dict[str, Evaluation], rows: list[dict[str, float]], steps: int, seconds: float) -> None:
     """Writes the table, the JSON and the picture, and prints the table."""
-    head = ("context", *found, "ln ssmax/original", "ln ssmax/control [95%]")
+    head = ("context", *found, "ln ssmax/original (± standard error)", "ln ssmax/control [95%]")
     table, lines = Table(*head), []
     for row in rows:
         cells = [

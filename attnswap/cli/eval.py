@@ -11,7 +11,7 @@ from attnswap.errors import ConfigError
 
 def eval_command(
     model: Annotated[
-        str, typer.Argument(metavar="DIR", help='Checkpoint directory, GGUF file, hub name or "embedded".')
+        str, typer.Argument(metavar="MODEL", help='Checkpoint directory, GGUF file, hub name or "embedded".')
     ],
     contexts: Annotated[str, typer.Option(help="Context lengths in tokens; k is 1024.")] = "512,1k,2k,4k,8k",
     text: Annotated[Path | None, typer.Option(help="Text file to measure on. Default: the built-in text.")] = None,
@@ -24,12 +24,14 @@ def eval_command(
         str | None, typer.Option(help="Device. Default: the accelerator, or cpu if there is none.")
     ] = None,
     stride: Annotated[
-        str | None, typer.Option(help="Stride in tokens, for the windows of lm-eval. Default: half windows.")
+        str | None,
+        typer.Option(help="Tokens between lm-eval's rolling windows. Default: score the second half of each window."),
     ] = None,
     max_tokens: Annotated[str | None, typer.Option(help="Score at most this many tokens, such as 16k.")] = None,
     batch_size: Annotated[int, typer.Option(help="Windows per forward pass.")] = 1,
     suite: Annotated[
-        str | None, typer.Option(help='"long": add retrieval, attention structure, rounding and an HTML page.')
+        str | None,
+        typer.Option(help='"long": retrieval, attention structure, KL, context gain, weight rounding; HTML page.'),
     ] = None,
     prompts: Annotated[
         int, typer.Option(min=1, help="With --suite: retrieval prompts per task, length and depth.")

@@ -27,14 +27,14 @@ def heal_command(
         str | None, typer.Option(help="Device to measure on. Default: the accelerator, or cpu if there is none.")
     ] = None,
     check: Annotated[
-        Path | None, typer.Option(help="Earlier result.json: fail if a ratio is outside of its interval.")
+        Path | None, typer.Option(help="Earlier result.json: fail if a ratio to the control is outside its interval.")
     ] = None,
 ) -> None:
-    """Heal a swapped model and compare it with a control: the same training without the swap.
+    """Heal a swapped model and compare it with a control: the unpatched model, trained by the stages with kl or ce.
 
-    Trains the recipe and its control. Measures both, the original model, the swapped model without healing, and the
-    healed weights without the swap. Finished parts in the recipe's output_dir are reused, so the same command resumes
-    an interrupted run.
+    Trains the recipe and its control. Measures the original, the control, the swapped model before healing (also after
+    the fit, if there is one), the healed model, and the healed model without the swap. Finished parts in the recipe's
+    output_dir are reused, so the same command resumes an interrupted run.
     """
     import torch
 

@@ -25,7 +25,7 @@ def patch_command(
     heads: Annotated[str | None, typer.Option(help='Query heads to patch: indices "0,1". Default: all.')] = None,
     part: Annotated[
         str | None,
-        typer.Option(help='Which attention of a model with several, such as "cross". Default: decoder self-attention.'),
+        typer.Option(help="Attention modules to patch: encoder, decoder, cross, ... Default: decoder self-attention."),
     ] = None,
     ramp: Annotated[float, typer.Option(help="lambda, from 0 (the original attention) to 1 (the swap).")] = 1.0,
     dtype: Annotated[

@@ -65,8 +65,8 @@ def page(results: dict[str, dict[str, Any]]) -> str:
 
 Made by `python -m attnswap.healing.leaderboard results` from the `result.json` of each folder; do not edit.
 
-An experiment trains a recipe and its control: the same recipe without the swap, and without the stages that train only
-the swap. Where a control has nothing to learn, it is the original model.
+An experiment trains a recipe and its control: the unpatched model after the same recipe, without the stages that need a
+swap or only compare attention outputs with the teacher. Where a control has nothing to learn, it is the original model.
 
 - **where**: the layers (and heads) that have the swap.
 - **tokens**: the tokens of training, and those that a least-squares start was fitted to.

@@ -15,8 +15,7 @@ from attnswap.surgery.patched import gate_hooks
 def bypassed(model: nn.Module) -> Iterator[None]:
     """Lets a patched model compute the attention it had before patching, with the weights it has now.
 
-    Nothing of the model changes: the hook of each attention module leaves its swaps out, and computes them again
-    afterwards.
+    The weights are not touched, and the swaps are active again after the ``with`` block.
 
     Args:
         model: A patched model; a peft wrapper is looked through (its other adapters stay on).

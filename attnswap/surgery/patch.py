@@ -77,8 +77,8 @@ def unpatch(model: PreTrainedModel) -> None:
         model: A patched model.
 
     Raises:
-        ConfigError: The model is not patched, its swaps belong to adapters, or it is a part of a model whose other
-            attention has the same config.
+        ConfigError: The model is not patched, its swaps belong to adapters, or it is a submodule that shares its config
+            with patched attention modules outside of it (unpatch the outer model).
     """
     refuse_adapters(model)
     found = patched_stacks(model, read=False)
@@ -102,5 +102,5 @@ def unpatch(model: PreTrainedModel) -> None:
 
 
 def describe(model: PreTrainedModel) -> PatchReport:
-    """Returns the table of which swap serves which head of which layer (empty for an untouched model)."""
+    """Returns a report of the swap of each head in each layer; an unpatched model has its own attention in all rows."""
     return build_report(model, patched_stacks(model), [])

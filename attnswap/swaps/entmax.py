@@ -8,12 +8,13 @@ along alpha: alpha(lambda) = 1 + lambda (alpha - 1). A learned alpha stays in (1
 1, because its gradient is noise near alpha = 1.
 
 At equal scores entmax is much sharper than softmax: with n keys of equal weight a change of score moves its weights
-n^(alpha - 1) times as far. ``scale="predicted"`` multiplies a query's scores by e^t_i. t is predicted from the hidden
-state and ln n (``attnswap.swaps.predicted``), by a regression that starts, with softmax's weights p, at
+n^(alpha - 1) times as far. ``scale="predicted"`` multiplies a query's scores by e^t_i, where t is predicted from the
+hidden state and ln n (``attnswap.swaps.predicted``). After patching the factor is 1. ``attnswap.training.fit`` fits t
+by a regression whose first targets are
 
-    e^t_i = sum_j p_ij^alpha / alpha,
+    e^t_i = sum_j p_ij^alpha / alpha,   p being softmax's weights,
 
-where entmax is as close to softmax as a scale can make it, with most weights still 0. ASEntmax scales scores by
+and which ends as close to softmax as a scale can come, with most weights still 0. ASEntmax scales scores by
 delta + beta (ln n)^gamma to the same end.
 
 Caveats: a pretrained model's scores spread over tens of units, where few keys survive; predict a scale, or start at

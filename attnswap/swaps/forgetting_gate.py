@@ -1,9 +1,9 @@
-"""The forgetting gate: every token decides how far its head looks back past it.
+"""The forgetting gate: each token sets, for each head, a decay of the keys before it.
 
     w_ij = softmax_j(z_ij + D_ij),   D_ij = sum over l in (j, i] of log f_l,   log f_l <= 0
 
 The gate of the key's own token is left out, that of the query's token counts, so D_ii = 0. The published gate is
-log f = logsigmoid(w.x + b), which forgets half of everything a token from its start. Here
+log f = logsigmoid(w.x + b); at its initial values each token halves the weight of all keys before it. Here
 
     log f = -g softplus(-(w.x + b)),   used with max(g, 0),
 

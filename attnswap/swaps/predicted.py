@@ -1,4 +1,4 @@
-"""A number for each query and head, told from its token: what a swap cannot know of a row before it sees the keys.
+"""A number for each query and head, predicted from its hidden state: a property of a row before its keys are read.
 
     t_i = w . x_i + u . gelu(V x_i + c) + offset + slope ln n_i
 

@@ -1,4 +1,4 @@
-"""Selective Self-Attention: each token sets its own temperature.
+"""Selective Self-Attention: each token sets the temperature of its query and the scale of its value.
 
     w_ij = softmax_j(t_i z_ij),   v_j' = u_j v_j
     t_i = 1 + tanh(f(x_i)) + p_i,   u_j = 1 + tanh(g(x_j))
@@ -29,8 +29,8 @@ class SelectiveTemperature(Swap):
     Attributes:
         position: The position term of the temperature: ``"log_n"``: gain * ln n with one unconstrained gain per head
             (0 is the identity); ``"released"``: exp(-exp(beta)) * ln n with one beta per head, initially 2.
-        query: Token-aware temperature of the queries.
-        value: Token-aware temperature of the values.
+        query: Whether the temperature of a query depends on its token's hidden state.
+        value: Whether values are scaled by a factor from their token's hidden state.
         init: ``"identity"`` (default; not with ``"released"``) or ``"paper"`` (small random gate weights, and a gain of
             0.5).
     """
@@ -44,7 +44,9 @@ class SelectiveTemperature(Swap):
     paper: ClassVar[str] = (
         "Selective Attention: Enhancing Transformer through Principled Context Control (arXiv 2411.12892)"
     )
-    summary: ClassVar[str] = "token- and position-aware temperature of queries and values"
+    summary: ClassVar[str] = (
+        "softmax with a temperature per query, from its token and ln n; values scaled by a factor from their token"
+    )
     needs_n: ClassVar[bool] = True
     native_ramp: ClassVar[bool] = True
 

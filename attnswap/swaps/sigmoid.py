@@ -3,11 +3,11 @@
     w_ij = sigmoid(z_ij + b_i) [/ n_i or / sqrt(n_i)],   b_i = bias + bias_log_n * ln n_i
 
 The published bias is the constant -ln n of the training length, which keeps a row's total near softmax's at the
-start of training. Put into a pretrained softmax model that start is far off (perplexity explodes). What a pretrained
-model lacks is its normalizer, the logsumexp L_i of a row. Most of it can be told without looking at the keys, so
-``bias="predicted"`` learns it from the query's token:
+start of training. In a pretrained model this constant is far from -L_i, where L_i is the logsumexp of the row's scores,
+by which softmax divides: perplexity explodes. Most of L_i can be predicted without the keys, so ``bias="predicted"``
+predicts it from the query's hidden state and ln n (``attnswap.swaps.predicted``):
 
-    b_i = -t_i,   t being a function of the token and ln n (``attnswap.swaps.predicted``) that starts near L
+    b_i = -t_i,   t_i near L_i after the fit (``attnswap.training.fit``)
 
 The ramp leads from softmax to sigmoid without a jump: with l_i = (1 - lambda) L_i + lambda t_i,
 
@@ -15,17 +15,17 @@ The ramp leads from softmax to sigmoid without a jump: with l_i = (1 - lambda) L
 
 Rows are free to sum to anything; a model's own sinks mean nothing here, since there is no denominator for them.
 
-No token can tell how often it was written before, and keys that are alike add up: in the first layers of a pretrained
-model the row of a word that a text repeats sums to many times what it should, which the layers above do not bear. With
+The hidden state of a token says little about how often the token occurred before, and equal keys add up: in the first
+layers of a pretrained model, the row of a repeated word sums to many times softmax's 1, and later layers fail. With
 ``row_limit`` R there is a denominator again, though one that needs no maximum,
 
     w_ij = sigmoid(z_ij + b_i) / (1 + (S_i - 1) / R),   S_i = sum_k sigmoid(z_ik + b_i):
 
-what sums to 1 stays as it is, and nothing sums to more than R. Sinks then add sigmoid(sink) to S.
+a row that sums to 1 stays as it is, and no row sums to more than R. Sink logits then add sigmoid(sink) to S.
 
-No bias makes a row exact that sees one key, and pretrained models build on that row: with less than all of its weight
-the first token of some texts loses the massive activation that later heads rest on. ``keep_lone`` leaves the row as it
-was, along the ramp too (there l_i = L_i + ln(1 - lambda)).
+For a query that sees one key, sigmoid's weight is below 1 for every bias. In some texts the first token then loses its
+massive activation, which later heads need. ``keep_lone`` gives that key weight 1, at every lambda (there
+l_i = L_i + ln(1 - lambda)).
 """
 
 import math

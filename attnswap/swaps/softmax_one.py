@@ -6,8 +6,8 @@ A sink logit of 0 is the "+1" of softmax-1; -infinity is softmax. The row sums t
 logsumexp of its scores: it is softmax times a gate that closes where no key fits. Computed as a null key of score
 ``sink`` and value 0, which costs nothing beside the keys. The ramp raises the null key's weight from 0: lambda e^sink.
 
-Caveat: a pretrained model has made a sink of its first token, beside which this one changes next to nothing until
-training moves it; where a first token is always there it may never be needed.
+Caveat: pretrained models already use the first token as a sink. The learned sink logit therefore has little effect
+before training, and may never be needed by a model whose texts all have such a token.
 """
 
 from dataclasses import dataclass

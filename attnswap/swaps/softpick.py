@@ -5,21 +5,24 @@
 A key with a negative score gets weight exactly 0 but still adds to the denominator. With the shift
 m = max(max_j z_j, 0) nothing overflows, also where every score is far below 0 (the published stable form shifts by
 max z alone, and its gradient is NaN there). A row of only negative scores gives output 0 and no gradient: dead heads
-are this swap's known weakness. No start equals softmax, so a pretrained model wants the ramp:
+are this swap's known weakness. No option makes it equal softmax at first, so pretrained models are healed or use the
+ramp:
 
     w_j = relu(e^z_j - c) / (sum_k |e^z_k - c| + c eps),   c = lambda,
 
 which is softmax at lambda = 0 and softpick at lambda = 1.
 
-Every key below the threshold adds up to 1 to the denominator, so what is above it is diluted in proportion to n: a
-pretrained model that reads eight times as many keys loses most of each head's output. ``anchor`` holds the dilution at
-what it is at that many keys, by raising the scores of longer rows, which softmax would not notice:
+Every key below the threshold adds up to 1 to the denominator, which dilutes the weights of the others in proportion to
+n: with eight times as many keys, a pretrained model loses most of each head's output. For n_i > ``anchor``, a constant
+is added to all scores of the row,
 
-    z_ij + max(0, ln n_i - ln anchor)
+    z_ij + max(0, ln n_i - ln anchor),
 
-A row that sees a single key, such as that of a text's first token, gives it all its weight or nothing, by the sign of a
-score that softmax never looked at. Pretrained models build much on that token; ``keep_lone`` leaves its row as it was,
-without which no lambda is small enough to start from.
+which would not change softmax. The dilution then stays at its value for n = anchor.
+
+A query that sees a single key, such as that of a text's first token, gives it weight 1 or 0, by the sign of its score.
+The sign has no meaning in softmax, and pretrained models rely on that token: without ``keep_lone``, which gives the key
+weight 1, even a tiny lambda does damage.
 """
 
 import math

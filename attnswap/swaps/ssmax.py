@@ -43,7 +43,7 @@ class SSMax(Swap):
 
     name: ClassVar[str] = "ssmax"
     paper: ClassVar[str] = "Scalable-Softmax Is Superior for Attention (arXiv 2501.19399)"
-    summary: ClassVar[str] = "softmax of the scores times s ln n + b, learned per head; n is the number of visible keys"
+    summary: ClassVar[str] = "softmax((s ln n + b) z), with s and b learned per head; n is the number of visible keys"
     needs_n: ClassVar[bool] = True
     native_ramp: ClassVar[bool] = True
 

@@ -55,7 +55,7 @@ class ModelSection:
 
     Attributes:
         reference: A hub name, a directory, a ``.gguf`` file or ``"embedded"``.
-        tokenizer: Reference of the tokenizer; None: the same as ``reference``.
+        tokenizer: Where the tokenizer is, in the same form; None: with the model.
         dtype: Dtype of the weights while training. Use ``training.bf16`` for mixed precision.
     """
 
@@ -179,7 +179,8 @@ class TrainConfig:
         lora: See :class:`LoraSection`; None: train the model's weights.
         stages: Stages that run one after another and share ``training.max_steps``; see
             :class:`attnswap.training.StageSection`. None given: cross entropy in all steps.
-        teacher: Reference of the teacher for stages with kl or transfer; None: the model before patching and training.
+        teacher: Hub name, directory or file of the teacher for stages with kl or transfer; None: the model before
+            patching and training.
         fit: Calibrate the swap by least squares before training; see :class:`FitSection`. None: no calibration.
     """
 

@@ -69,7 +69,7 @@ def test_patch_saves_what_reloads(run, checkpoint, tmp_path, tokens):
         (["eval", "CHECKPOINT", "--device", "gpuu"], 2, 'unknown device "gpuu"'),
         (["eval", "CHECKPOINT", "--device", "xla"], 2, 'no device "xla"'),
         (["eval", "CHECKPOINT", "--batch-size", "two"], 2, "--batch-size"),
-        (["eval"], 2, "DIR"),
+        (["eval"], 2, "MODEL"),
         (["describe", "nope/nope"], 2, '"nope/nope" is not a swap'),
         (["train", "nowhere.yaml"], 2, "nowhere.yaml"),
         (["lst"], 2, "lst"),
