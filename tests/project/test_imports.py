@@ -145,7 +145,7 @@ served(LlamaForCausalLM.from_pretrained(folder / "patched"))
     [
         pytest.param(ATTNSWAP_FIRST, id="attnswap-first"),
         pytest.param(MODEL_FIRST, id="model-first", marks=pytest.mark.slow),
-        pytest.param(PARTS_FIRST, id="parts-first"),
+        pytest.param(PARTS_FIRST, id="parts-first", marks=pytest.mark.slow),
         pytest.param(TRANSFORMERS_FIRST, id="transformers-first", marks=pytest.mark.slow),
         pytest.param(ANOTHER_THREAD, id="another-thread", marks=pytest.mark.slow),
         pytest.param(UNPICKLED, id="unpickled", marks=pytest.mark.slow),
