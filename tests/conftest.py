@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 import attnswap
 from attnswap import cli
+from tests.helpers.devices import device_of
 from tests.helpers.ids import case_id
 from tests.helpers.patched_models import move_away
 from tests.helpers.thinning import axes_of, kept
@@ -94,6 +95,14 @@ def interpreted() -> Iterator[Callable[..., Any]]:
         pool.submit(torch.set_num_threads, 1).result()
     with pool:
         yield lambda function, *args: pool.submit(function, *args).result()
+
+
+@pytest.fixture(scope="session")
+def worker(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """Calls a function where Triton's kernels run: here if there is a GPU, else where they are interpreted."""
+    if device_of("triton") == "cuda":
+        return lambda function, *args: function(*args)
+    return request.getfixturevalue("interpreted")
 
 
 def pytest_collection_finish() -> None:

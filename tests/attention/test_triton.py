@@ -1,7 +1,8 @@
-"""The Triton kernels in Triton's interpreter, against the dense reference in fp64: outputs and all gradients.
+"""The Triton kernels against the dense reference in fp64: outputs and all gradients.
 
-The interpreter is chosen when triton is imported, so everything runs in a process of its own; what is compared here
-comes back from it. The same kernels compiled for GPUs are in ``results/triton/``.
+They run on a GPU if there is one (``make gpu``), else in Triton's interpreter. The interpreter is chosen when triton is
+imported, so everything then runs in a process of its own; what is compared here comes back from it. What compilers say
+of the same kernels is in ``results/triton/``.
 """
 
 import importlib.util
@@ -31,9 +32,10 @@ from attnswap.swaps import Swap
 from attnswap.swaps import expression as fn
 from attnswap.swaps.base import Feature
 from tests.helpers.calls import Case, allowed_error, bound, compare, draw, run
+from tests.helpers.devices import device_of
 from tests.helpers.ids import variant_id
 from tests.helpers.paths import ROOT
-from tests.helpers.triton_calls import KINDS, Worker, check, negated, solve
+from tests.helpers.triton_calls import KINDS, LARGE, Worker, check, negated, solve
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -76,13 +78,17 @@ class EveryWord(Swap):
         return (n * p.ramp + fn.where(p.beta < n, 1.0 + p.alpha * p.alpha, 2.0)) * fn.exp(-shift)
 
 
+WIDE = pytest.param(256, marks=pytest.mark.slow)
+
+
 @pytest.mark.thinned(3)
-@pytest.mark.parametrize("width", [64, 96, 128])
+@pytest.mark.parametrize("width", [64, 96, 128, WIDE])
 @pytest.mark.parametrize("swap", SWAPS, ids=variant_id)
-def test_outputs_and_gradients(interpreted: Worker, swap: Swap, width: int):
+def test_outputs_and_gradients(worker: Worker, swap: Swap, width: int):
     """Two tiles each way, shared key/value heads, and values of another width."""
-    case = Case(batch=1, queries=70, keys=100, width=width, value_width=64 if width == 96 else width, seed=width)
-    check(interpreted, swap, case)
+    value_width = 64 if width == 96 else width
+    case = Case(batch=1, queries=70 * LARGE, keys=100 * LARGE, width=width, value_width=value_width, seed=width)
+    check(worker, swap, case)
 
 
 MASKS = ("none", "bool", "additive", "per head", "padding", "inf", "lowest", "one for all", "causal and bool")
@@ -91,26 +97,26 @@ MASKS = ("none", "bool", "additive", "per head", "padding", "inf", "lowest", "on
 @pytest.mark.thinned(3)
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("swap", [SWAPS[0], SWAPS[2], SWAPS[5]], ids=variant_id)
-def test_masks(interpreted: Worker, swap: Swap, mask: str):
+def test_masks(worker: Worker, swap: Swap, mask: str):
     """Dense masks hold a row that sees nothing and one that sees one key."""
     if swap.causal_only and mask == "none":
         mask = "causal"
     batch = 2 if mask == "padding" else 1
     case = Case(batch=batch, kv_heads=1, queries=9, keys=70, width=16, value_width=24, mask=mask, seed=5)
-    check(interpreted, swap, case)
+    check(worker, swap, case)
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(1, 130), (130, 3), (65, 64)])
-def test_lengths_that_do_not_fill_their_tiles(interpreted: Worker, queries: int, keys: int):
+def test_lengths_that_do_not_fill_their_tiles(worker: Worker, queries: int, keys: int):
     case = Case(batch=1, kv_heads=1, queries=queries, keys=keys, width=16, value_width=1, seed=1)
     for swap in (SWAPS[0], SWAPS[5]):
-        check(interpreted, swap, case)
+        check(worker, swap, case)
 
 
 @pytest.mark.thinned(3)
 @pytest.mark.parametrize("level", ["huge", "low"])
 @pytest.mark.parametrize("swap", [SWAPS[0], SWAPS[2], SWAPS[3]], ids=variant_id)
-def test_scores_of_ten_thousand(interpreted: Worker, swap: Swap, level: str):
+def test_scores_of_ten_thousand(worker: Worker, swap: Swap, level: str):
     """Scores near +-1e4 carry an fp32 rounding of their own; near -130 no weight may underflow."""
     case = Case(queries=9, keys=12, width=64, value_width=16, level=level, seed=2)
     swap = bound(swap, case)
@@ -118,7 +124,7 @@ def test_scores_of_ten_thousand(interpreted: Worker, swap: Swap, level: str):
     if level == "huge":
         inputs.tensors["query"] = (inputs.tensors["query"] / 4).float().double()
     wanted = run(swap, inputs, "dense", torch.float64)
-    found = interpreted(run, swap, inputs, "triton", torch.float32)
+    found = worker(run, swap, inputs, "triton", torch.float32)
     query, key, _ = inputs.tensors.values()
     largest = float((query.flatten(0, 2) @ key.flatten(0, 2).T).abs().max()) / 8
     assert largest > (1e4 if level == "huge" else 100)
@@ -126,39 +132,41 @@ def test_scores_of_ten_thousand(interpreted: Worker, swap: Swap, level: str):
     compare(found, wanted, allowed, 4 * allowed, level)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(12)
+@pytest.mark.parametrize("width", [64, 96, 128, WIDE])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("swap", SWAPS, ids=variant_id)
-def test_half_precision(interpreted: Worker, swap: Swap, dtype: torch.dtype):
+def test_half_precision(worker: Worker, swap: Swap, dtype: torch.dtype, width: int):
     """Inputs of half precision, sums in fp32: within the rounding of weights and outputs."""
-    case = Case(batch=1, kv_heads=1, queries=70, keys=70, width=64, value_width=64, seed=3)
-    check(interpreted, swap, case, dtype)
+    long = 70 * LARGE
+    case = Case(batch=1, kv_heads=1, queries=long, keys=long, width=width, value_width=width, seed=3)
+    check(worker, swap, case, dtype)
 
 
-def test_the_whole_vocabulary(interpreted: Worker):
-    check(interpreted, EveryWord(), Case(batch=1, queries=9, keys=70, width=16, value_width=16, seed=4))
+def test_the_whole_vocabulary(worker: Worker):
+    check(worker, EveryWord(), Case(batch=1, queries=9, keys=70, width=16, value_width=16, seed=4))
 
 
 @pytest.mark.parametrize("ramp", [0.25, torch.tensor([0.25, 1.0, 0.5, 0.75])], ids=["number", "per head"])
-def test_the_ramp_of_softpick_and_its_gradient(interpreted: Worker, ramp: Any):
+def test_the_ramp_of_softpick_and_its_gradient(worker: Worker, ramp: Any):
     case = Case(batch=1, queries=9, keys=70, width=16, value_width=16, seed=6)
-    check(interpreted, attnswap.Softpick(), case, ramp=ramp)
+    check(worker, attnswap.Softpick(), case, ramp=ramp)
 
 
-def test_a_wrong_sign_is_caught(interpreted: Worker):
+def test_a_wrong_sign_is_caught(worker: Worker):
     """The comparison must fail where the printed maths is not the swap's."""
     case = Case(batch=1, queries=9, keys=20, width=16, value_width=16)
     with pytest.raises(AssertionError, match="is off by"):
-        check(interpreted, Broken(), case)
-    check(interpreted, Swap(), case)
+        check(worker, Broken(), case)
+    check(worker, Swap(), case)
 
 
-def test_a_wrong_sign_in_a_slope_is_caught(interpreted: Worker):
+def test_a_wrong_sign_in_a_slope_is_caught(worker: Worker):
     """The output is right and every gradient that passes through a score is not."""
     case = Case(batch=1, queries=9, keys=20, width=16, value_width=16)
     inputs = draw(Swap(), case).rounded(torch.float32)
     wanted = run(attnswap.Softpick(), inputs)
-    found = interpreted(negated, attnswap.Softpick(), inputs, "weight_slope")
+    found = worker(negated, attnswap.Softpick(), inputs, "weight_slope")
     compare({"output": found["output"]}, {"output": wanted["output"]}, 4e-6, 4e-6, "output")
     for name in ("query", "key"):
         name = f"gradient of {name}"
@@ -172,11 +180,11 @@ def test_a_wrong_sign_in_a_slope_is_caught(interpreted: Worker):
 @pytest.mark.thinned(9)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("swap", [SWAPS[0], SWAPS[2], SWAPS[3], SWAPS[5]], ids=variant_id)
-def test_calls_of_a_model(interpreted: Worker, swap: Swap, kind: str):
+def test_calls_of_a_model(worker: Worker, swap: Swap, kind: str):
     if kind == "bidirectional" and swap.causal_only:
         pytest.skip("the swap is for causal attention alone")
     wanted = solve(swap, "dense", torch.float64, kind)
-    found = interpreted(solve, swap, "triton", torch.float32, kind)
+    found = worker(solve, swap, "triton", torch.float32, kind)
     compare(found, wanted, 4e-6, 1.6e-5, kind)
     if kind == "padding":
         assert not found["output"][1, :, : 70 - 15].any(), "a row without a visible key gives 0"
@@ -187,22 +195,21 @@ def strong_decay(keys: int, backend: str) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, 1, n, 64, generator=generator) for n in (40, keys, keys))
     log_forget = -0.7 * (1 + 0.1 * torch.rand(1, 1, keys, generator=generator))
-    if backend == "dense":
-        query, key, value, log_forget = (x.double() for x in (query, key, value, log_forget))
-    return attnswap.attention(
-        query, key, value, "forgetting-gate", is_causal=True, log_forget=log_forget, backend=backend
-    )
+    dtype = torch.float64 if backend == "dense" else torch.float32
+    query, key, value, log_forget = (x.to(device_of(backend), dtype) for x in (query, key, value, log_forget))
+    options = {"is_causal": True, "log_forget": log_forget, "backend": backend}
+    return attnswap.attention(query, key, value, "forgetting-gate", **options).cpu()
 
 
-def test_a_long_decay_keeps_its_precision(interpreted: Worker):
+def test_a_long_decay_keeps_its_precision(worker: Worker):
     """8192 keys: cumulative sums near -6000, whose differences fp32 would know to 2e-4 only."""
     wanted = strong_decay(8192, "dense")
-    found = interpreted(strong_decay, 8192, "triton")
+    found = worker(strong_decay, 8192, "triton")
     assert (found.double() - wanted).abs().max() < 2e-6
 
 
-def test_results_are_the_same_in_every_run(interpreted: Worker):
-    first, second = (interpreted(solve, SWAPS[0], "triton", torch.float32, "holes") for _ in range(2))
+def test_results_are_the_same_in_every_run(worker: Worker):
+    first, second = (worker(solve, SWAPS[0], "triton", torch.float32, "holes") for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -212,10 +219,10 @@ def test_results_are_the_same_in_every_run(interpreted: Worker):
 def operator_arguments() -> tuple[Any, ...]:
     """What the operator takes for a call of the learned sigmoid."""
     swap = attnswap.Sigmoid(bias="learned", max_positions=16)
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(1, n, 20, 16, generator=generator).requires_grad_() for n in (4, 2, 2))
-    features = {"bias": torch.randn(4, generator=generator).requires_grad_()}
-    visibility = Visibility(20, 20, torch.device("cpu"))
+    generator, device = torch.Generator().manual_seed(0), torch.device(device_of("triton"))
+    query, key, value = (torch.randn(1, n, 20, 16, generator=generator).to(device).requires_grad_() for n in (4, 2, 2))
+    features = {"bias": torch.randn(4, generator=generator).to(device).requires_grad_()}
+    visibility = Visibility(20, 20, device)
     return triton_backend.operands(Problem(swap, query, key, value, visibility, features, 0.25))
 
 
@@ -240,12 +247,12 @@ def compiled_equals_eager() -> bool:
     return bool(torch.allclose(eager, compiled)) and same and all(bool(x.any()) for x in wanted[:4])
 
 
-def test_the_operator_satisfies_torch(interpreted: Worker):
-    interpreted(check_operator)
+def test_the_operator_satisfies_torch(worker: Worker):
+    worker(check_operator)
 
 
-def test_torch_compile_takes_the_operator_whole(interpreted: Worker):
-    assert interpreted(compiled_equals_eager)
+def test_torch_compile_takes_the_operator_whole(worker: Worker):
+    assert worker(compiled_equals_eager)
 
 
 def test_importing_attnswap_leaves_triton_alone():
@@ -356,8 +363,8 @@ def refusal(
     changes: dict[str, Any], swap: Swap | None = None, width: int = 8, dtype: Any = torch.float32
 ) -> str | None:
     """What the backend says of a call."""
-    x = torch.ones(1, 1, 3, width, dtype=dtype)
-    visibility = Visibility(3, 3, torch.device("cpu"), **changes.pop("visibility", {}))
+    x = torch.ones(1, 1, 3, width, dtype=dtype, device=device_of("triton"))
+    visibility = Visibility(3, 3, x.device, **changes.pop("visibility", {}))
     problem = Problem(swap or attnswap.Softpick(), x, x, x, visibility, {}, 1.0)
     return triton_backend.refusal(replace(problem, **changes))
 
@@ -372,10 +379,10 @@ def refusal(
         ("additive mask", ({"visibility": {"bias": torch.zeros(1, 1, 3, 3, requires_grad=True)}},)),
     ],
 )
-def test_refusals_name_their_cause(interpreted: Worker, reason: str, arguments: tuple[Any, ...]):
-    said = interpreted(refusal, *arguments)
+def test_refusals_name_their_cause(worker: Worker, reason: str, arguments: tuple[Any, ...]):
+    said = worker(refusal, *arguments)
     assert said is not None and reason in said
-    assert interpreted(refusal, {}) is None
+    assert worker(refusal, {}) is None
 
 
 def test_a_cpu_is_refused_without_the_interpreter():

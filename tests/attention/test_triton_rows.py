@@ -1,4 +1,4 @@
-"""Row swaps, decayed tiles, NaN and half precision on the Triton kernels, in Triton's interpreter (see test_triton)."""
+"""Row swaps, decayed tiles, NaN and half precision on the Triton kernels (see test_triton)."""
 
 import importlib.util
 from types import SimpleNamespace
@@ -18,8 +18,9 @@ from attnswap.swaps import Swap
 from attnswap.swaps import expression as fn
 from attnswap.swaps.base import Call, Feature, Terms
 from tests.helpers.calls import Case, allowed_error, compare, draw, run
+from tests.helpers.devices import device_of
 from tests.helpers.ids import variant_id
-from tests.helpers.triton_calls import KINDS, Worker, check, negated, solve
+from tests.helpers.triton_calls import KINDS, LARGE, Worker, check, negated, solve
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -75,21 +76,22 @@ SWAPS = [attnswap.Entmax(), attnswap.Entmax(alpha=2.0), attnswap.Entmax(alpha=1.
 
 
 @pytest.mark.thinned(3)
-@pytest.mark.parametrize("width", [64, 96, 128])
+@pytest.mark.parametrize("width", [64, 96, 128, pytest.param(256, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("swap", SWAPS, ids=variant_id)
-def test_outputs_and_gradients(interpreted: Worker, swap: Swap, width: int):
+def test_outputs_and_gradients(worker: Worker, swap: Swap, width: int):
     """Two tiles each way, shared key/value heads, and values of another width."""
     value_width = 64 if width == 96 else width
-    case = Case(batch=1, kv_heads=1, queries=70, keys=100, width=width, value_width=value_width, seed=width)
-    check(interpreted, swap, case)
+    queries, keys = 70 * LARGE, 100 * LARGE
+    case = Case(batch=1, kv_heads=1, queries=queries, keys=keys, width=width, value_width=value_width, seed=width)
+    check(worker, swap, case)
 
 
 @pytest.mark.thinned(8)
 @pytest.mark.parametrize("mask", ["none", "bool", "per head", "padding", "additive", "causal and bool"])
 @pytest.mark.parametrize("swap", [LEARNED, Cubes(), SWAPS[1]], ids=variant_id)
-def test_masks(interpreted: Worker, swap: Swap, mask: str):
+def test_masks(worker: Worker, swap: Swap, mask: str):
     batch = 2 if mask == "padding" else 1
-    check(interpreted, swap, Case(batch, kv_heads=1, queries=9, keys=70, width=16, value_width=24, mask=mask, seed=5))
+    check(worker, swap, Case(batch, kv_heads=1, queries=9, keys=70, width=16, value_width=24, mask=mask, seed=5))
 
 
 QUICK = ("window", "padding", "sinks")
@@ -102,58 +104,58 @@ QUICK = ("window", "padding", "sinks")
     [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind != "square"],
 )
 @pytest.mark.parametrize("swap", [SWAPS[0], LEARNED], ids=variant_id)
-def test_calls_of_a_model(interpreted: Worker, swap: Swap, kind: str):
+def test_calls_of_a_model(worker: Worker, swap: Swap, kind: str):
     wanted = solve(swap, "dense", torch.float64, kind)
-    compare(interpreted(solve, swap, "triton", torch.float32, kind), wanted, 4e-6, 1.6e-5, kind)
+    compare(worker(solve, swap, "triton", torch.float32, kind), wanted, 4e-6, 1.6e-5, kind)
 
 
 @pytest.mark.thinned(3)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("swap", [SWAPS[0], LEARNED, Cubes()], ids=variant_id)
-def test_half_precision(interpreted: Worker, swap: Swap, dtype: torch.dtype):
-    case = Case(batch=1, kv_heads=1, queries=70, keys=70, width=64, value_width=64, seed=3)
-    check(interpreted, swap, case, dtype)
+def test_half_precision(worker: Worker, swap: Swap, dtype: torch.dtype):
+    case = Case(batch=1, kv_heads=1, queries=70 * LARGE, keys=70 * LARGE, width=64, value_width=64, seed=3)
+    check(worker, swap, case, dtype)
 
 
 @pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "ramp", [0.25, 2.0**-20, torch.tensor([0.25, 1.0, 0.5, 0.75])], ids=["number", "next to softmax", "per head"]
 )
-def test_the_ramp_and_its_gradient(interpreted: Worker, ramp: Any):
+def test_the_ramp_and_its_gradient(worker: Worker, ramp: Any):
     case = Case(batch=1, queries=9, keys=70, width=16, value_width=16, seed=6)
-    check(interpreted, SWAPS[0], case, ramp=ramp)
+    check(worker, SWAPS[0], case, ramp=ramp)
 
 
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize("level", ["huge", "low"])
-def test_scores_of_ten_thousand(interpreted: Worker, level: str):
+def test_scores_of_ten_thousand(worker: Worker, level: str):
     case = Case(queries=9, keys=12, width=64, value_width=16, level=level, seed=2)
     inputs = draw(LEARNED, case).rounded(torch.float32)
     if level == "huge":
         inputs.tensors["query"] = (inputs.tensors["query"] / 4).float().double()
-    found, wanted = interpreted(run, LEARNED, inputs, "triton", torch.float32), run(LEARNED, inputs)
+    found, wanted = worker(run, LEARNED, inputs, "triton", torch.float32), run(LEARNED, inputs)
     allowed = allowed_error(inputs, level)
     compare(found, wanted, allowed, 4 * allowed, level)
 
 
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize("function", ["weight_slope", "weight_by_shift"])
-def test_a_wrong_sign_is_caught(interpreted: Worker, function: str):
+def test_a_wrong_sign_is_caught(worker: Worker, function: str):
     """The output is right (bounds alone find the threshold) and the gradients of the scores are not."""
     case = Case(batch=1, queries=9, keys=20, width=16, value_width=16)
     inputs = draw(SWAPS[0], case).rounded(torch.float32)
-    wanted, found = run(SWAPS[0], inputs), interpreted(negated, SWAPS[0], inputs, function)
+    wanted, found = run(SWAPS[0], inputs), worker(negated, SWAPS[0], inputs, function)
     compare({"output": found["output"]}, {"output": wanted["output"]}, 4e-6, 4e-6, "output")
     for name in ("gradient of query", "gradient of key"):
         with pytest.raises(AssertionError, match="is off by"):
             compare({name: found[name]}, {name: wanted[name]}, 4e-6, 8e-6, name)
 
 
-def test_a_wrong_weight_is_caught(interpreted: Worker):
+def test_a_wrong_weight_is_caught(worker: Worker):
     case = Case(batch=1, queries=9, keys=20, width=16, value_width=16)
     inputs = draw(SWAPS[0], case).rounded(torch.float32)
     with pytest.raises(AssertionError):
-        compare(interpreted(negated, SWAPS[0], inputs, "weight"), run(SWAPS[0], inputs), 4e-6, 8e-6, "weight")
+        compare(worker(negated, SWAPS[0], inputs, "weight"), run(SWAPS[0], inputs), 4e-6, 8e-6, "weight")
 
 
 # --- the solver -------------------------------------------------------------------------------------------------------
@@ -163,52 +165,54 @@ def steps_of(swap: Swap, queries: int) -> tuple[int, Tensor, Tensor]:
     """How many steps the block of a call takes, its thresholds and its output."""
     from attnswap.attention.triton import forward_rows, launch
 
-    generator = torch.Generator().manual_seed(1)
-    query, key, value = (torch.randn(1, 2, 60, 16, generator=generator) for _ in range(3))
-    visibility = Visibility(queries, 60, torch.device("cpu"), causal=False)
-    features = {name: torch.tensor([-0.5, 0.5]) for name in swap.features()}
+    generator, device = torch.Generator().manual_seed(1), torch.device(device_of("triton"))
+    query, key, value = (torch.randn(1, 2, 60, 16, generator=generator).to(device) for _ in range(3))
+    visibility = Visibility(queries, 60, device, causal=False)
+    features = {name: torch.tensor([-0.5, 0.5], device=device) for name in swap.features()}
     problem = Problem(swap, query[:, :, :queries] * 6, key, value, visibility, features, 0.25)
     kernel, filled = launch.forward(dict(zip(triton_backend.ops.ORDER, triton_backend.operands(problem), strict=True)))
     with mock.patch.object(forward_rows, "newton", mock.Mock(wraps=forward_rows.newton)) as counted:
         kernel.run()
-    return counted.call_count, filled[1], filled[0]
+    return counted.call_count, filled[1].cpu(), filled[0].cpu()
 
 
+@pytest.mark.skipif(device_of("triton") == "cuda", reason="the steps of compiled kernels cannot be counted")
 @pytest.mark.parametrize("swap", [*SWAPS, Halved()], ids=variant_id)
-def test_the_solver_stops_when_it_is_done(interpreted: Worker, swap: Swap):
-    steps, _, _ = interpreted(steps_of, swap, 60)
+def test_the_solver_stops_when_it_is_done(worker: Worker, swap: Swap):
+    steps, _, _ = worker(steps_of, swap, 60)
     assert 2 * 2 <= steps <= 2 * (14 if isinstance(swap, Halved) else 9)  # two heads, a block each
 
 
-def test_a_row_depends_on_itself_alone(interpreted: Worker):
+def test_a_row_depends_on_itself_alone(worker: Worker):
     """Rows that need more steps do not move the others."""
-    _, whole, out = interpreted(steps_of, LEARNED, 60)
-    _, part, own = interpreted(steps_of, LEARNED, 7)
+    _, whole, out = worker(steps_of, LEARNED, 60)
+    _, part, own = worker(steps_of, LEARNED, 7)
     assert torch.equal(whole[:, :, :7], part) and torch.equal(out[:, :, :7], own)
 
 
-def test_a_row_swap_with_a_norm_of_its_own_is_refused(interpreted: Worker):
-    said = interpreted(refusal_of, Doubled())
+def test_a_row_swap_with_a_norm_of_its_own_is_refused(worker: Worker):
+    said = worker(refusal_of, Doubled())
     assert said is not None and "divides by more than the weights" in said
-    assert interpreted(refusal_of, Cubes()) is None
+    assert worker(refusal_of, Cubes()) is None
 
 
 def refusal_of(swap: Swap) -> str | None:
-    x, features = torch.ones(1, 1, 3, 8), {"sharpness": torch.zeros(1)}
-    return triton_backend.refusal(Problem(swap, x, x, x, Visibility(3, 3, torch.device("cpu")), features, 1.0))
+    x = torch.ones(1, 1, 3, 8, device=device_of("triton"))
+    features = {"sharpness": torch.zeros(1, device=x.device)}
+    return triton_backend.refusal(Problem(swap, x, x, x, Visibility(3, 3, x.device), features, 1.0))
 
 
 def check_operator() -> None:
     """Checks the operator's schema, shapes without values, and gradients under tracing."""
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(1, n, 20, 16, generator=generator).requires_grad_() for n in (4, 2, 2))
-    features = {"alpha_logit": torch.randn(4, generator=generator).requires_grad_()}
-    problem = Problem(LEARNED, query, key, value, Visibility(20, 20, torch.device("cpu")), features, 0.25)
+    generator, device = torch.Generator().manual_seed(0), torch.device(device_of("triton"))
+    query, key, value = (torch.randn(1, n, 20, 16, generator=generator).to(device).requires_grad_() for n in (4, 2, 2))
+    features = {"alpha_logit": torch.randn(4, generator=generator).to(device).requires_grad_()}
+    problem = Problem(LEARNED, query, key, value, Visibility(20, 20, device), features, 0.25)
     torch.library.opcheck(triton_backend.ops.forward, triton_backend.operands(problem))
 
 
-def test_the_operator_satisfies_torch(interpreted: Worker):
-    interpreted(check_operator)
+def test_the_operator_satisfies_torch(worker: Worker):
+    worker(check_operator)
 
 
 # --- decayed tiles ----------------------------------------------------------------------------------------------------
@@ -225,28 +229,38 @@ def decayed(backend: str, decay: float, poison: str, **options: Any) -> dict[str
         value[:, :, :64] = torch.nan if backend == "triton" else 0.0
     elif poison == "gradient":
         upstream[:, :, 256:] = torch.nan if backend == "triton" else 0.0
-    leaves = [x if backend == "triton" else x.double() for x in (query, key, value, log_forget)]
-    query, key, value, log_forget = (x.requires_grad_() for x in leaves)
-    visibility = Visibility(KEYS, KEYS, torch.device("cpu"))
-    features = {"log_forget": log_forget}
-    problem = Problem(attnswap.ForgettingGate(), query, key, value, visibility, features, 0.25, **options)
+    leaves = leaves_for(backend, query, key, value, log_forget)
+    visibility = Visibility(KEYS, KEYS, leaves[0].device)
+    problem = Problem(attnswap.ForgettingGate(), *leaves[:3], visibility, {"log_forget": leaves[3]}, 0.25, **options)
+    return results(backend, problem, leaves, upstream)
+
+
+def leaves_for(backend: str, *tensors: Tensor) -> list[Tensor]:
+    """The tensors where a backend runs, as leaves: in fp32 for the kernels, in fp64 for the reference."""
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    return [x.to(device_of(backend), dtype, copy=True).requires_grad_() for x in tensors]
+
+
+def results(backend: str, problem: Problem, leaves: list[Tensor], upstream: Tensor) -> dict[str, Tensor]:
+    """The output of a call and the gradients of its leaves."""
     out = BACKENDS[backend].attend(problem)
-    out.backward(upstream.to(out.dtype))
-    return {"output": out.detach(), **{f"gradient of {i}": x.grad for i, x in enumerate(leaves) if x.grad is not None}}
+    out.backward(upstream.to(out))
+    gradients = {f"gradient of {i}": x.grad.cpu() for i, x in enumerate(leaves) if x.grad is not None}
+    return {"output": out.detach().cpu(), **gradients}
 
 
 def rows_of(found: dict[str, Tensor], part: slice) -> dict[str, Tensor]:
     return {name: x[:, :, part] for name, x in found.items()}
 
 
-def test_decayed_tiles_are_not_read(interpreted: Worker):
+def test_decayed_tiles_are_not_read(worker: Worker):
     """Rows from the third tile on never see the values of the first, nor these keys the gradients of late rows."""
     late, early = slice(128, None), slice(None, 128)
-    found, wanted = interpreted(decayed, "triton", 0.5, "value"), decayed("dense", 0.5, "value")
+    found, wanted = worker(decayed, "triton", 0.5, "value"), decayed("dense", 0.5, "value")
     assert found["output"][:, :, :64].isnan().all(), "the NaN was there to be seen"
     for name in ("output", "gradient of 0", "gradient of 1"):
         compare(rows_of(found, late), {name: wanted[name][:, :, late]}, 2e-6, 8e-6, "values")
-    found, wanted = interpreted(decayed, "triton", 0.5, "gradient"), decayed("dense", 0.5, "gradient")
+    found, wanted = worker(decayed, "triton", 0.5, "gradient"), decayed("dense", 0.5, "gradient")
     assert found["gradient of 2"][:, :, 256:].isnan().all(), "the NaN was there to be seen"
     for name in ("gradient of 1", "gradient of 2"):
         compare(rows_of(found, early), {name: wanted[name][:, :, early]}, 2e-6, 8e-6, "gradients")
@@ -254,9 +268,9 @@ def test_decayed_tiles_are_not_read(interpreted: Worker):
 
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize(("decay", "options"), [(0.01, {}), (0.5, {"softcap": 30.0})], ids=["weak", "soft cap"])
-def test_tiles_that_may_matter_are_read(interpreted: Worker, decay: float, options: dict[str, Any]):
+def test_tiles_that_may_matter_are_read(worker: Worker, decay: float, options: dict[str, Any]):
     """A weak gate leaves every tile; under a soft cap the bound does not hold, so no tile is left out."""
-    found = interpreted(call_decayed, decay, options)
+    found = worker(call_decayed, decay, options)
     assert found["output"].isnan().all()
 
 
@@ -265,10 +279,10 @@ def call_decayed(decay: float, options: dict[str, Any]) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-def test_what_is_left_out_is_not_missed(interpreted: Worker):
+def test_what_is_left_out_is_not_missed(worker: Worker):
     """A gate whose tiles are left out in part: outputs and all gradients, to the rounding of fp32."""
     for decay in (0.1, 0.25, 2.0):
-        found, wanted = interpreted(decayed, "triton", decay, ""), decayed("dense", decay, "")
+        found, wanted = worker(decayed, "triton", decay, ""), decayed("dense", decay, "")
         compare(found, wanted, 2e-6, 8e-6, str(decay))
 
 
@@ -278,16 +292,14 @@ def peaked(backend: str) -> dict[str, Tensor]:
     query, key, value, upstream = (torch.randn(1, 2, KEYS, 16, generator=generator) for _ in range(4))
     peak = torch.full((1, 2, KEYS), -200.0)
     peak[..., 17], peak[..., 150], peak[..., 300:] = 0.0, -1.0, -3.0
-    leaves = [x if backend == "triton" else x.double() for x in (query, key, value, peak)]
-    query, key, value, peak = (x.requires_grad_() for x in leaves)
-    visibility = Visibility(KEYS, KEYS, torch.device("cpu"))
-    out = BACKENDS[backend].attend(Problem(Peaks(), query, key, value, visibility, {"peak": peak}, 0.25))
-    out.backward(upstream.to(out.dtype))
-    return {"output": out.detach(), **{f"gradient of {i}": x.grad for i, x in enumerate(leaves) if x.grad is not None}}
+    leaves = leaves_for(backend, query, key, value, peak)
+    visibility = Visibility(KEYS, KEYS, leaves[0].device)
+    problem = Problem(Peaks(), *leaves[:3], visibility, {"peak": leaves[3]}, 0.25)
+    return results(backend, problem, leaves, upstream)
 
 
-def test_a_bias_that_rises_inside_a_tile_is_seen(interpreted: Worker):
-    compare(interpreted(peaked, "triton"), peaked("dense"), 4e-6, 8e-6, "peaks")
+def test_a_bias_that_rises_inside_a_tile_is_seen(worker: Worker):
+    compare(worker(peaked, "triton"), peaked("dense"), 4e-6, 8e-6, "peaks")
 
 
 # --- NaN and half precision -------------------------------------------------------------------------------------------
@@ -299,8 +311,11 @@ def broken_row(swap: Swap, where: str) -> Tensor:
     query, key, value = (torch.randn(1, 2, 20, 16, generator=generator) for _ in range(3))
     {"query": query, "key": key}[where][0, 1, 12, 0] = torch.nan
     features = {name: -torch.rand({"head": (2,), "key": (1, 2, 20)}[f.per]) for name, f in swap.features().items()}
-    problem = Problem(swap, query, key, value, Visibility(20, 20, torch.device("cpu")), features, 0.25)
-    return BACKENDS["triton"].attend(problem)
+    device = torch.device(device_of("triton"))
+    query, key, value = (x.to(device) for x in (query, key, value))
+    features = {name: x.to(device) for name, x in features.items()}
+    problem = Problem(swap, query, key, value, Visibility(20, 20, device), features, 0.25)
+    return BACKENDS["triton"].attend(problem).cpu()
 
 
 NORMALIZERS = [
@@ -315,13 +330,13 @@ NORMALIZERS = [
 
 
 @pytest.mark.parametrize("swap", NORMALIZERS, ids=variant_id)
-def test_nan_stays_nan(interpreted: Worker, swap: Swap):
+def test_nan_stays_nan(worker: Worker, swap: Swap):
     """NaN in a query reaches that row and no other, NaN in a key all rows that see it: no broken model looks sound."""
-    out = interpreted(broken_row, swap, "query")
+    out = worker(broken_row, swap, "query")
     assert out[0, 1, 12].isnan().all()
     out[0, 1, 12] = 0.0
     assert out.isfinite().all()
-    out = interpreted(broken_row, swap, "key")
+    out = worker(broken_row, swap, "key")
     assert out[0, 1, 12:].isnan().all()
     out[0, 1, 12:] = 0.0
     assert out.isfinite().all()
@@ -330,16 +345,17 @@ def test_nan_stays_nan(interpreted: Worker, swap: Swap):
 def stored_for_backward(dtype: torch.dtype, training: bool) -> tuple[Tensor, Tensor]:
     """The output in ``dtype`` and what is kept for the backward, at values near 100."""
     generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(1, 2, 20, 16, generator=generator).to(dtype) for _ in range(3))
+    device = torch.device(device_of("triton"))
+    query, key, value = (torch.randn(1, 2, 20, 16, generator=generator).to(device, dtype) for _ in range(3))
     query.requires_grad_(training)
-    problem = Problem(attnswap.Softpick(), query, key, value + 100, Visibility(20, 20, torch.device("cpu")), {}, 0.25)
+    problem = Problem(attnswap.Softpick(), query, key, value + 100, Visibility(20, 20, device), {}, 0.25)
     out, _, _, kept = triton_backend.ops.forward(*triton_backend.operands(problem))
-    return out.detach(), kept.detach()
+    return out.detach().cpu(), kept.detach().cpu()
 
 
-def test_the_backward_reads_an_output_that_was_not_rounded(interpreted: Worker):
-    out, kept = interpreted(stored_for_backward, torch.bfloat16, True)
+def test_the_backward_reads_an_output_that_was_not_rounded(worker: Worker):
+    out, kept = worker(stored_for_backward, torch.bfloat16, True)
     assert kept.dtype == torch.float32 and kept.shape == out.shape
     assert 0.01 < (kept - out.float()).abs().max() <= 0.5, "the output is rounded to steps of one half"
-    assert not interpreted(stored_for_backward, torch.bfloat16, False)[1].numel(), "nothing is kept without gradients"
-    assert not interpreted(stored_for_backward, torch.float32, True)[1].numel(), "the output itself serves in fp32"
+    assert not worker(stored_for_backward, torch.bfloat16, False)[1].numel(), "nothing is kept without gradients"
+    assert not worker(stored_for_backward, torch.float32, True)[1].numel(), "the output itself serves in fp32"

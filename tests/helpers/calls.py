@@ -23,6 +23,7 @@ from attnswap.attention.dispatch import BACKENDS
 from attnswap.attention.problem import Problem, complete_features
 from attnswap.attention.visibility import Visibility
 from attnswap.swaps import ModelInfo, Swap
+from tests.helpers.devices import device_of
 
 SETTINGS = settings()  # of the profile that conftest.py chose, or the command line
 MASKS = ("none", "causal", "bool", "inf", "lowest", "additive", "per head", "one for all", "causal and bool", "padding")
@@ -255,21 +256,23 @@ def run(
     At lambda 0 the gradient of the ramp is left out: there softpick's grows without bound as scores fall.
     """
     feature_dtype = dtype if dtype == torch.float64 else torch.float32
-    leaves = {k: x.to(dtype, copy=True).requires_grad_() for k, x in inputs.tensors.items()}
-    features = {k: x.to(feature_dtype, copy=True).requires_grad_() for k, x in inputs.features.items()}
+    device = device_of(backend)
+    leaves = {k: x.to(device, dtype, copy=True).requires_grad_() for k, x in inputs.tensors.items()}
+    features = {k: x.to(device, feature_dtype, copy=True).requires_grad_() for k, x in inputs.features.items()}
     learned_ramp = isinstance(ramp, Tensor) and bool((ramp > 0).all())
     if isinstance(ramp, Tensor):
-        ramp = ramp.clone().requires_grad_(learned_ramp)
-    options = {**inputs.options, **features}
+        ramp = ramp.to(device, copy=True).requires_grad_(learned_ramp)
+    masks = {k: x.to(device) if isinstance(x, Tensor) else x for k, x in inputs.options.items()}
+    options = {**masks, **features}
     out = attnswap.attention(*leaves.values(), swap, backend=backend, ramp=ramp, **options)
     assert out.dtype == dtype, f"output has {out.dtype} for values of {dtype}"
     assert out.shape == inputs.upstream.shape, f"output has shape {tuple(out.shape)}"
-    out.backward(inputs.upstream.to(dtype))
-    found = {"output": out.detach()}
+    out.backward(inputs.upstream.to(device, dtype))
+    found = {"output": out.detach().cpu()}
     everything = {**leaves, **features, **({"ramp": ramp} if learned_ramp else {})}
     for name, leaf in everything.items():
         # A swap may leave an input out altogether, for example a bias that softmax does not see.
-        found[f"gradient of {name}"] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        found[f"gradient of {name}"] = (torch.zeros_like(leaf) if leaf.grad is None else leaf.grad).cpu()
     return found
 
 

@@ -1,4 +1,4 @@
-"""Calls of the Triton kernels, made in the process that interprets them, and how their results are compared."""
+"""Calls of the Triton kernels, on a GPU or in the process that interprets them, and how results are compared."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,19 +12,22 @@ from attnswap.attention.problem import Problem, complete_features
 from attnswap.attention.visibility import Visibility
 from attnswap.swaps import Swap
 from tests.helpers.calls import Case, Inputs, bound, compare, draw, run
+from tests.helpers.devices import device_of
 from tests.helpers.ids import variant_id
 
+LARGE = 4 if device_of("triton") == "cuda" else 1
+"""Calls of several tiles are this much longer on a GPU, whose tiles are larger and whose threads are faster."""
 Worker = Callable[..., Any]
 ROUNDING = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 """What an output may be off by, relative to the largest; gradients twice that, in half precision three times."""
 
 
-def check(interpreted: Worker, swap: Swap, case: Case, dtype: torch.dtype = torch.float32, ramp: Any = 1.0) -> None:
+def check(worker: Worker, swap: Swap, case: Case, dtype: torch.dtype = torch.float32, ramp: Any = 1.0) -> None:
     """Compares all results of one call."""
     swap = bound(swap, case)
     inputs = draw(swap, case).rounded(dtype)
     wanted = run(swap, inputs, "dense", torch.float64, ramp)
-    found = interpreted(run, swap, inputs, "triton", dtype, ramp)
+    found = worker(run, swap, inputs, "triton", dtype, ramp)
     assert found.keys() == wanted.keys()
     for name, want in wanted.items():
         allowed = ROUNDING[dtype] * (3 if dtype != torch.float32 else 2)
@@ -47,13 +50,13 @@ def negated(swap: Swap, inputs: Inputs, function: str) -> dict[str, Tensor]:
 
 def solve(swap: Swap, backend: str, dtype: torch.dtype, kind: str, groups: int = 2) -> dict[str, Tensor]:
     """Computes a call with a window, holes, documents, a soft cap, sinks or a cache, and all its gradients."""
-    generator = torch.Generator().manual_seed(len(kind))
+    generator, device = torch.Generator().manual_seed(len(kind)), device_of(backend)
     batch, heads, queries, keys, width = 2 if kind in ("padding", "holes") else 1, groups, 75, 90, 32
     if kind == "square":
         queries = keys
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+        return torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
 
     query, key, value = normal(batch, heads, queries, width), normal(batch, 1, keys, width), normal(batch, 1, keys, 24)
     sizes = {"head": (heads,), "query": (batch, heads, queries), "key": (batch, heads, keys)}
@@ -62,7 +65,7 @@ def solve(swap: Swap, backend: str, dtype: torch.dtype, kind: str, groups: int =
         name: -(torch.rand(sizes[f.per], generator=generator) + 0.1) / (20 if f.per == "key" else 1)
         for name, f in swap.features().items()
     }
-    features = {name: x.to(wide).requires_grad_() for name, x in drawn.items()}
+    features = {name: x.to(device, wide).requires_grad_() for name, x in drawn.items()}
     options: dict[str, Any] = {"q_offset": keys - queries}
     valid = torch.rand(batch, keys, generator=generator) < 0.8
     start = torch.arange(keys - queries, keys).div(30, rounding_mode="floor") * 30
@@ -74,8 +77,9 @@ def solve(swap: Swap, backend: str, dtype: torch.dtype, kind: str, groups: int =
         "static cache": {"q_offset": torch.tensor(3)},
         "bidirectional": {"causal": False},
     }.get(kind, {})
-    visibility = Visibility(queries, keys, torch.device("cpu"), **options)
-    sinks = torch.randn(heads, generator=generator).to(wide).requires_grad_() if kind == "sinks" else None
+    options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
+    visibility = Visibility(queries, keys, torch.device(device), **options)
+    sinks = torch.randn(heads, generator=generator).to(device, wide).requires_grad_() if kind == "sinks" else None
     problem = Problem(
         swap,
         query,
@@ -87,12 +91,12 @@ def solve(swap: Swap, backend: str, dtype: torch.dtype, kind: str, groups: int =
         softcap=1.5 if kind == "soft cap" else None,
         sinks=sinks,
     )
-    upstream = torch.randn(batch, heads, queries, 24, generator=generator).to(dtype)
+    upstream = torch.randn(batch, heads, queries, 24, generator=generator).to(device, dtype)
     out = BACKENDS[backend].attend(problem)
     out.backward(upstream)
     leaves = {"query": query, "key": key, "value": value, **features} | ({} if sinks is None else {"sinks": sinks})
     found = {f"gradient of {k}": torch.zeros_like(x) if x.grad is None else x.grad for k, x in leaves.items()}
-    return {"output": out.detach(), **found}
+    return {name: x.cpu() for name, x in {"output": out.detach(), **found}.items()}
 
 
 KINDS = ("window", "padding", "holes", "documents", "soft cap", "sinks", "static cache", "square", "bidirectional")
