@@ -6,7 +6,7 @@ needs nothing here.
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from unittest import mock
@@ -284,6 +284,10 @@ def output(swap: Swap, inputs: Inputs, backend: str = "dense", ramp: object = 1.
     return attnswap.attention(*tensors.values(), swap, backend=backend, ramp=ramp, **options)
 
 
+OBSERVERS: list[Callable[[str, float, float], None]] = []
+"""Called for each result that is compared, with its name, its error and what is allowed."""
+
+
 def compare(
     found: dict[str, Tensor], wanted: dict[str, Tensor], forward: float, backward: float, what: str, summed: float = 0.0
 ) -> None:
@@ -301,6 +305,8 @@ def compare(
             allowed = max(allowed, summed / scale)
         if name == "gradient of ramp":
             allowed = max(allowed, 2e-6)  # a lambda of fp32 has a gradient of fp32
+        for observe in OBSERVERS:
+            observe(name, error, allowed)
         assert error <= allowed, f"{what}: {name} is off by {error:.2e} of its scale, allowed {allowed:.2e}"
 
 

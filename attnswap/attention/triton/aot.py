@@ -24,7 +24,7 @@ from attnswap.attention.autograd import DIFFERENTIABLE
 from attnswap.attention.problem import Problem
 from attnswap.attention.triton import launch, operands
 from attnswap.attention.triton.ops import ORDER
-from attnswap.attention.triton.tiles import KERNELS, Tiles
+from attnswap.attention.triton.tiles import KERNELS, Tiles, tiles_of
 from attnswap.attention.visibility import Visibility
 from attnswap.markdown import markdown_table
 from attnswap.swaps.base import Swap
@@ -107,26 +107,30 @@ def stand_in(name: str) -> Iterator[None]:
             config._active = before
 
 
-def causal_call(swap: Swap, dtype: torch.dtype, width: int) -> Problem:
-    """Makes a causal call with shared key/value heads that wants every gradient."""
+def causal_call(
+    swap: Swap, dtype: torch.dtype, width: int, length: int = 256, heads: int = 4, device: str = "cpu"
+) -> Problem:
+    """Makes a causal call of two rows, with two query heads for each key/value head, that wants every gradient."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
-        torch.randn(2, heads, 256, width, generator=generator).to(dtype).requires_grad_() for heads in (4, 2, 2)
+        torch.randn(2, count, length, width, generator=generator).to(device, dtype).requires_grad_()
+        for count in (heads, heads // 2, heads // 2)
     )
-    sizes = {"head": (4,), "query": (2, 4, 256), "key": (2, 4, 256)}
+    sizes = {"head": (heads,), "query": (2, heads, length), "key": (2, heads, length)}
     features = {
-        name: (-torch.rand(sizes[f.per], generator=generator)).requires_grad_() for name, f in swap.features().items()
+        name: (-torch.rand(sizes[f.per], generator=generator)).to(device).requires_grad_()
+        for name, f in swap.features().items()
     }
-    return Problem(swap, query, key, value, Visibility(256, 256, torch.device("cpu")), features, width**-0.5)
+    return Problem(swap, query, key, value, Visibility(length, length, query.device), features, width**-0.5)
 
 
-def launches(problem: Problem) -> dict[str, launch.Launch]:
+def launches(problem: Problem, sizes: launch.Sizes = tiles_of) -> dict[str, launch.Launch]:
     """Prepares the launches of a call by the names of the kernels, forward and backward."""
     call = dict(zip(ORDER, operands(problem), strict=True))
-    forward, (out, shifts, inverses, mean) = launch.forward(call)
+    forward, (out, shifts, inverses, mean) = launch.forward(call, sizes)
     wanted = {name: call[name] is not None and call[name].requires_grad for name in DIFFERENTIABLE}
     saved = (mean if mean.numel() else out, shifts, inverses)
-    by_queries, by_keys, _ = launch.backward(call, torch.empty_like(out), saved, wanted)
+    by_queries, by_keys, _ = launch.backward(call, torch.randn_like(out), saved, wanted, sizes)
     return {forward.kernel.__name__: forward, "backward_queries": by_queries, "backward_keys": by_keys}
 
 

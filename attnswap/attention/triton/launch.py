@@ -4,7 +4,7 @@ The ahead-of-time check compiles exactly these launches for other targets.
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from attnswap.attention.triton.forward import forward as forward_kernel
 from attnswap.attention.triton.forward_rows import forward_rows as rows_kernel
 from attnswap.attention.triton.saved import has_mean
 from attnswap.attention.triton.tiles import Tiles, padded, tiles_of
+
+Sizes = Callable[[str, str, int, int], Tiles]
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,12 @@ def arch() -> str:
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
-def forward(call: Mapping[str, Any]) -> tuple[Launch, tuple[Tensor, Tensor, Tensor, Tensor]]:
+def forward(call: Mapping[str, Any], sizes: Sizes = tiles_of) -> tuple[Launch, tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Prepares the forward kernel, that of row swaps where the call is one.
 
     Args:
         call: The operator's arguments by name (``ops.ORDER``).
+        sizes: Returns the tile sizes, from the arguments of :func:`tiles_of`.
 
     Returns:
         The launch, and what it fills: output (batch, heads, queries, value_dim), laid out (batch, queries, heads, ...);
@@ -58,7 +61,7 @@ def forward(call: Mapping[str, Any]) -> tuple[Launch, tuple[Tensor, Tensor, Tens
     query, value = call["query"], call["value"]
     batch, heads, queries, _ = query.shape
     kernel = "forward_rows" if call["threshold"] else "forward"
-    tiles, maths = _tiles(kernel, call), program.load(call["program"])
+    tiles, maths = _tiles(kernel, call, sizes), program.load(call["program"])
     # Laid out as the next layer reads it.
     out = query.new_empty(batch, queries, heads, value.shape[3]).transpose(1, 2)
     mean = torch.empty_like(out, dtype=torch.float32) if has_mean(call) else None
@@ -88,7 +91,11 @@ def forward(call: Mapping[str, Any]) -> tuple[Launch, tuple[Tensor, Tensor, Tens
 
 
 def backward(
-    call: Mapping[str, Any], grad: Tensor, saved: tuple[Tensor, Tensor, Tensor], wanted: Mapping[str, bool]
+    call: Mapping[str, Any],
+    grad: Tensor,
+    saved: tuple[Tensor, Tensor, Tensor],
+    wanted: Mapping[str, bool],
+    sizes: Sizes = tiles_of,
 ) -> tuple[Launch, Launch, dict[str, Tensor | None]]:
     """Prepares the backward kernels; the one for queries must run first, as the other reads its dO . O.
 
@@ -97,6 +104,7 @@ def backward(
         grad: Gradient of the output, rows in one piece.
         saved: What the forward filled: output or, where there is one, its mean; shifts; 1 / Z.
         wanted: Which of ``row_scale``, ``row_bias``, ``key_bias``, ``sinks`` and ``params`` want a gradient.
+        sizes: Returns the tile sizes, from the arguments of :func:`tiles_of`.
 
     Returns:
         The launches over query blocks and key blocks, and the buffers by name; those of ``sinks`` and ``params`` hold
@@ -105,7 +113,7 @@ def backward(
     query, key, value = call["query"], call["key"], call["value"]
     out, shifts, inverses = saved
     batch, heads, queries, width = query.shape
-    rows, columns = _tiles("backward_queries", call), _tiles("backward_keys", call)
+    rows, columns = (_tiles(f"backward_{part}", call, sizes) for part in ("queries", "keys"))
     maths, numbers = program.load(call["program"]), call["params"].shape[1]
     blocks, numbers_padded = triton.cdiv(queries, rows.rows), 1 << (numbers - 1).bit_length()
 
@@ -167,9 +175,9 @@ def backward(
     )
 
 
-def _tiles(kernel: str, call: Mapping[str, Any]) -> Tiles:
+def _tiles(kernel: str, call: Mapping[str, Any], sizes: Sizes) -> Tiles:
     query, value = call["query"], call["value"]
-    return tiles_of(kernel, arch(), max(query.shape[3], value.shape[3]), query.element_size())
+    return sizes(kernel, arch(), max(query.shape[3], value.shape[3]), query.element_size())
 
 
 def _shared(call: Mapping[str, Any], tiles: Tiles) -> dict[str, Any]:
