@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-all check results-smoke clean
+.PHONY: demo test test-all gpu check results-smoke clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,9 @@ test-all: $(STAMP)  ## every test, slow ones included; needs Chromium (apt-get i
 results-smoke: $(STAMP)  ## rerun one healing recipe and compare with the committed result, which is of Python 3.11.7
 	rm -rf out/smoke
 	$(BIN)/attnswap heal recipes/smoke/softpick.yaml --contexts 512,1k --max-tokens 8k --dtype fp32 --check results/smoke/result.json
+
+gpu: $(STAMP)  ## check and time the Triton kernels on this GPU; without one, check them in Triton's interpreter
+	$(BIN)/python -m tests.gpu
 
 check: $(STAMP)  ## style and types
 	$(BIN)/ruff check .
