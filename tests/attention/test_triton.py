@@ -35,7 +35,7 @@ from tests.helpers.calls import Case, allowed_error, bound, compare, draw, run
 from tests.helpers.devices import device_of
 from tests.helpers.ids import variant_id
 from tests.helpers.paths import ROOT
-from tests.helpers.triton_calls import KINDS, LARGE, Worker, check, negated, solve
+from tests.helpers.triton_calls import KINDS, LARGE, ROUNDING, Worker, check, negated, solve
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -188,6 +188,18 @@ def test_calls_of_a_model(worker: Worker, swap: Swap, kind: str):
     compare(found, wanted, 4e-6, 1.6e-5, kind)
     if kind == "padding":
         assert not found["output"][1, :, : 70 - 15].any(), "a row without a visible key gives 0"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("swap", [SWAPS[0], SWAPS[5], attnswap.Entmax(alpha="learned")], ids=variant_id)
+def test_calls_of_a_model_in_bf16(worker: Worker, swap: Swap, kind: str):
+    if kind == "bidirectional" and swap.causal_only:
+        pytest.skip("the swap is for causal attention alone")
+    wanted = solve(swap, "dense", torch.float64, kind, torch.bfloat16)
+    found = worker(solve, swap, "triton", torch.bfloat16, kind, torch.bfloat16)
+    allowed = ROUNDING[torch.bfloat16]
+    compare(found, wanted, allowed, 3 * allowed, kind)
 
 
 def strong_decay(keys: int, backend: str) -> Tensor:

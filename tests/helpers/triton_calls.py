@@ -48,15 +48,20 @@ def negated(swap: Swap, inputs: Inputs, function: str) -> dict[str, Tensor]:
         return run(swap, inputs, "triton", torch.float32)
 
 
-def solve(swap: Swap, backend: str, dtype: torch.dtype, kind: str, groups: int = 2) -> dict[str, Tensor]:
-    """Computes a call with a window, holes, documents, a soft cap, sinks or a cache, and all its gradients."""
+def solve(
+    swap: Swap, backend: str, dtype: torch.dtype, kind: str, inputs: torch.dtype = torch.float32, groups: int = 2
+) -> dict[str, Tensor]:
+    """Computes a call with a window, holes, documents, a soft cap, sinks or a cache, and all its gradients.
+
+    Its tensors hold numbers of the dtype ``inputs``.
+    """
     generator, device = torch.Generator().manual_seed(len(kind)), device_of(backend)
     batch, heads, queries, keys, width = 2 if kind in ("padding", "holes") else 1, groups, 75, 90, 32
     if kind == "square":
         queries = keys
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
+        return torch.randn(shape, generator=generator).to(inputs).to(device, dtype).requires_grad_()
 
     query, key, value = normal(batch, heads, queries, width), normal(batch, 1, keys, width), normal(batch, 1, keys, 24)
     sizes = {"head": (heads,), "query": (batch, heads, queries), "key": (batch, heads, keys)}
@@ -91,7 +96,7 @@ def solve(swap: Swap, backend: str, dtype: torch.dtype, kind: str, groups: int =
         softcap=1.5 if kind == "soft cap" else None,
         sinks=sinks,
     )
-    upstream = torch.randn(batch, heads, queries, 24, generator=generator).to(device, dtype)
+    upstream = torch.randn(batch, heads, queries, 24, generator=generator).to(inputs).to(device, dtype)
     out = BACKENDS[backend].attend(problem)
     out.backward(upstream)
     leaves = {"query": query, "key": key, "value": value, **features} | ({} if sinks is None else {"sinks": sinks})
