@@ -1,6 +1,6 @@
 """Benchmarks: time and memory of swaps, compared with torch's own attention in the same run."""
 
-from attnswap.bench.cases import SHAPES, Case, Setting, Shape, swap_cases
+from attnswap.bench.cases import SHAPES, Case, Setting, Shape, defaults, swap_cases
 from attnswap.bench.model import ModelPlan, measure_model, model_table, write_model_report
 from attnswap.bench.report import tables, write_report
 from attnswap.bench.result import BenchResult, Cell
@@ -15,6 +15,7 @@ __all__ = [
     "Plan",
     "Setting",
     "Shape",
+    "defaults",
     "measure_model",
     "model_table",
     "run_bench",

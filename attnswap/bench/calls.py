@@ -33,11 +33,12 @@ class Tensors:
 
 def draw_tensors(setting: Setting, seed: int = 0) -> Tensors:
     """Draws standard normal tensors, which require gradients if the setting has a backward pass."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(setting.device).manual_seed(seed)
     shape = setting.shape
 
     def normal(heads: int) -> Tensor:
-        return torch.randn(1, heads, setting.length, shape.head_dim, generator=generator).to(setting.torch_dtype)
+        size = (setting.batch, heads, setting.length, shape.head_dim)
+        return torch.randn(size, generator=generator, device=setting.device).to(setting.torch_dtype)
 
     query, key, value = (
         normal(heads).requires_grad_(setting.backward) for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
@@ -51,17 +52,17 @@ def draw_features(swap: Swap, case: Case, setting: Setting, seed: int = 0) -> di
     Per-head values are their initial value plus 1/4. Per-token values are drawn from (-1/2, 0), which suits logarithms
     of gates and changes of temperature. Values that the case sets take precedence.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, device = torch.Generator(setting.device).manual_seed(seed), setting.device
     found = {}
     for name, feature in swap.features().items():
         heads = setting.shape.heads if feature.heads == "query" else setting.shape.kv_heads
-        shape = (heads,) if feature.per == "head" else (1, heads, setting.length)
+        shape = (heads,) if feature.per == "head" else (setting.batch, heads, setting.length)
         if name in case.fill:
-            value = torch.full(shape, case.fill[name])
+            value = torch.full(shape, case.fill[name], device=device)
         elif feature.per == "head":
-            value = torch.full(shape, (feature.initial or 0.0) + 0.25)
+            value = torch.full(shape, (feature.initial or 0.0) + 0.25, device=device)
         else:
-            value = -torch.rand(shape, generator=generator) / 2
+            value = -torch.rand(shape, generator=generator, device=device) / 2
         found[name] = value.requires_grad_(setting.backward)
     return found
 
@@ -110,7 +111,7 @@ def build(case: Case, setting: Setting, tensors: Tensors, backend: str = "auto")
     if case.kind == "sdpa":
         return TimedCall(lambda: sdpa(q, k, v), leaves, tensors.upstream, context=flash_only)
     if case.kind == "peer":
-        attend = PEERS[case.label].make(setting.shape.heads, setting.length)
+        attend = PEERS[case.label].make(setting.shape.heads, setting.length, setting.device)
         return TimedCall(lambda: attend(q, k, v), leaves, tensors.upstream)
     shape = setting.shape
     info = ModelInfo(shape.heads, shape.kv_heads, shape.heads * shape.head_dim, setting.length)

@@ -9,6 +9,7 @@ import torch
 
 from attnswap import swaps
 from attnswap.bench.peers import PEERS, installed
+from attnswap.errors import require
 
 MODES = ("forward", "forward+backward")
 
@@ -23,8 +24,49 @@ class Shape:
     head_dim: int
 
 
-SHAPES = {shape.name: shape for shape in (Shape("smollm2", 9, 3, 64), Shape("h8d128", 8, 8, 128))}
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        *(Shape("smollm2", 9, 3, 64), Shape("h8d128", 8, 8, 128)),
+        *(Shape("h32d64", 32, 32, 64), Shape("h16d128", 16, 16, 128), Shape("llama8b", 32, 8, 128)),
+    )
+}
 """Layers by name."""
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What is measured on a type of device unless something else is asked for.
+
+    Attributes:
+        shapes: Names of layers.
+        lengths: Numbers of queries and of keys.
+        dtypes: Names of torch dtypes.
+        tokens: Tokens of a call; shorter sequences get a batch.
+    """
+
+    shapes: Sequence[str]
+    lengths: Sequence[int]
+    dtypes: Sequence[str]
+    tokens: int
+
+
+DEFAULTS = {
+    "cpu": Defaults(("smollm2", "h8d128"), [1 << i for i in range(10, 15)], ("float32", "bfloat16"), 1),
+    "cuda": Defaults(("h32d64", "h16d128"), [1 << i for i in range(11, 17)], ("bfloat16",), 1 << 15),
+}
+"""By type of device; others cannot be timed."""
+
+
+def defaults(device: str) -> Defaults:
+    """Returns the defaults for a device.
+
+    Raises:
+        ConfigError: It cannot be timed.
+    """
+    kind = torch.device(device).type
+    require(kind in DEFAULTS, f'"{device}" cannot be timed: only CPUs and GPUs of NVIDIA and AMD can')
+    return DEFAULTS[kind]
 
 
 @dataclass(frozen=True)
@@ -36,12 +78,16 @@ class Setting:
         length: Number of queries and of keys.
         dtype: Name of the torch dtype of query, key and value, such as ``"float32"``.
         mode: ``"forward"`` (without gradients) or ``"forward+backward"`` (gradients of every input and feature).
+        batch: Number of sequences.
+        device: Name of the torch device.
     """
 
     shape: Shape
     length: int
     dtype: str
     mode: str
+    batch: int = 1
+    device: str = "cpu"
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -52,6 +98,16 @@ class Setting:
     def backward(self) -> bool:
         """Whether gradients are computed."""
         return self.mode == MODES[1]
+
+    @property
+    def operations(self) -> float:
+        """Floating point operations of the matrix products of causal attention.
+
+        Two products of queries by keys in the forward pass, half of which the mask leaves out, and five in the backward
+        pass.
+        """
+        pairs = self.batch * self.shape.heads * self.length**2 / 2
+        return 4 * pairs * self.shape.head_dim * (3.5 if self.backward else 1.0)
 
 
 @dataclass(frozen=True)
@@ -109,9 +165,10 @@ def swap_cases(names: Sequence[str] | None = None) -> list[Case]:
     return found
 
 
-def peer_cases() -> list[Case]:
-    """Returns the other implementations whose packages are installed."""
-    return [Case(name, "peer") for name, peer in PEERS.items() if installed(peer)]
+def peer_cases(device: str = "cpu") -> list[Case]:
+    """Returns the other implementations for a device whose packages are installed."""
+    kind = torch.device(device).type
+    return [Case(name, "peer") for name, peer in PEERS.items() if installed(peer) and kind in peer.devices]
 
 
 def to_json(case: Case, setting: Setting) -> dict[str, Any]:

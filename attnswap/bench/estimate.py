@@ -4,17 +4,19 @@ import time
 from dataclasses import dataclass, replace
 
 import psutil
+import torch
 
 from attnswap.bench.calls import build, draw_tensors
 from attnswap.bench.cases import Case, Setting
+from attnswap.bench.gpu import clock_of
 from attnswap.bench.memory import extra_memory
 from attnswap.bench.peers import Peer
 from attnswap.bench.timing import SAMPLE_SECONDS, sample
-from attnswap.errors import ConfigError
+from attnswap.errors import ConfigError, first_line
 from attnswap.evaluation.estimate import Growth
 
-PROBES = (256, 1024)
-"""Lengths of the calls that are timed for the estimate."""
+PROBES = {"cpu": (256, 1024), "cuda": (2048, 8192)}
+"""Lengths of the calls that are timed for the estimate, by type of device."""
 
 
 @dataclass(frozen=True)
@@ -36,22 +38,27 @@ class Forecast:
 
 def forecast(case: Case, setting: Setting, backend: str) -> Forecast:
     """Times two short calls of a case, which also compile its kernels."""
-    lengths = PROBES if setting.length >= PROBES[-1] else (max(1, setting.length // 2), setting.length)
-    seconds = []
+    probes = PROBES[torch.device(setting.device).type]
+    lengths = probes if setting.length >= probes[-1] else (max(1, setting.length // 2), setting.length)
+    seconds, clock = [], clock_of(setting.device)
     for length in lengths:
         short = replace(setting, length=length)
         try:
             call = build(case, short, draw_tensors(short), backend)
+            sample(call, 1, clock)
         except ConfigError as error:
             return Forecast(None, str(error))
-        sample(call, 1)
-        seconds.append(sample(call, 2))
+        except Exception as error:
+            if setting.device == "cpu":
+                raise
+            return Forecast(None, first_line(error))  # kernels and compilers raise errors of many types
+        seconds.append(sample(call, 2, clock))
     return Forecast(Growth.fit(lengths, seconds))
 
 
-def cell_seconds(ours: Forecast, sdpa: Forecast, length: int, rounds: int) -> float:
+def cell_seconds(ours: Forecast, sdpa: Forecast, setting: Setting, rounds: int) -> float:
     """Returns the seconds of one cell: two calls each to warm up, then the rounds."""
-    calls = [ours.at(length), sdpa.at(length)]
+    calls = [forecast.at(setting.length) * setting.batch for forecast in (ours, sdpa)]
     return 2 * sum(calls) + rounds * sum(max(seconds, SAMPLE_SECONDS) for seconds in calls)
 
 
@@ -69,5 +76,5 @@ def reason_to_skip(peer: Peer, setting: Setting, seconds: float, limit: float) -
 def process_seconds(case: Case, setting: Setting, backend: str, threads: int, flush: bool) -> float:
     """Times one measurement of memory at a short length, which is mostly the start of a process."""
     started = time.perf_counter()
-    extra_memory(case, replace(setting, length=min(PROBES[0], setting.length)), backend, threads, flush)
+    extra_memory(case, replace(setting, length=min(PROBES["cpu"][0], setting.length)), backend, threads, flush)
     return time.perf_counter() - started

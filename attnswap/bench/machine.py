@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import attnswap
+from attnswap.bench.gpu import describe_gpu
 from attnswap.bench.peers import PEERS, installed
 from attnswap.provenance import commit
 
@@ -52,7 +53,7 @@ def denormal_mode(threads: int | None = None) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Returns versions, commit, processor, threads and denormal mode."""
+    """Returns versions, commit, processor, threads, denormal mode and GPU."""
     peers = {peer.package: peer.version for peer in PEERS.values() if peer.package and installed(peer)}
     return {
         "attnswap": attnswap.__version__,
@@ -66,6 +67,7 @@ def environment() -> dict[str, Any]:
         "denormals": denormal_mode(),
         "load": os.getloadavg()[0],
         "packages": peers,
+        "gpu": describe_gpu() if torch.cuda.is_available() else None,
     }
 
 

@@ -20,6 +20,7 @@ from attnswap.evaluation.result import write_atomically
 from attnswap.loading import load_model
 from attnswap.surgery.parameters import swap_parameters
 from attnswap.surgery.patch import patch
+from attnswap.swaps import names
 
 SCHEMA = "attnswap.bench.model/1"
 TASKS = ("step", "generate")
@@ -35,7 +36,7 @@ class ModelPlan:
 
     Attributes:
         reference: The model (see :func:`attnswap.loading.resolve`).
-        swaps: Names of swaps.
+        swaps: Names of swaps; None: every known swap.
         dtype: Name of the torch dtype of the model.
         tasks: ``"step"``: a training step with AdamW on one row of ``step_tokens`` tokens. ``"generate"``: greedy
             generation of ``new`` tokens after a prompt of ``prompt`` tokens.
@@ -47,7 +48,7 @@ class ModelPlan:
     """
 
     reference: str
-    swaps: Sequence[str]
+    swaps: Sequence[str] | None = None
     dtype: str = "float32"
     tasks: Sequence[str] = TASKS
     step_tokens: int = 2048
@@ -82,7 +83,7 @@ def measure_model(plan: ModelPlan, announce: Callable[[str], None] = lambda line
     plan.check()
     stock = load_model(plan.reference).to(getattr(torch, plan.dtype))
     found = []
-    for swap in plan.swaps:
+    for swap in names() if plan.swaps is None else plan.swaps:
         patched = copy.deepcopy(stock)
         patch(patched, swap)
         with torch.no_grad():

@@ -14,13 +14,26 @@ SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "f
 
 def tables(bench: BenchResult) -> Group:
     """Returns a table for each shape, dtype and mode, and what was skipped and why, for the terminal."""
-    env = bench.env
     head = (
         f"time over that of torch's flash attention, median of {bench.plan['rounds']} rounds [95% interval]; "
-        f"extra peak memory of a call over flash attention's\n{env['cpu']}, {env['threads']} threads, "
-        f"subnormal numbers {env['denormals']}, torch {env['torch']}, load {env['load']:.1f} before the start\n"
+        f"extra peak memory of a call over flash attention's\n{machine_line(bench)}\n"
     )
     return Group(head, *(_table(group) for group in _panels(bench.cells)), *_notes(bench.cells))
+
+
+def machine_line(bench: BenchResult) -> str:
+    """Returns what the figures were measured on."""
+    env = bench.env
+    if bench.plan["device"] == "cpu":
+        return (
+            f"{env['cpu']}, {env['threads']} threads, subnormal numbers {env['denormals']}, torch {env['torch']}, "
+            f"load {env['load']:.1f} before the start"
+        )
+    gpu = env["gpu"]
+    return (
+        f"{gpu['name']}, driver {gpu['driver']}, torch {env['torch']}, triton {gpu['triton']}; bf16 matrix products "
+        f"{gpu['matmul_tflops']:.0f} TFLOP/s, copies {gpu['copy_gb_per_second']:.0f} GB/s"
+    )
 
 
 def _table(cells: list[Cell]) -> Table:
@@ -29,11 +42,21 @@ def _table(cells: list[Cell]) -> Table:
     # Without a box all columns fit a terminal of 80 characters.
     shown = Table(title=title, box=None, padding=(0, 2, 0, 0), pad_edge=False)
     shown.add_column("case")
-    for name in ("length", "ratio [95%]", "bound", "MiB/MiB"):
+    on_gpu = setting.device != "cpu"
+    rates = ("ms", "TFLOP/s", "share") if on_gpu else ()
+    for name in ("length", "ratio [95%]", *rates, "goal" if on_gpu else "bound", "MiB/MiB"):
         shown.add_column(name, justify="right", no_wrap=True)
     for cell in cells:
-        shown.add_row(cell.case.label, str(cell.setting.length), _ratio(cell), _verdict(cell), _memory(cell))
+        rate = _rate(cell) if on_gpu else ()
+        shown.add_row(cell.case.label, str(cell.setting.length), _ratio(cell), *rate, _verdict(cell), _memory(cell))
     return shown
+
+
+def _rate(cell: Cell) -> tuple[str, str, str]:
+    """Returns time, rate, and the rate relative to that of matrix products."""
+    if cell.milliseconds is None or cell.tflops is None or cell.share is None:
+        return "-", "-", "-"
+    return f"{cell.milliseconds:.3g}", f"{cell.tflops:.0f}", f"{cell.share:.0%}"
 
 
 def write_report(bench: BenchResult, out: Path) -> list[Path]:
@@ -45,7 +68,7 @@ def write_report(bench: BenchResult, out: Path) -> list[Path]:
     paths = [bench.save(out / "bench.json")]
     for shape, dtype in dict.fromkeys((c.setting.shape.name, c.setting.dtype) for c in bench.cells if c.ratio):
         cells = [c for c in bench.cells if (c.setting.shape.name, c.setting.dtype) == (shape, dtype)]
-        title = f"{shape}, {SHORT[dtype]}, {bench.env['threads']} threads, {bench.env['cpu']}"
+        title = f"{shape}, {SHORT[dtype]}, {machine_line(bench)}"
         paths.append(plot(cells, out / f"bench-{shape}-{SHORT[dtype]}.png", title))
     return paths
 

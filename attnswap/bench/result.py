@@ -1,13 +1,14 @@
 """The result of a benchmark, and its JSON."""
 
 import json
+import statistics
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from attnswap.bench.bounds import Verdict
-from attnswap.bench.cases import SDPA, Case, Setting
+from attnswap.bench.cases import SDPA, Case, Setting, Shape
 from attnswap.bench.statistics import Ratio, exponent
 from attnswap.bench.timing import Round
 from attnswap.evaluation.result import write_atomically
@@ -43,6 +44,7 @@ class Cell:
         memory: Extra peak memory, if it was measured.
         skipped: Why nothing was timed, or None.
         memory_skipped: Why memory was not measured, or None.
+        matmul_tflops: The measured rate of matrix products, on a GPU.
     """
 
     case: Case
@@ -55,6 +57,22 @@ class Cell:
     memory: Memory | None = None
     skipped: str | None = None
     memory_skipped: str | None = None
+    matmul_tflops: float | None = None
+
+    @property
+    def milliseconds(self) -> float | None:
+        """Median time of a call."""
+        return statistics.median(r.ours for r in self.rounds) * 1e3 if self.rounds else None
+
+    @property
+    def tflops(self) -> float | None:
+        """Rate of the operations of :attr:`Setting.operations` in TFLOP/s."""
+        return self.setting.operations / self.milliseconds / 1e9 if self.milliseconds else None
+
+    @property
+    def share(self) -> float | None:
+        """That rate relative to the measured rate of matrix products."""
+        return self.tflops / self.matmul_tflops if self.tflops and self.matmul_tflops else None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the cell as plain values for JSON."""
@@ -62,7 +80,25 @@ class Cell:
         case, setting = values.pop("case"), values.pop("setting")
         if self.memory:
             values["memory"]["ratio"] = self.memory.ratio
-        return {**case, **setting, **values}
+        derived = {"milliseconds": self.milliseconds, "tflops": self.tflops, "share": self.share}
+        return {**case, **setting, **values, **derived}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Cell":
+        """Returns the cell of :meth:`to_dict`."""
+
+        def pick(kind: Any, **changes: Any) -> Any:
+            return kind(**{f.name: values[f.name] for f in fields(kind) if f.name not in changes}, **changes)
+
+        memory, ratio = values["memory"], values["ratio"]
+        return pick(
+            cls,
+            case=pick(Case),
+            setting=pick(Setting, shape=Shape(**values["shape"])),
+            rounds=[Round(**r) for r in values["rounds"]],
+            ratio=Ratio(**ratio) if ratio else None,
+            memory=Memory(memory["bytes"], memory["sdpa_bytes"]) if memory else None,
+        )
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -13,18 +14,22 @@ from tqdm import tqdm
 from attnswap.attention.dispatch import BACKENDS
 from attnswap.bench.bounds import bound, verdict
 from attnswap.bench.calls import build, draw_tensors
-from attnswap.bench.cases import MODES, SDPA, SHAPES, Case, Setting, Shape, peer_cases, swap_cases
+from attnswap.bench.cases import DEFAULTS, MODES, SDPA, SHAPES, Case, Setting, Shape, defaults, peer_cases, swap_cases
 from attnswap.bench.estimate import Forecast, cell_seconds, forecast, process_seconds, reason_to_skip
+from attnswap.bench.gpu import clock_of, compile_all, limits, peak_memory
+from attnswap.bench.journal import Journal, key
 from attnswap.bench.machine import environment, threads_and_denormals
 from attnswap.bench.memory import extra_memory, memory_measurable
 from attnswap.bench.peers import PEERS
 from attnswap.bench.result import BenchResult, Cell, Memory
 from attnswap.bench.statistics import median_interval
 from attnswap.bench.timing import interleave
-from attnswap.errors import AttnSwapError, ConfigError, nearest
+from attnswap.errors import AttnSwapError, ConfigError, first_line, nearest
 from attnswap.evaluation.estimate import duration
 
 MIN_ROUNDS = 9
+MACHINE = ("attnswap", "torch", "commit", "cpu", "threads", "denormals", "gpu")
+"""What must not change while a benchmark is stopped."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +49,15 @@ class Plan:
         memory: Measure extra peak memory of the swaps.
         peer_seconds: Skip cells of peers that would take longer.
         seed: Seed of the tensors and of the bootstrap.
+        device: Name of the torch device.
+        tokens: Tokens of a call, where one sequence has fewer: the batch is ``tokens // length``, at least 1.
+        seconds: Begin no further cell after this time; None: measure all.
     """
 
     swaps: Sequence[str] | None = None
-    shapes: Sequence[Shape] = field(default_factory=lambda: tuple(SHAPES.values()))
-    lengths: Sequence[int] = (1024, 2048, 4096, 8192, 16384)
-    dtypes: Sequence[str] = ("float32", "bfloat16")
+    shapes: Sequence[Shape] = field(default_factory=lambda: [SHAPES[name] for name in DEFAULTS["cpu"].shapes])
+    lengths: Sequence[int] = field(default_factory=lambda: DEFAULTS["cpu"].lengths)
+    dtypes: Sequence[str] = DEFAULTS["cpu"].dtypes
     backend: str = "auto"
     rounds: int = MIN_ROUNDS
     threads: int | None = None
@@ -58,10 +66,13 @@ class Plan:
     memory: bool = True
     peer_seconds: float = 120.0
     seed: int = 0
+    device: str = "cpu"
+    tokens: int = 1
+    seconds: float | None = None
 
     def cases(self) -> list[Case]:
         """Returns the cases that are compared with SDPA."""
-        return swap_cases(self.swaps) + (peer_cases() if self.peers else [])
+        return swap_cases(self.swaps) + (peer_cases(self.device) if self.peers else [])
 
     def check(self) -> None:
         """Raises ConfigError for options that are out of range."""
@@ -76,12 +87,20 @@ class Plan:
             raise ConfigError(
                 f'unknown backend "{self.backend}".{nearest(self.backend, known)} Backends: {", ".join(known)}'
             )
+        defaults(self.device)
+        if self.device != "cpu" and not torch.cuda.is_available():
+            raise ConfigError(f'this machine has no device "{self.device}"')
+        if self.tokens < 1 or (self.seconds is not None and self.seconds <= 0):
+            raise ConfigError("tokens and seconds must be positive")
         if not self.cases():
             raise ConfigError("nothing to measure: give at least one swap")
 
 
 def run_bench(
-    plan: Plan, announce: Callable[[str], None] = lambda line: None, show_progress: bool = False
+    plan: Plan,
+    announce: Callable[[str], None] = lambda line: None,
+    show_progress: bool = False,
+    folder: Path | None = None,
 ) -> BenchResult:
     """Runs a benchmark.
 
@@ -89,34 +108,43 @@ def run_bench(
         plan: The options.
         announce: Called with the estimate, before the benchmark begins.
         show_progress: Draw a progress bar on stderr.
+        folder: Where each finished cell is written. A benchmark that was stopped continues from what is there.
 
     Raises:
-        ConfigError: An option is wrong, or no swap can be measured (the message has the first reason).
+        ConfigError: An option is wrong, no swap can be measured (the message has the first reason), or the folder holds
+            the cells of another benchmark.
         UnsupportedModelError: Torch's flash attention cannot compute a setting.
     """
     plan.check()
     with threads_and_denormals(plan.threads, plan.flush_denormals):
-        return _Run(plan, announce, show_progress).run()
+        return _Run(plan, announce, show_progress, folder).run()
 
 
 class _Run:
     """A benchmark that is running."""
 
-    def __init__(self, plan: Plan, announce: Callable[[str], None], show_progress: bool) -> None:
+    def __init__(
+        self, plan: Plan, announce: Callable[[str], None], show_progress: bool, folder: Path | None = None
+    ) -> None:
         self.plan, self.cases, self.announce, self.show_progress = plan, plan.cases(), announce, show_progress
-        self.threads = torch.get_num_threads()
+        self.threads, self.on_gpu, self.env = torch.get_num_threads(), plan.device != "cpu", environment()
+        self.journal = Journal(folder, self.options(), {name: self.env[name] for name in MACHINE})
         lengths = sorted(set(plan.lengths))
         points = [
             (shape, dtype, mode) for shape in plan.shapes for dtype in dict.fromkeys(plan.dtypes) for mode in MODES
         ]
-        self.settings = [Setting(s, n, dtype, mode) for s, dtype, mode in points for n in lengths]
+        self.settings = [
+            Setting(shape, length, dtype, mode, max(1, plan.tokens // length), plan.device)
+            for shape, dtype, mode in points
+            for length in lengths
+        ]
         self.forecasts: dict[tuple[str, Shape, str, str], Forecast] = {}
         # Measured once per setting.
         self.sdpa_bytes = cache(lambda setting: self.bytes(SDPA, setting))
 
     def run(self) -> BenchResult:
         started, created = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
-        env = environment()
+        self.prepare_gpu()
         costs = self.estimate()
         total = sum(costs)
         self.announce(f"estimate: {duration(total)} for {len(costs)} cells of {self.plan.rounds} rounds")
@@ -125,10 +153,35 @@ class _Run:
         with bar:
             for (case, setting), seconds in zip(self.pairs(), costs, strict=True):
                 bar.set_description_str(f"{case.label} {setting.length} {setting.dtype} {setting.mode}")
-                cells.append(self.cell(case, setting))
+                late = self.plan.seconds is not None and time.perf_counter() - started > self.plan.seconds
+                cells.append(self.finished(case, setting, late))
                 bar.update(round(seconds))
         spent = {"seconds": time.perf_counter() - started, "estimated_seconds": total}
-        return BenchResult(cells, self.options(), env, spent, created)
+        return BenchResult(cells, self.options(), self.env, spent, created)
+
+    def prepare_gpu(self) -> None:
+        """Measures the limits of the GPU and compiles all kernels."""
+        if self.on_gpu:
+            self.env["gpu"] |= limits()
+            shortest = {(s.shape, s.dtype, s.mode): s for s in reversed(self.settings)}  # lengths ascend
+            compile_all([(c, s) for s in shortest.values() for c in self.cases], self.plan.backend)
+
+    def finished(self, case: Case, setting: Setting, late: bool) -> Cell:
+        """Returns a cell: the one that was measured before, or one that is measured now unless it is late."""
+        known = self.journal.cells.get(key(Cell(case, setting)))
+        if known is not None:
+            return known
+        if late:
+            return Cell(case, setting, skipped=f"the {self.plan.seconds:g} s of --seconds were used up")
+        try:
+            cell = self.cell(case, setting)
+        except Exception as error:  # kernels and compilers raise errors of many types; the other cells go on
+            if not self.on_gpu:
+                raise
+            torch.cuda.empty_cache()
+            cell = Cell(case, setting, skipped=first_line(error))
+        self.journal.add(cell)
+        return cell
 
     def options(self) -> dict[str, object]:
         values = asdict(self.plan)
@@ -140,14 +193,14 @@ class _Run:
     def forecast(self, case: Case, setting: Setting) -> Forecast:
         key = (case.label, setting.shape, setting.dtype, setting.mode)
         if key not in self.forecasts:
-            longest = replace(setting, length=max(self.plan.lengths))
+            longest = replace(setting, length=max(self.plan.lengths), batch=1)
             self.forecasts[key] = forecast(case, longest, self.plan.backend)
         return self.forecasts[key]
 
     def seconds(self, case: Case, setting: Setting) -> float:
         """Returns the estimated seconds of a cell."""
         ours, sdpa = self.forecast(case, setting), self.forecast(SDPA, setting)
-        return cell_seconds(ours, sdpa, setting.length, self.plan.rounds)
+        return cell_seconds(ours, sdpa, setting, self.plan.rounds)
 
     def estimate(self) -> list[float]:
         """Returns the estimated seconds of each cell.
@@ -160,7 +213,7 @@ class _Run:
         if refused and all(refused):
             raise ConfigError(f"no swap can be measured: {refused[0]}")
         process = 0.0
-        if self.measures_memory:
+        if self.measures_memory and not self.on_gpu:
             case, setting = next(
                 pair for pair in self.pairs() if pair[0].kind == "swap" and not self.forecast(*pair).refused
             )
@@ -178,7 +231,8 @@ class _Run:
 
     @property
     def measures_memory(self) -> bool:
-        return self.plan.memory and memory_measurable() and any(case.kind == "swap" for case in self.cases)
+        measurable = self.on_gpu or memory_measurable()
+        return self.plan.memory and measurable and any(case.kind == "swap" for case in self.cases)
 
     def reason(self, case: Case, setting: Setting) -> str | None:
         """Returns why a cell is skipped, or None."""
@@ -188,6 +242,10 @@ class _Run:
         return reason_to_skip(PEERS[case.label], setting, self.seconds(case, setting), self.plan.peer_seconds)
 
     def bytes(self, case: Case, setting: Setting) -> int:
+        if self.on_gpu:
+            call = build(case, setting, draw_tensors(setting, self.plan.seed), self.plan.backend)
+            with call.context():
+                return peak_memory(call)
         return extra_memory(case, setting, self.plan.backend, self.threads, self.plan.flush_denormals)
 
     def cell(self, case: Case, setting: Setting) -> Cell:
@@ -196,13 +254,15 @@ class _Run:
             return Cell(case, setting, skipped=reason)
         tensors = draw_tensors(setting, self.plan.seed)
         sdpa, ours = (build(c, setting, tensors, self.plan.backend) for c in (SDPA, case))
-        rounds = interleave(sdpa, ours, self.plan.rounds)
+        rounds = interleave(sdpa, ours, self.plan.rounds, clock_of(setting.device))
         ratio = median_interval([r.ours / r.sdpa for r in rounds], seed=self.plan.seed)
         limit = bound(case, setting, ours.backend)
         found = Cell(case, setting, ours.backend, rounds, ratio, limit, verdict(limit, ratio))
+        if self.on_gpu:
+            found = replace(found, matmul_tflops=self.env["gpu"]["matmul_tflops"])
         if case.kind != "swap" or not self.plan.memory:
             return found
-        if not memory_measurable():
+        if not self.measures_memory:
             return replace(found, memory_skipped="this system does not report the peak memory of a process")
         try:
             return replace(found, memory=Memory(self.bytes(case, setting), self.sdpa_bytes(setting)))

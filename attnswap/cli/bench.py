@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attnswap.cli.options import check_folder, parse_dtype, parse_size
+from attnswap.cli.options import check_folder, parse_device, parse_dtype, parse_size
 from attnswap.cli.terminal import Terminal
 from attnswap.errors import ConfigError, nearest
 from attnswap.visible import visible
@@ -17,14 +17,23 @@ if TYPE_CHECKING:
 
     from attnswap.bench import Shape
 
+SHAPES_HELP = (
+    "Attention layers as heads, KV heads, head_dim: smollm2 (9, 3, 64), h8d128 (8, 8, 128), h32d64 (32, 32, 64), "
+    "h16d128 (16, 16, 128), llama8b (32, 8, 128). Default: the first two, on a GPU the next two."
+)
+
 
 def bench_command(
     swaps: Annotated[str | None, typer.Option(help="Swaps to time, such as ssmax,softpick. Default: all.")] = None,
-    lengths: Annotated[str, typer.Option(help="Sequence lengths in tokens; k is 1024.")] = "1k,2k,4k,8k,16k",
-    shapes: Annotated[
-        str, typer.Option(help="Attention layers: smollm2 (9 heads, 3 KV heads, head_dim 64), h8d128 (8, 8, 128).")
-    ] = "smollm2,h8d128",
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or both.")] = "fp32,bf16",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    lengths: Annotated[
+        str | None, typer.Option(help="Tokens of a sequence; k is 1024. Default: 1k to 16k, on a GPU 2k to 64k.")
+    ] = None,
+    shapes: Annotated[str | None, typer.Option(help=SHAPES_HELP)] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="Tokens of a call; short sequences get a batch. Default: 1, on a GPU 32k.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or both. Default: both, on a GPU bf16.")] = None,
     backend: Annotated[str, typer.Option(help="Backend for all swaps; auto chooses as a model would.")] = "auto",
     rounds: Annotated[int, typer.Option(help="Rounds of each measurement, at least 9.")] = 9,
     threads: Annotated[int | None, typer.Option(help="CPU threads. Default: torch's own choice.")] = None,
@@ -36,6 +45,9 @@ def bench_command(
         float, typer.Option(help="Skip a measurement of other implementations that would take more seconds.")
     ] = 120.0,
     memory: Annotated[bool, typer.Option(help="Measure extra peak memory, each time in a new process.")] = True,
+    seconds: Annotated[
+        float | None, typer.Option(help="Begin no measurement after this time; the same command continues.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Random seed of the inputs and of the intervals.")] = 0,
     model: Annotated[
         str | None,
@@ -44,47 +56,34 @@ def bench_command(
     tasks: Annotated[
         str, typer.Option(help="With --model: step (a training step), generate, or both.")
     ] = "step,generate",
-    out: Annotated[Path | None, typer.Option(help="Directory for the report: JSON and plots.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for the report: JSON and plots. A stopped benchmark continues there.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print only the report, as JSON.")] = False,
 ) -> None:
-    """Measure time and memory of the swaps on the CPU, compared with torch's attention (SDPA).
+    """Measure time and memory of the swaps, compared with torch's flash attention (SDPA).
 
     Each round times SDPA and the swap in direct succession. The report gives the median ratio with a 95% interval over
     the rounds, and says whether it keeps the project's bound.
     """
-    from attnswap.bench import (
-        ModelPlan,
-        Plan,
-        measure_model,
-        model_table,
-        run_bench,
-        tables,
-        write_model_report,
-        write_report,
-    )
-    from attnswap.swaps import names as known_swaps
+    from attnswap import bench
 
     check_folder(out)
-    names = None if swaps is None else [name.strip() for name in swaps.split(",")]
+    device = parse_device(device)
+    usual, names = bench.defaults(device), _parts(swaps)
+    dtypes = [str(parse_dtype(name)).removeprefix("torch.") for name in _parts(dtype) or usual.dtypes]
     if model is not None:
-        whole = ModelPlan(
-            reference=model,
-            swaps=known_swaps() if names is None else names,
-            dtype=str(parse_dtype(dtype.partition(",")[0])).removeprefix("torch."),
-            tasks=[name.strip() for name in tasks.split(",")],
-            rounds=rounds,
-            seed=seed,
-        )
-        report = measure_model(whole, lambda line: print(visible(line), file=sys.stderr, flush=True))
+        whole = bench.ModelPlan(model, names, dtypes[0], tasks=_parts(tasks) or [], rounds=rounds, seed=seed)
+        report = bench.measure_model(whole, _announce)
         if out:
-            write_model_report(report, out)
-        _show(report, model_table(report), as_json)
+            bench.write_model_report(report, out)
+        _show(report, bench.model_table(report), as_json)
         return
-    plan = Plan(
+    plan = bench.Plan(
         swaps=names,
-        shapes=[_shape(name.strip()) for name in shapes.split(",")],
-        lengths=[parse_size(part) for part in lengths.split(",")],
-        dtypes=[str(parse_dtype(name.strip())).removeprefix("torch.") for name in dtype.split(",")],
+        shapes=[_shape(name) for name in _parts(shapes) or usual.shapes],
+        lengths=[parse_size(name) for name in _parts(lengths) or []] or usual.lengths,
+        dtypes=dtypes,
         backend=backend,
         rounds=rounds,
         threads=threads,
@@ -93,11 +92,23 @@ def bench_command(
         memory=memory,
         peer_seconds=peer_seconds,
         seed=seed,
+        device=device,
+        tokens=parse_size(tokens) if tokens else usual.tokens,
+        seconds=seconds,
     )
-    bench = run_bench(plan, lambda line: print(visible(line), file=sys.stderr, flush=True), sys.stderr.isatty())
+    found = bench.run_bench(plan, _announce, sys.stderr.isatty(), out)
     if out:
-        write_report(bench, out)
-    _show(bench.to_dict(), tables(bench), as_json)
+        bench.write_report(found, out)
+    _show(found.to_dict(), bench.tables(found), as_json)
+
+
+def _parts(text: str | None) -> list[str] | None:
+    """Returns the parts between commas; None stays None."""
+    return None if text is None else [part.strip() for part in text.split(",")]
+
+
+def _announce(line: str) -> None:
+    print(visible(line), file=sys.stderr, flush=True)
 
 
 def _show(report: dict[str, Any], table: "RenderableType", as_json: bool) -> None:

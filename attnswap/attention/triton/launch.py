@@ -4,7 +4,7 @@ The ahead-of-time check compiles exactly these launches for other targets.
 """
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,11 +91,7 @@ def forward(call: Mapping[str, Any], sizes: Sizes = tiles_of) -> tuple[Launch, t
 
 
 def backward(
-    call: Mapping[str, Any],
-    grad: Tensor,
-    saved: tuple[Tensor, Tensor, Tensor],
-    wanted: Mapping[str, bool],
-    sizes: Sizes = tiles_of,
+    call: Mapping[str, Any], grad: Tensor, saved: Sequence[Tensor], wanted: Mapping[str, bool], sizes: Sizes = tiles_of
 ) -> tuple[Launch, Launch, dict[str, Tensor | None]]:
     """Prepares the backward kernels; the one for queries must run first, as the other reads its dO . O.
 
