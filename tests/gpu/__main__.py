@@ -72,10 +72,10 @@ def sanitizer(tool: str) -> Callable[[Path], list[str]]:
     return lambda out: [found, "--tool", tool, "--error-exitcode", "99", *small(out)]
 
 
-def bench(shape: str) -> Callable[[Path], list[str]]:
-    """Returns the benchmark of one shape."""
-    options = ["--device", "cuda", "--shapes", shape, "--dtype", "bf16"]
-    return lambda out: [sys.executable, "-m", "attnswap.cli", "bench", *options, "--out", str(out)]
+def bench(*options: str) -> Callable[[Path], list[str]]:
+    """Returns a benchmark in bf16 that ends by itself before the step's time is up."""
+    usual = ["--device", "cuda", "--dtype", "bf16", "--seconds", "440"]
+    return lambda out: [sys.executable, "-m", "attnswap.cli", "bench", *usual, *options, "--out", str(out)]
 
 
 def tune(width: int) -> Callable[[Path], list[str]]:
@@ -84,13 +84,15 @@ def tune(width: int) -> Callable[[Path], list[str]]:
     return lambda out: [sys.executable, "-m", module, "--widths", str(width), "--out", str(out / "tune.jsonl")]
 
 
+NAIVE = ("--lengths", "2k,4k,8k", "--tokens", "8k", "--no-peers")
 STEPS = {
     "check": Step("every kernel against the dense reference", checks(KERNELS), "tests.jsonl"),
     "memcheck": Step("small calls under compute-sanitizer", sanitizer("memcheck"), "tests.jsonl", UNPOOLED),
     "racecheck": Step("the same, in search of races", sanitizer("racecheck"), "tests.jsonl"),
     "models": Step("patched models, compiled and generating", checks(MODELS), "tests.jsonl"),
-    "bench-128": Step("time and memory at head_dim 128", bench("h16d128"), "bench.json"),
-    "bench-64": Step("time and memory at head_dim 64", bench("h32d64"), "bench.json"),
+    "bench-128": Step("time and memory at head_dim 128", bench("--shapes", "h16d128"), "bench.json"),
+    "bench-64": Step("time and memory at head_dim 64", bench("--shapes", "h32d64"), "bench.json"),
+    "bench-naive": Step("the dense reference, to 8k tokens", bench("--backend", "dense", *NAIVE), "bench.json"),
     "tune-128": Step("tile sizes for head_dim 128", tune(128), "tune.jsonl"),
     "tune-64": Step("tile sizes for head_dim 64", tune(64), "tune.jsonl"),
 }
