@@ -1,6 +1,5 @@
 """Tiles that all rows see as a whole, which the Triton kernels compute without masks, and what their code issues."""
 
-import importlib.util
 from typing import Any
 from unittest import mock
 
@@ -20,7 +19,10 @@ from tests.helpers.calls import compare
 from tests.helpers.ids import variant_id
 from tests.helpers.triton_calls import Worker
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+maths = pytest.importorskip("attnswap.attention.triton.maths")
+power_less = maths.power_less
 
 HEADS, WIDTH = 2, 16
 DOCUMENTS = torch.tensor([0, 0, 100]).repeat_interleave(70)
@@ -153,6 +155,30 @@ def printed(swap: Swap) -> str:
 def test_exponentials_of_differences_are_one_multiply_add(interpreted: Worker):
     assert "vexp_less(s, shift)" in interpreted(printed, PLAIN)
     assert "tl.exp(" not in interpreted(printed, attnswap.Softpick())
+
+
+@triton.jit
+def differences(scores, shift, out, SIZE: tl.constexpr):
+    """Stores ``power_less`` of scores and one shift."""
+    i = tl.arange(0, SIZE)
+    tl.store(out + i, power_less(tl.load(scores + i), tl.load(shift)))
+
+
+def powers(scores: Tensor, shift: float) -> Tensor:
+    out = torch.empty_like(scores)
+    differences[(1,)](scores, torch.tensor([shift]), out, len(scores))
+    return out
+
+
+@pytest.mark.parametrize("shift", [0.0, 3.7, -130.0, 9999.5])
+def test_the_form_that_gpus_take(interpreted: Worker, shift: float):
+    """Weights relative to that of the shift itself, within the rounding of their exponents."""
+    scores = torch.cat(
+        [torch.tensor([shift]), shift - torch.rand(127, generator=torch.Generator().manual_seed(0)) * 20]
+    )
+    found, wanted = interpreted(powers, scores, shift).double(), (scores.double() - scores[0]).exp()
+    error = (found / found[0] / wanted - 1).abs()
+    assert (error <= 2.0**-24 * (4 + 2 * (scores - shift).abs())).all()
 
 
 LISTINGS = {

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from attnswap.attention.triton.maths import vexp_less
+from attnswap.attention.triton.maths import rescaling
 from attnswap.attention.triton.tile import (
     add_product,
     first_needed,
@@ -94,7 +94,7 @@ def forward(
                     higher = tl.maximum(shift, tl.max(tl.where(seen, s, float("-inf")), 1))
                     # A row that has seen nothing has no shift yet; any finite one serves, as all of it is dropped.
                     reference = tl.where(higher == float("-inf"), 0.0, higher)
-                    factor = vexp_less(shift, reference)  # 0 for the first keys of a row
+                    factor = rescaling(shift, reference)  # 0 for the first keys of a row
                     total, acc = total * factor, acc * factor[:, None]
                     shift = higher
                 else:

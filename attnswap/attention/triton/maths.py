@@ -28,13 +28,31 @@ def vexp(x):
 
 
 @triton.jit
-def vexp_less(a, b):
+def power_less(a, b):
     """``exp(a - b)``, one fused multiply-add before the power of two where ``b`` is the same for many ``a``.
 
     The product b log2(e) is rounded, to the same number wherever ``b`` is the same: a factor that all weights of a row
-    share. Scores of the size of ``b`` are off by as much.
+    share.
     """
     return tl.exp2(tl.fma(a, LOG2E, -(b * LOG2E)))
+
+
+@triton.jit
+def vexp_less(a, b):
+    """``exp(a - b)``. On GPUs the exponent is rounded, with ``tl.exp`` too; in the interpreter it need not be."""
+    return tl.exp(a - b) if INTERPRETED else power_less(a, b)
+
+
+@triton.jit
+def rescaling(old, new):
+    """``exp(old - new)`` for two shifts of a row, so that it turns weights under the one into those under the other.
+
+    Either product with log2(e) is rounded as :func:`power_less` rounds it. Fused multiply-adds alone: the compiler
+    would join a plain product and a difference, and not round. 0 for a shift of minus infinity.
+    """
+    rounded = tl.fma(old, LOG2E, -(old * LOG2E))
+    factor = tl.exp2(tl.fma(old, LOG2E, -(new * LOG2E)) - rounded)
+    return tl.where(old == float("-inf"), 0.0, tl.exp(old - new) if INTERPRETED else factor)
 
 
 @triton.jit

@@ -46,10 +46,10 @@ TABLE: dict[tuple[str, int, int], tuple[Tiles, Tiles, Tiles, Tiles]] = {
     ("gfx942", 4, 128): (Tiles(64, 64, 4, 1), Tiles(64, 32, 4, 1), Tiles(64, 32, 4, 1), Tiles(32, 32, 4, 1)),
     ("sm_80", 4, 64): (Tiles(32, 64, 16, 2), Tiles(64, 32, 16, 2), Tiles(64, 32, 16, 2), Tiles(32, 32, 8, 1)),
     ("sm_80", 4, 128): (Tiles(32, 16, 8, 2), Tiles(32, 32, 16, 2), Tiles(32, 32, 8, 2), Tiles(32, 32, 8, 1)),
-    ("sm_90", 4, 64): (Tiles(64, 64, 16, 2), Tiles(32, 64, 16, 2), Tiles(32, 64, 16, 2), Tiles(32, 32, 8, 1)),
-    ("sm_90", 4, 128): (Tiles(32, 32, 8, 2), Tiles(32, 32, 16, 2), Tiles(32, 32, 8, 2), Tiles(16, 32, 8, 2)),
+    ("sm_90", 4, 64): (Tiles(32, 32, 8, 2), Tiles(32, 64, 16, 2), Tiles(32, 64, 16, 2), Tiles(32, 32, 8, 1)),
+    ("sm_90", 4, 128): (Tiles(32, 32, 16, 2), Tiles(32, 32, 16, 2), Tiles(32, 32, 16, 2), Tiles(16, 32, 8, 2)),
     ("sm_100", 4, 64): (Tiles(32, 64, 8, 2), Tiles(32, 64, 16, 2), Tiles(64, 64, 16, 2), Tiles(32, 32, 8, 2)),
-    ("sm_100", 4, 128): (Tiles(64, 32, 16, 2), Tiles(32, 32, 16, 2), Tiles(32, 32, 8, 2), Tiles(16, 32, 8, 2)),
+    ("sm_100", 4, 128): (Tiles(32, 32, 16, 2), Tiles(32, 32, 16, 2), Tiles(32, 32, 16, 2), Tiles(16, 32, 8, 2)),
 }
 """By target, bytes of a number and head width: the sizes for each of :data:`KERNELS`.
 
