@@ -72,12 +72,14 @@ class Language:
         number: Writes a number.
         define: Gives a value a name: from the operation, the name and the form.
         function: Writes a function: from its name, its arguments, its lines and its result.
+        exp_less: The form of ``exp(a - b)``, where it has one of its own.
     """
 
     form: Callable[[Function], str]
     number: Callable[[float], str]
     define: Callable[[str, str, str], str]
     function: Callable[[str, list[str], list[str], str], str]
+    exp_less: str | None = None
 
 
 def _cpp_function(name: str, names: list[str], lines: list[str], result: str) -> str:
@@ -104,6 +106,7 @@ TRITON = Language(
     number=lambda x: f"number({str(x).replace('inf', '1e999')})",
     define=lambda op, name, form: f"{name} = {form}",
     function=_triton_function,
+    exp_less="vexp_less({0}, {1})",
 )
 """Device functions of fp32 tiles; they call the functions of ``attention/triton/maths.py``."""
 
@@ -137,9 +140,10 @@ def _emit(expr: Expr, lines: list[str], seen: dict[Expr, str], language: Languag
     if expr.op == "constant":
         return language.number(expr.args[0])
     if expr not in seen:
-        args = [_emit(a, lines, seen, language) for a in expr.args]
-        infix = f"({args[0]} {_INFIX[expr.op]} {args[1]})" if expr.op in _INFIX else None
-        form = infix or language.form(VOCABULARY[expr.op]).format(*args)
+        less = language.exp_less if expr.op == "exp" and expr.args[0].op == "sub" else None
+        args = [_emit(a, lines, seen, language) for a in (expr.args[0].args if less else expr.args)]
+        infix = f"({{0}} {_INFIX[expr.op]} {{1}})" if expr.op in _INFIX else None
+        form = (less or infix or language.form(VOCABULARY[expr.op])).format(*args)
         seen[expr] = f"t{len(seen)}"
         lines.append(language.define(expr.op, seen[expr], form))
     return seen[expr]

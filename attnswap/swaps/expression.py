@@ -148,7 +148,7 @@ def _sigmoid(x: float) -> float:
 
 
 VOCABULARY: dict[str, Function] = {
-    "exp": Function(torch.exp, _overflowing(math.exp), "vexp<T>({0})", "tl.exp({0})", (lambda x: exp(x),)),
+    "exp": Function(torch.exp, _overflowing(math.exp), "vexp<T>({0})", "vexp({0})", (lambda x: exp(x),)),
     "log": Function(
         torch.log,
         lambda x: math.log(x) if x > 0 else -math.inf,

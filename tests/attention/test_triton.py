@@ -311,6 +311,9 @@ def test_the_committed_table_is_of_the_sizes_that_are_launched():
         assert r["dtype"] == "fp32" or r["kernel"] == "backward_keys" or min(tiles.rows, tiles.keys) >= 64
         assert r["shared"] <= r["shared_limit"]
         assert r["matrix"] or r["dtype"] == "fp32"
+        assert bool(r["loop"]["matrix"]) == bool(r["matrix"])
+        lanes = tiles.num_warps * (64 if r["target"] == "gfx942" else 32)
+        assert r["slots"] == round(sum(r["loop"].values()) * lanes / (tiles.rows * tiles.keys), 1)
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
 """Compiles the kernels ahead of time, without a GPU: ``python -m attnswap.attention.triton.aot [--out FOLDER]``.
 
 What is compiled is the launcher's own work: real arguments, tile sizes and options, for a stand-in of the target's
-driver. The table says what the compilers say: matrix instructions, shared memory, registers and spills. It says nothing
-about speed.
+driver. The table says what the compilers say: matrix instructions, shared memory, registers, spills and what the loop
+over tiles issues. It says nothing about speed.
 """
 
 import argparse
@@ -12,7 +12,9 @@ import itertools
 import json
 import re
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from attnswap.attention.autograd import DIFFERENTIABLE
 from attnswap.attention.problem import Problem
 from attnswap.attention.triton import launch, operands
+from attnswap.attention.triton.assembly import inner_loop, listing
 from attnswap.attention.triton.ops import ORDER
 from attnswap.attention.triton.tiles import KERNELS, Tiles, tiles_of
 from attnswap.attention.visibility import Visibility
@@ -73,6 +76,8 @@ class Row:
         shared_limit: What the target has.
         registers: Per thread (AMD: vector registers, accumulators included).
         spills: Bytes spilled to memory, stores and loads (AMD: spilled vector registers).
+        loop: Instructions that a warp issues for a tile that needs no mask, by the names of ``assembly.KINDS``.
+        slots: All of these over the scores of a tile, per lane.
     """
 
     target: str
@@ -86,6 +91,8 @@ class Row:
     shared_limit: int
     registers: int
     spills: int
+    loop: dict[str, int]
+    slots: float
 
 
 @contextlib.contextmanager
@@ -153,6 +160,8 @@ def compile_kernel(target: str, problem: Problem, kernel: str) -> Row:
     else:
         registers = _number(r"\.vgpr_count:\s+(\d+)", assembly)
         spills = _number(r"\.vgpr_spill_count:\s+(\d+)", assembly)
+    loop = inner_loop(listing(compiled, backend), backend)
+    lanes = a["num_warps"] * TARGETS[target].warp_size
     return Row(
         target=target,
         swap=getattr(problem.swap, "name", type(problem.swap).__name__),
@@ -165,6 +174,8 @@ def compile_kernel(target: str, problem: Problem, kernel: str) -> Row:
         shared_limit=SHARED_LIMIT[target],
         registers=registers,
         spills=spills,
+        loop=loop,
+        slots=round(sum(loop.values()) * lanes / (a["ROWS"] * a["KEYS"]), 1),
     )
 
 
@@ -191,20 +202,23 @@ def table(rows: list[Row]) -> str:
         own = [r for r in rows if (r.target, r.dtype, r.width, r.kernel) == key]
         spills = ", ".join(f"{r.spills} ({r.swap})" for r in own if r.spills) or "0"
         shared = f"{max(r.shared for r in own)} ({own[0].shared_limit})"
-        cells = (*key, own[0].tile, own[0].matrix or "none", shared, max(r.registers for r in own), spills)
+        slots = ", ".join(str(r.slots) for r in own)
+        cells = (*key, own[0].tile, own[0].matrix or "none", shared, max(r.registers for r in own), spills, slots)
         lines.append([str(cell) for cell in cells])
-    return markdown_table((*names, "spills"), lines, words=len(names) + 1)
+    return markdown_table((*names, "spills", "issue slots"), lines, words=len(names) + 2)
 
 
 def main() -> None:
     """Compiles everything and writes ``aot.json`` and ``README.md``."""
     parser = argparse.ArgumentParser(description="Compile the Triton kernels for every target, without a GPU.")
     parser.add_argument("--out", type=Path, default=Path("results/triton"), help="where the table goes")
-    out = parser.parse_args().out
-    rows = []
-    for arguments in everything():
-        rows.append(compile_one(*arguments))
-        print(*arguments, rows[-1].tile, f"{rows[-1].registers} registers, {rows[-1].spills} spilled", flush=True)
+    parser.add_argument("--processes", type=int, default=1, help="how many kernels to compile at once")
+    given = parser.parse_args()
+    rows, out = [], given.out
+    with ProcessPoolExecutor(given.processes, get_context("spawn")) as pool:
+        for row in pool.map(compile_one, *zip(*everything(), strict=True)):
+            rows.append(row)
+            print(*asdict(row).values(), flush=True)
     out.mkdir(parents=True, exist_ok=True)
     clean = sum(r.spills == 0 for r in rows)
     made = {"command": COMMAND, "triton": triton.__version__, "rows": [asdict(r) for r in rows]}
@@ -229,10 +243,18 @@ as entmax; `forward` is that of the others. Shared memory is in bytes, registers
 and loaded (gfx942: vector registers). Products in fp32 are exact; NVIDIA's matrix instructions would round them, so the
 fp32 kernels do not use these.
 
-Tiles are at least 64 x 64 in bf16, except for `backward_keys` at head width 64 on sm_80 and 128 on sm_90. That kernel
-holds four tiles of a block at once (keys, values and their two gradients) in addition to those of the scores. With
-tiles of 64 x 64, at least one swap spills 72 bytes or more with every number of warps (4, 8, 16) and stages (1, 2) that
-was tried, also with transposed tiles.
+Issue slots are the instructions that the kernel's loop over tiles issues for one score, counted in the machine code for
+tiles that all rows see as a whole: those before the diagonal, which need no mask. An instruction of a warp is a slot
+for each of its lanes. `aot.json` counts them by kind. The column holds one number for each swap, in the order above.
+
+Tiles are at least 64 x 64 in bf16, except for `backward_keys` on sm_80, at head width 128 on sm_90, and on gfx942. That
+kernel holds four tiles of a block at once (keys, values and their two gradients) in addition to those of the scores.
+With tiles of 64 x 64, at least one swap spills with every number of warps (4, 8) that was tried.
+
+Keys and values are loaded through pointers. With descriptors (TMA) in the forward kernel for sm_90, softpick at head
+width 64 issues 12.5 slots per score instead of 12.1 with 163 registers instead of 167, at head width 128 14.1 instead
+of 14.9 with 210 registers instead of 208, and takes 1024 bytes more of shared memory. That is too little for a second
+way to load, which needs an allocator and strides of whole 16 bytes, while no GPU was at hand to run it.
 
 {table}
 """

@@ -3,15 +3,20 @@
 import triton
 import triton.language as tl
 
+from attnswap.attention.triton.maths import rescaling
 from attnswap.attention.triton.tile import (
     add_product,
     first_needed,
     load_rows,
     load_spans,
+    product,
     rows_norm,
     rows_slack,
     store_rows,
+    tile_of_part,
     tile_scores,
+    tiles_of_part,
+    whole_tiles,
 )
 
 
@@ -71,28 +76,33 @@ def forward(
     if norms is not None:  # at first the tiles of the rows' last keys, which decayed least: then the shift is known
         start = tl.maximum(begin, tl.min(tl.where(some, to_key - 1, keys), 0) // KEYS)
     for _part in range(1 if norms is None else 2):
-        for back in range(0, end - start):
-            tile = end - 1 - back
-            j = tile * KEYS + tl.arange(0, KEYS)
-            k_tile = load_rows(k_base, j, k_row, keys, WIDTH, PADDED)
-            _, s, seen = tile_scores(
-                q_tile, k_tile, i, j, tile, task, at, inside, from_key, to_key, b, h, keep, keep_batch, mask,
-                mask_batch, mask_head, mask_row, mask_key, bias, bias_batch, bias_head, bias_row, bias_key, scale,
-                row_bias, centre, near, far_apart, keys, scaling, softcap, CAPPED, KEYS,
-            )  # fmt: skip
-            if SHIFTED:
-                higher = tl.maximum(shift, tl.max(tl.where(seen, s, float("-inf")), 1))
-                # A row that has seen nothing has no shift yet; any finite one serves, as all of it is dropped.
-                reference = tl.where(higher == float("-inf"), 0.0, higher)
-                factor = tl.exp(shift - reference)  # 0 for the first keys of a row
-                total, acc = total * factor, acc * factor[:, None]
-                shift = higher
-            else:
-                reference = shift
-            w, d = TILE_WEIGH(tl.where(seen, s, reference[:, None]), reference[:, None], p)
-            total += tl.sum(tl.where(seen, d, 0.0), 1)
-            v_tile = load_rows(v_base, j, v_row, keys, VALUE_WIDTH, VALUE_PADDED)
-            acc = add_product(tl.where(seen, w, 0.0).to(v_tile.dtype), v_tile, acc)
+        whole_begin, whole_end = whole_tiles(from_key, to_key, start, end, keep, mask, KEYS)
+        # First the tiles of which some row does not see some key, then those that need no mask.
+        for whole in tl.static_range(1 if keep is not None or mask is not None else 2):
+            for back in range(0, tiles_of_part(start, end, whole_begin, whole_end, whole)):
+                tile = tile_of_part(back, end, whole_begin, whole_end, whole)
+                j = tile * KEYS + tl.arange(0, KEYS)
+                limit_key = None if whole else keys
+                k_tile = load_rows(k_base, j, k_row, limit_key, WIDTH, PADDED)
+                _, s, seen = tile_scores(
+                    product(q_tile, tl.trans(k_tile)), i[:, None], j[None, :], tile, task, at[:, None], inside[:, None],
+                    from_key[:, None], to_key[:, None], b, h, keep, keep_batch, mask, mask_batch, mask_head, mask_row,
+                    mask_key, bias, bias_batch, bias_head, bias_row, bias_key, scale, row_bias, centre, near, far_apart,
+                    keys, scaling, softcap, CAPPED, KEYS, whole,
+                )  # fmt: skip
+                if SHIFTED:
+                    higher = tl.maximum(shift, tl.max(tl.where(seen, s, float("-inf")), 1))
+                    # A row that has seen nothing has no shift yet; any finite one serves, as all of it is dropped.
+                    reference = tl.where(higher == float("-inf"), 0.0, higher)
+                    factor = rescaling(shift, reference)  # 0 for the first keys of a row
+                    total, acc = total * factor, acc * factor[:, None]
+                    shift = higher
+                else:
+                    reference = shift
+                w, d = TILE_WEIGH(tl.where(seen, s, reference[:, None]), reference[:, None], p)
+                total += tl.sum(tl.where(seen, d, 0.0), 1)
+                v_tile = load_rows(v_base, j, v_row, limit_key, VALUE_WIDTH, VALUE_PADDED)
+                acc = add_product(tl.where(seen, w, 0.0).to(v_tile.dtype), v_tile, acc)
         if norms is not None:
             end = start
             start = first_needed(

@@ -10,7 +10,8 @@ U_i is the mean of the values under the slopes dw/dt, the backward kernels serve
 import triton
 import triton.language as tl
 
-from attnswap.attention.triton.tile import add_product, load_rows, load_spans, store_rows, tile_scores
+from attnswap.attention.triton.maths import vexp
+from attnswap.attention.triton.tile import add_product, load_rows, load_spans, product, store_rows, tile_scores
 
 STEPS = tl.constexpr(32)
 """Sweeps of the solver at most: halving alone would bring the bounds of any row within fp32's rounding of each other.
@@ -27,7 +28,7 @@ def newton(t, low, high, mass, slope, power):
     sound = (mass > 0.0) & (slope < 0.0)
     mass, slope = tl.where(sound, mass, 1.0), tl.where(sound, slope, -1.0)
     log = tl.log(mass)
-    bent = tl.where(power < 1e-2, mass * log, (mass - tl.exp((1.0 - power) * log)) / power)
+    bent = tl.where(power < 1e-2, mass * log, (mass - vexp((1.0 - power) * log)) / power)
     d = mass - 1.0  # near the root the difference of two large terms would be all rounding: take its series
     near = d + (1.0 - power) * (0.5 * d * d) * (1.0 - (1.0 + power) * d * (1.0 / 3.0))
     new = t - tl.where(tl.abs(d) < 0.03, near, bent) / slope
@@ -56,9 +57,10 @@ def solve(
             j = tile * KEYS + tl.arange(0, KEYS)
             k_tile = load_rows(k_base, j, k_row, keys, WIDTH, PADDED)
             _, s, seen = tile_scores(
-                q_tile, k_tile, i, j, tile, task, at, inside, from_key, to_key, b, h, keep, keep_batch, mask,
-                mask_batch, mask_head, mask_row, mask_key, bias, bias_batch, bias_head, bias_row, bias_key, scale,
-                row_bias, centre, near, far_apart, keys, scaling, softcap, CAPPED, KEYS,
+                product(q_tile, tl.trans(k_tile)), i[:, None], j[None, :], tile, task, at[:, None], inside[:, None],
+                from_key[:, None], to_key[:, None], b, h, keep, keep_batch, mask, mask_batch, mask_head, mask_row,
+                mask_key, bias, bias_batch, bias_head, bias_row, bias_key, scale, row_bias, centre, near, far_apart,
+                keys, scaling, softcap, CAPPED, KEYS, False,
             )  # fmt: skip
             w, by = TILE_MASS(tl.where(seen, s, t[:, None]), t[:, None], p)
             mass += tl.sum(tl.where(seen, w, 0.0), 1)
@@ -108,9 +110,10 @@ def forward_rows(
         j = tile * KEYS + tl.arange(0, KEYS)
         k_tile = load_rows(k_base, j, k_row, keys, WIDTH, PADDED)
         _, s, seen = tile_scores(
-            q_tile, k_tile, i, j, tile, task, at, inside, from_key, to_key, b, h, keep, keep_batch, mask, mask_batch,
-            mask_head, mask_row, mask_key, bias, bias_batch, bias_head, bias_row, bias_key, scale, row_bias, centre,
-            near, far_apart, keys, scaling, softcap, CAPPED, KEYS,
+            product(q_tile, tl.trans(k_tile)), i[:, None], j[None, :], tile, task, at[:, None], inside[:, None],
+            from_key[:, None], to_key[:, None], b, h, keep, keep_batch, mask, mask_batch, mask_head, mask_row, mask_key,
+            bias, bias_batch, bias_head, bias_row, bias_key, scale, row_bias, centre, near, far_apart, keys, scaling,
+            softcap, CAPPED, KEYS, False,
         )  # fmt: skip
         top = tl.maximum(top, tl.max(tl.where(seen, s, float("-inf")), 1))
 
@@ -136,9 +139,10 @@ def forward_rows(
             j = tile * KEYS + tl.arange(0, KEYS)
             k_tile = load_rows(k_base, j, k_row, keys, WIDTH, PADDED)
             _, s, seen = tile_scores(
-                q_tile, k_tile, i, j, tile, task, at, inside, from_key, to_key, b, h, keep, keep_batch, mask,
-                mask_batch, mask_head, mask_row, mask_key, bias, bias_batch, bias_head, bias_row, bias_key, scale,
-                row_bias, centre, near, far_apart, keys, scaling, softcap, CAPPED, KEYS,
+                product(q_tile, tl.trans(k_tile)), i[:, None], j[None, :], tile, task, at[:, None], inside[:, None],
+                from_key[:, None], to_key[:, None], b, h, keep, keep_batch, mask, mask_batch, mask_head, mask_row,
+                mask_key, bias, bias_batch, bias_head, bias_row, bias_key, scale, row_bias, centre, near, far_apart,
+                keys, scaling, softcap, CAPPED, KEYS, False,
             )  # fmt: skip
             w, by = TILE_MASS(tl.where(seen, s, t[:, None]), t[:, None], p)
             share = tl.where(seen, w if part == 0 else by * shrink[:, None], 0.0)

@@ -149,7 +149,7 @@ def backward(
         "READ": maths.READ,
         "NUMBERS_PADDED": numbers_padded,
     }
-    block_first, block_last = _block_spans(call, columns.rows)
+    block_first, block_last, whole_first, whole_last = _block_spans(call, columns.rows)
     bounds = key_bounds(call, columns.keys)
     decays = bounds["norms"] is not None
     by_keys = {
@@ -161,6 +161,8 @@ def backward(
         "dkey_bias": found["key_bias"],
         "block_first": block_first,
         "block_last": block_last,
+        "whole_first": whole_first,
+        "whole_last": whole_last,
         "block_batch": _step(block_first, 0),
     }
     key_blocks = triton.cdiv(key.shape[2], columns.keys) * batch * key.shape[1]
@@ -242,12 +244,21 @@ def _step(x: Tensor, dim: int) -> int:
     return 0 if x.shape[dim] == 1 else x.stride(dim)
 
 
-def _block_spans(call: Mapping[str, Any], rows: int) -> tuple[Tensor, Tensor]:
-    """Returns the keys that each block of queries sees between its rows, int32 (batch or 1, blocks)."""
-    first, last = call["first"], call["last"]
-    blind = last <= first
-    missing = (0, -first.shape[1] % rows)
-    keys = call["key"].shape[2]
-    first = torch.nn.functional.pad(first.masked_fill(blind, keys), missing, value=keys)
-    last = torch.nn.functional.pad(last.masked_fill(blind, 0), missing)
-    return first.unflatten(1, (-1, rows)).amin(2), last.unflatten(1, (-1, rows)).amax(2)
+def _block_spans(call: Mapping[str, Any], rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the keys that some row of a block of queries sees, then those that all rows see.
+
+    Each as the first key and one past the last, int32 (batch or 1, blocks). A block with a row beyond the end sees no
+    key as a whole.
+    """
+    first, last, keys = call["first"], call["last"], call["key"].shape[2]
+    blind, missing = last <= first, (0, -first.shape[1] % rows)
+
+    def blocks(spans: Tensor, other: int) -> Tensor:
+        return torch.nn.functional.pad(spans, missing, value=other).unflatten(1, (-1, rows))
+
+    return (
+        blocks(first.masked_fill(blind, keys), keys).amin(2),
+        blocks(last.masked_fill(blind, 0), 0).amax(2),
+        blocks(first, keys).amax(2),
+        blocks(last, 0).amin(2),
+    )

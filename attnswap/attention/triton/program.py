@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from attnswap.attention.triton.maths import (
-    number, vlog1p, vmax, vmin, vpow, vrelu, vsigmoid, vsign, vsoftplus, vtanh
+    number, vexp, vexp_less, vlog1p, vmax, vmin, vpow, vrelu, vsigmoid, vsign, vsoftplus, vtanh
 )
 
 

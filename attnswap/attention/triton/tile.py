@@ -6,9 +6,7 @@ A part of the call that is absent is None, which Triton drops when it compiles.
 import triton
 import triton.language as tl
 
-from attnswap.attention.triton.maths import vtanh
-
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+from attnswap.attention.triton.maths import INTERPRETED, vtanh
 
 
 @triton.jit
@@ -33,10 +31,12 @@ def add_product(a, b, acc):
 
 @triton.jit
 def load_rows(base, rows, stride, limit, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """Loads whole rows below ``limit`` as (rows, PADDED), zeros elsewhere."""
+    """Loads whole rows below ``limit`` as (rows, PADDED), zeros elsewhere; without a limit, all rows."""
     column = tl.arange(0, PADDED)
     at = base + rows.to(tl.int64)[:, None] * stride + column[None, :]
-    if WIDTH == PADDED:
+    if limit is None:
+        tile = tl.load(at) if WIDTH == PADDED else tl.load(at, mask=column[None, :] < WIDTH, other=0.0)
+    elif WIDTH == PADDED:
         tile = tl.load(at, mask=rows[:, None] < limit, other=0.0)
     else:
         tile = tl.load(at, mask=(rows[:, None] < limit) & (column[None, :] < WIDTH), other=0.0)
@@ -63,6 +63,39 @@ def load_spans(first, last, spans_at, i, inside, keys):
 
 
 @triton.jit
+def whole_tiles(from_key, to_key, begin, end, keep, mask, KEYS: tl.constexpr):
+    """The first and one past the last of the key tiles from ``begin`` to ``end`` that all rows see all keys of.
+
+    There is none in a block with a row beyond the end, as that row has an empty span; nor where ``keep`` or ``mask``
+    may hide a key of any tile.
+    """
+    if keep is not None or mask is not None:
+        whole_begin, whole_end = begin, begin
+    else:
+        whole_begin = tl.maximum(tl.cdiv(tl.max(from_key, 0), KEYS), begin)
+        whole_end = tl.maximum(tl.minimum(tl.min(to_key, 0) // KEYS, end), whole_begin)
+    return whole_begin, whole_end
+
+
+@triton.jit
+def tiles_of_part(begin, end, whole_begin, whole_end, WHOLE: tl.constexpr):
+    """How many of the tiles from ``begin`` to ``end`` are seen as a whole, or the number of the others."""
+    whole = whole_end - whole_begin
+    return whole if WHOLE else end - begin - whole
+
+
+@triton.jit
+def tile_of_part(back, end, whole_begin, whole_end, WHOLE: tl.constexpr):
+    """A tile of those that are seen as a whole, or of the others, counted from the last one."""
+    if WHOLE:
+        tile = whole_end - 1 - back
+    else:
+        tile = end - 1 - back
+        tile -= tl.where(tile < whole_end, whole_end - whole_begin, 0)
+    return tile
+
+
+@triton.jit
 def visible(i, j, from_key, to_key, keys, keep, keep_at, mask, mask_at, mask_row, mask_key):
     """Which keys ``j`` the queries ``i`` see: the row's span, less what ``keep`` and ``mask`` hide."""
     seen = (j >= from_key) & (j < to_key)
@@ -77,7 +110,7 @@ def visible(i, j, from_key, to_key, keys, keep, keep_at, mask, mask_at, mask_row
 @triton.jit
 def capped(dots, softcap, CAPPED: tl.constexpr):
     """The content score under the model's own cap."""
-    return softcap * vtanh(dots / softcap) if CAPPED else dots
+    return softcap * vtanh(dots * (1.0 / softcap)) if CAPPED else dots
 
 
 @triton.jit
@@ -89,21 +122,25 @@ def split(x):
 
 @triton.jit
 def tile_scores(
-    q_tile, k_tile, i, j, tile, task, at, inside, from_key, to_key, b, h, keep, keep_batch, mask, mask_batch, mask_head,
-    mask_row, mask_key, bias, bias_batch, bias_head, bias_row, bias_key, scale, row_bias, centre, near, far_apart, keys,
-    scaling, softcap, CAPPED: tl.constexpr, KEYS: tl.constexpr,
+    dots, i, j, tile, task, at, inside, from_key, to_key, b, h, keep, keep_batch, mask, mask_batch, mask_head, mask_row,
+    mask_key, bias, bias_batch, bias_head, bias_row, bias_key, scale, row_bias, centre, near, far_apart, keys, scaling,
+    softcap, CAPPED: tl.constexpr, KEYS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """The capped content, the scores ``a_i cap(z) + b_i + c_j + B_ij`` and what is seen of queries ``i``, keys ``j``.
 
+    What belongs to queries is of the shape (rows, 1) and what belongs to keys (1, keys), or both the other way round.
     Sums of log gates grow without bound, and only differences matter. The fp64 value of b_i and of c at the tile's last
     key is split into two fp32 numbers, as is that of c_j less it (``near``): where the two large parts cancel their
     fp32 sum is exact, and the low parts put back what each was rounded by.
     """
-    content = capped(product(q_tile, tl.trans(k_tile)) * scaling, softcap, CAPPED)
-    seen = visible(
-        i[:, None], j[None, :], from_key[:, None], to_key[:, None], keys, keep, b * keep_batch,
-        mask, b * mask_batch + h * mask_head, mask_row, mask_key,
-    )  # fmt: skip
+    content = capped(dots * scaling, softcap, CAPPED)
+    if WHOLE:
+        seen = tl.full(content.shape, True, tl.int1)  # a constant, with which the compiler drops every tl.where
+    else:
+        seen = visible(
+            i, j, from_key, to_key, keys, keep, b * keep_batch, mask, b * mask_batch + h * mask_head, mask_row,
+            mask_key,
+        )  # fmt: skip
     s = content
     if scale is not None:
         s = s * scale
@@ -114,12 +151,12 @@ def tile_scores(
         row_high, row_low = split(own)
         key_high = tl.load(near + task * keys + j, mask=j < keys, other=0.0)
         key_low = tl.load(near + far_apart + task * keys + j, mask=j < keys, other=0.0)
-        s = s + ((row_high[:, None] + key_high[None, :]) + (row_low[:, None] + key_low[None, :]))
+        s = s + ((row_high + key_high) + (row_low + key_low))
     elif row_bias is not None:
-        s = s + tl.load(row_bias + at, mask=inside, other=0.0).to(tl.float32)[:, None]
+        s = s + tl.load(row_bias + at, mask=inside, other=0.0).to(tl.float32)
     if bias is not None:
         place = bias + b * bias_batch + h * bias_head
-        place = place + i.to(tl.int64)[:, None] * bias_row + j.to(tl.int64)[None, :] * bias_key
+        place = place + i.to(tl.int64) * bias_row + j.to(tl.int64) * bias_key
         s = s + tl.load(place, mask=seen, other=0.0).to(tl.float32)
     return content, s, seen
 

@@ -35,28 +35,30 @@ def padded(width: int) -> int:
 
 TABLE: dict[tuple[str, int, int], tuple[Tiles, Tiles, Tiles, Tiles]] = {
     ("sm_80", 2, 64): (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 32, 8, 1)),
-    ("sm_80", 2, 128): (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 3), Tiles(64, 64, 8, 1)),
-    ("sm_90", 2, 64): (Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 1)),
-    ("sm_90", 2, 128): (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 1), Tiles(128, 64, 8, 2), Tiles(64, 32, 4, 1)),
+    ("sm_80", 2, 128): (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 3), Tiles(64, 32, 8, 1)),
+    ("sm_90", 2, 64): (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 1)),
+    ("sm_90", 2, 128): (Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 1), Tiles(128, 64, 8, 2), Tiles(32, 128, 8, 1)),
     ("sm_100", 2, 64): (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 1)),
     ("sm_100", 2, 128): (Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 1)),
-    ("gfx942", 2, 64): (Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1)),
-    ("gfx942", 2, 128): (Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1)),
-    ("gfx942", 4, 64): (Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 32, 4, 1)),
-    ("gfx942", 4, 128): (Tiles(64, 64, 4, 1), Tiles(64, 32, 4, 1), Tiles(64, 32, 4, 1), Tiles(64, 32, 4, 1)),
+    ("gfx942", 2, 64): (Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(32, 64, 4, 1)),
+    ("gfx942", 2, 128): (Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(32, 64, 4, 1)),
+    ("gfx942", 4, 64): (Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), Tiles(32, 64, 4, 1)),
+    ("gfx942", 4, 128): (Tiles(64, 64, 4, 1), Tiles(64, 32, 4, 1), Tiles(64, 32, 4, 1), Tiles(32, 32, 4, 1)),
     ("sm_80", 4, 64): (Tiles(32, 64, 16, 2), Tiles(64, 32, 16, 2), Tiles(64, 32, 16, 2), Tiles(32, 32, 8, 1)),
-    ("sm_80", 4, 128): (Tiles(32, 16, 8, 2), Tiles(32, 32, 16, 2), Tiles(32, 32, 8, 2), Tiles(16, 32, 8, 2)),
-    ("sm_90", 4, 64): (Tiles(64, 64, 16, 2), Tiles(32, 64, 16, 2), Tiles(32, 64, 16, 2), Tiles(32, 64, 16, 2)),
-    ("sm_90", 4, 128): (Tiles(32, 32, 8, 2), Tiles(32, 32, 16, 2), Tiles(32, 32, 8, 2), Tiles(16, 32, 8, 2)),
-    ("sm_100", 4, 64): (Tiles(32, 64, 8, 2), Tiles(32, 64, 16, 2), Tiles(64, 64, 16, 2), Tiles(32, 64, 16, 2)),
-    ("sm_100", 4, 128): (Tiles(64, 32, 16, 2), Tiles(32, 32, 16, 2), Tiles(32, 32, 8, 2), Tiles(16, 32, 8, 2)),
+    ("sm_80", 4, 128): (Tiles(32, 16, 8, 2), Tiles(32, 32, 16, 2), Tiles(32, 32, 8, 2), Tiles(32, 32, 8, 1)),
+    ("sm_90", 4, 64): (Tiles(32, 32, 8, 2), Tiles(32, 64, 16, 2), Tiles(32, 64, 16, 2), Tiles(32, 32, 8, 1)),
+    ("sm_90", 4, 128): (Tiles(32, 32, 16, 2), Tiles(32, 32, 16, 2), Tiles(32, 32, 16, 2), Tiles(16, 32, 8, 2)),
+    ("sm_100", 4, 64): (Tiles(32, 64, 8, 2), Tiles(32, 64, 16, 2), Tiles(64, 64, 16, 2), Tiles(32, 32, 8, 2)),
+    ("sm_100", 4, 128): (Tiles(32, 32, 16, 2), Tiles(32, 32, 16, 2), Tiles(32, 32, 16, 2), Tiles(16, 32, 8, 2)),
 }
 """By target, bytes of a number and head width: the sizes for each of :data:`KERNELS`.
 
 They were found by compiling: the first of a list of sizes, large ones first, at which the swaps spilled no registers
 and shared memory fitted; ``results/triton/`` names those that spill a little nonetheless. They were not timed,
-since no GPU was at hand. Exact fp32 products use no tensor cores on NVIDIA and hold their operands in registers, which
-asks for smaller tiles and more warps.
+since no GPU was at hand. On sm_90 the forward keeps three tiles in flight: its registers leave room for one program on
+a processor, so that the shared memory is free. ``backward_keys`` has 64 keys or more there for each four warps, as the
+matrix instruction takes them; with fewer, the compiler computes each tile of scores twice. Exact fp32 products use no
+tensor cores on NVIDIA and hold their operands in registers, which asks for smaller tiles and more warps.
 """
 
 
