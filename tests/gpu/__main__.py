@@ -23,7 +23,7 @@ import torch
 from attnswap.bench.machine import environment
 from tests.helpers.paths import ROOT
 
-KERNELS = ["tests/attention/test_triton.py", "tests/attention/test_triton_rows.py"]
+KERNELS = [f"tests/attention/test_triton{part}.py" for part in ("", "_rows", "_tiles")]
 MODELS = ["tests/surgery/test_triton_models.py"]
 SMALL = [
     "tests/attention/test_triton.py::test_lengths_that_do_not_fill_their_tiles",

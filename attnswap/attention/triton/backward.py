@@ -51,6 +51,13 @@ def add_number_gradients(
 
 
 @triton.jit
+def store_sums(base, at, sums, inside):
+    """Stores the gradients of rows or keys, where they are wanted."""
+    if base is not None:
+        tl.store(base + at, sums, mask=inside)
+
+
+@triton.jit
 def store_head_gradients(
     dsinks, dnumbers, part, number_sums, which, sinks, h, count, i, inside, reference, delta, inverse, p,
     TILE_SLOPES: tl.constexpr, TILE_SLOPES_BY: tl.constexpr, ROW_NULL_BY: tl.constexpr, NUMBERS: tl.constexpr,
@@ -102,15 +109,13 @@ def backward_queries(
     out_tile = load_rows(out + b * out_batch + h * out_head, i, out_row, queries, VALUE_WIDTH, VALUE_PADDED)
     delta = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
     tl.store(deltas + at, delta, mask=inside)
-    reference = tl.load(shifts + at, mask=inside, other=0.0)
-    inverse = tl.load(inverses + at, mask=inside, other=0.0)
+    reference, inverse = tl.load(shifts + at, mask=inside, other=0.0), tl.load(inverses + at, mask=inside, other=0.0)
     k_base, v_base = k + b * k_batch + h // groups * k_head, v + b * v_batch + h // groups * v_head
     scale = None if row_scale is None else tl.load(row_scale + at, mask=inside, other=0.0)[:, None]
     p = LOAD_NUMBERS(numbers + h * NUMBERS)
 
     acc = tl.zeros([ROWS, PADDED], tl.float32)
-    scale_sum = tl.zeros([ROWS], tl.float32)
-    bias_sum = tl.zeros([ROWS], tl.float32)
+    scale_sum, bias_sum = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     which = tl.arange(0, NUMBERS_PADDED)[None, :]
     number_sums = tl.zeros([ROWS, NUMBERS_PADDED], tl.float32)
     begin, end = lowest // KEYS, tl.cdiv(highest, KEYS)
@@ -152,10 +157,8 @@ def backward_queries(
             acc = add_product(ds.to(k_tile.dtype), k_tile, acc)
 
     store_rows(dq + b * dq_batch + h * dq_head, i, dq_row, queries, acc * scaling, WIDTH, PADDED)
-    if drow_scale is not None:
-        tl.store(drow_scale + at, scale_sum, mask=inside)
-    if drow_bias is not None:
-        tl.store(drow_bias + at, bias_sum, mask=inside)
+    store_sums(drow_scale, at, scale_sum, inside)
+    store_sums(drow_bias, at, bias_sum, inside)
     store_head_gradients(
         dsinks, dnumbers, task * blocks + block, number_sums, which, sinks, h,
         count + b * count_batch + h * count_head, i, inside, reference, delta, inverse, p, TILE_SLOPES,
@@ -267,7 +270,6 @@ def backward_keys(
                     bias_sum += tl.sum(ds, 1)
                 ds = content_gradient(ds, content, scale, softcap, CAPPED)
                 dk_sum = add_product(ds.to(q_tile.dtype), q_tile, dk_sum)
-        if dkey_bias is not None:
-            tl.store(dkey_bias + task * keys + j, bias_sum, mask=j < keys)
+        store_sums(dkey_bias, task * keys + j, bias_sum, j < keys)
     store_rows(dk + b * dk_batch + kv * dk_head, j, dk_row, keys, dk_sum * scaling, WIDTH, PADDED)
     store_rows(dv + b * dv_batch + kv * dv_head, j, dv_row, keys, dv_sum, VALUE_WIDTH, VALUE_PADDED)

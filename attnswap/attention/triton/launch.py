@@ -149,7 +149,7 @@ def backward(
         "READ": maths.READ,
         "NUMBERS_PADDED": numbers_padded,
     }
-    block_first, block_last, whole_first, whole_last = _block_spans(call, columns.rows)
+    spans = _block_spans(call, columns.rows)
     bounds = key_bounds(call, columns.keys)
     decays = bounds["norms"] is not None
     by_keys = {
@@ -159,11 +159,8 @@ def backward(
         **_strides(grad=grad, dk=found["key"], dv=found["value"]),
         **both,
         "dkey_bias": found["key_bias"],
-        "block_first": block_first,
-        "block_last": block_last,
-        "whole_first": whole_first,
-        "whole_last": whole_last,
-        "block_batch": _step(block_first, 0),
+        **dict(zip(("block_first", "block_last", "whole_first", "whole_last"), spans, strict=True)),
+        "block_batch": _step(spans[0], 0),
     }
     key_blocks = triton.cdiv(key.shape[2], columns.keys) * batch * key.shape[1]
     return (

@@ -26,7 +26,7 @@ from attnswap.attention.triton import aot, launch
 from attnswap.attention.triton.tiles import KERNELS, Tiles, tiles_of
 from attnswap.errors import ConfigError, first_line
 
-ROWS, KEYS, WARPS, STAGES = (64, 128), (32, 64, 128), (4, 8), (1, 2, 3)
+ROWS, KEYS, WARPS, STAGES = (32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3)
 LENGTH, HEADS = 8192, 16
 """A call of two such rows has 512 to 2048 programs, several for each multiprocessor."""
 
