@@ -31,7 +31,7 @@ from attnswap.errors import ConfigError
 from attnswap.swaps import Swap
 from attnswap.swaps import expression as fn
 from attnswap.swaps.base import Feature
-from tests.helpers.calls import Case, allowed_error, bound, compare, draw, run
+from tests.helpers.calls import Case, allowed_error, bound, compare, draw, run, variants
 from tests.helpers.devices import device_of
 from tests.helpers.ids import variant_id
 from tests.helpers.paths import ROOT
@@ -89,6 +89,17 @@ def test_outputs_and_gradients(worker: Worker, swap: Swap, width: int):
     value_width = 64 if width == 96 else width
     case = Case(batch=1, queries=70 * LARGE, keys=100 * LARGE, width=width, value_width=value_width, seed=width)
     check(worker, swap, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("swap", variants(), ids=variant_id)
+def test_every_config(worker: Worker, swap: Swap):
+    case = Case(batch=1, queries=20, keys=30, width=16, value_width=16, seed=8)
+    if swap.shift_gradient:
+        with pytest.raises(ConfigError, match="depends on the shift"):
+            check(worker, swap, case)
+    else:
+        check(worker, swap, case)
 
 
 MASKS = ("none", "bool", "additive", "per head", "padding", "inf", "lowest", "one for all", "causal and bool")
