@@ -251,10 +251,9 @@ Tiles are at least 64 x 64 in bf16, except for `backward_keys` on sm_80, at head
 kernel holds four tiles of a block at once (keys, values and their two gradients) in addition to those of the scores.
 With tiles of 64 x 64, at least one swap spills with every number of warps (4, 8) that was tried.
 
-Keys and values are loaded through pointers. With descriptors (TMA) in the forward kernel for sm_90, softpick at head
-width 64 issues 12.5 slots per score instead of 12.1 with 163 registers instead of 167, at head width 128 14.1 instead
-of 14.9 with 210 registers instead of 208, and takes 1024 bytes more of shared memory. That is too little for a second
-way to load, which needs an allocator and strides of whole 16 bytes, while no GPU was at hand to run it.
+Keys and values are loaded through pointers. With descriptors (TMA) in the forward kernel for sm_90, softpick took about
+as many issue slots and registers, fewer at one head width and more at the other. That is too little for a second way to
+load, which needs an allocator and strides of whole 16 bytes, as long as it cannot be timed.
 
 {table}
 """
