@@ -23,7 +23,7 @@ from tests.helpers.triton_calls import Worker
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 maths = pytest.importorskip("attnswap.attention.triton.maths")
-power_less = maths.power_less
+power_less, power_ratio = maths.power_less, maths.power_ratio
 
 HEADS, WIDTH = 2, 16
 DOCUMENTS = torch.tensor([0, 0, 100]).repeat_interleave(70)
@@ -163,27 +163,31 @@ def test_exponentials_of_differences_are_one_multiply_add(interpreted: Worker):
 
 
 @triton.jit
-def differences(scores, shift, out, SIZE: tl.constexpr):
-    """Stores ``power_less`` of scores and one shift."""
+def differences(scores, shift, powers, ratios, SIZE: tl.constexpr):
+    """Stores ``power_less`` and ``power_ratio`` of scores and one shift."""
     i = tl.arange(0, SIZE)
-    tl.store(out + i, power_less(tl.load(scores + i), tl.load(shift)))
+    tl.store(powers + i, power_less(tl.load(scores + i), tl.load(shift)))
+    tl.store(ratios + i, power_ratio(tl.load(scores + i), tl.load(shift)))
 
 
-def powers(scores: Tensor, shift: float) -> Tensor:
-    out = torch.empty_like(scores)
-    differences[(1,)](scores, torch.tensor([shift]), out, len(scores))
-    return out
+def powers(scores: Tensor, shift: float) -> tuple[Tensor, Tensor]:
+    device = device_of("triton")
+    found = [torch.empty(len(scores), device=device) for _ in range(2)]
+    differences[(1,)](scores.to(device), torch.tensor([shift], device=device), *found, len(scores))
+    return found[0].cpu(), found[1].cpu()
 
 
 @pytest.mark.parametrize("shift", [0.0, 3.7, -130.0, 9999.5])
-def test_the_form_that_gpus_take(interpreted: Worker, shift: float):
+def test_the_forms_that_gpus_take(worker: Worker, shift: float):
     """Weights relative to that of the shift itself, within the rounding of their exponents."""
-    scores = torch.cat(
-        [torch.tensor([shift]), shift - torch.rand(127, generator=torch.Generator().manual_seed(0)) * 20]
-    )
-    found, wanted = interpreted(powers, scores, shift).double(), (scores.double() - scores[0]).exp()
-    error = (found / found[0] / wanted - 1).abs()
+    below = torch.rand(127, generator=torch.Generator().manual_seed(0)) * 20
+    scores = torch.cat([torch.tensor([shift]), shift - below])
+    wanted = (scores.double() - scores[0]).exp()
+    weights, ratios = (x.double() for x in worker(powers, scores, shift))
+    error = (weights / weights[0] / wanted - 1).abs()
     assert (error <= 2.0**-24 * (4 + 2 * (scores - shift).abs())).all()
+    # A ratio undoes the rounding of both products, so it differs from the exact one by as much.
+    assert ((ratios / wanted - 1).abs() <= 2.0**-24 * (4 + 2 * (scores.abs() + abs(shift)))).all()
 
 
 LISTINGS = {

@@ -44,15 +44,19 @@ def vexp_less(a, b):
 
 
 @triton.jit
-def rescaling(old, new):
-    """``exp(old - new)`` for two shifts of a row, so that it turns weights under the one into those under the other.
+def power_ratio(old, new):
+    """``exp(old - new)``, where either product with log2(e) is rounded as :func:`power_less` rounds it.
 
-    Either product with log2(e) is rounded as :func:`power_less` rounds it. Fused multiply-adds alone: the compiler
-    would join a plain product and a difference, and not round. 0 for a shift of minus infinity.
+    Fused multiply-adds alone: the compiler would join a plain product and a difference, and not round.
     """
-    rounded = tl.fma(old, LOG2E, -(old * LOG2E))
-    factor = tl.exp2(tl.fma(old, LOG2E, -(new * LOG2E)) - rounded)
-    return tl.where(old == float("-inf"), 0.0, tl.exp(old - new) if INTERPRETED else factor)
+    rounding = tl.fma(old, LOG2E, -(old * LOG2E))
+    return tl.exp2(tl.fma(old, LOG2E, -(new * LOG2E)) - rounding)
+
+
+@triton.jit
+def rescaling(old, new):
+    """The factor that turns weights under one shift of a row into those under another; 0 for minus infinity."""
+    return tl.where(old == float("-inf"), 0.0, tl.exp(old - new) if INTERPRETED else power_ratio(old, new))
 
 
 @triton.jit
