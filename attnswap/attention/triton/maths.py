@@ -56,7 +56,8 @@ def power_ratio(old, new):
 @triton.jit
 def rescaling(old, new):
     """The factor that turns weights under one shift of a row into those under another; 0 for minus infinity."""
-    return tl.where(old == float("-inf"), 0.0, tl.exp(old - new) if INTERPRETED else power_ratio(old, new))
+    factor = tl.exp(old - new) if INTERPRETED else power_ratio(old, new)
+    return tl.where(old == float("-inf"), 0.0, factor)
 
 
 @triton.jit
