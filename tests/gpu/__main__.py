@@ -32,6 +32,9 @@ SMALL = [
 """Small calls that launch every kernel."""
 
 
+Command = Callable[[Path, float], list[str]]
+ENOUGH = 0.85
+"""The share of a step's time after which benchmarks and searches begin nothing new, so that they end in time."""
 UNPOOLED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 """Gives every tensor an allocation of its own: inside torch's pool no access is out of bounds."""
 
@@ -42,46 +45,50 @@ class Step:
 
     Attributes:
         what: What it does, for the help.
-        command: Returns the command, from the folder for its results.
+        command: Returns the command, from the folder for its results and the seconds that it has.
         results: The file that it writes there: JSON, or lines of JSON.
         variables: Environment variables for it.
     """
 
     what: str
-    command: Callable[[Path], list[str]]
+    command: Command
     results: str
     variables: Mapping[str, str] = field(default_factory=dict)
 
 
-def checks(modules: list[str], *options: str, parallel: bool = True) -> Callable[[Path], list[str]]:
+def checks(modules: list[str], *options: str, parallel: bool = True) -> Command:
     """Returns a command for tests, slow ones too on a GPU. It runs on all cores: compiling is most of its time."""
     split = ["-n", str(os.cpu_count())] if parallel and find_spec("xdist") else []
     marks = ["-m", "slow or not slow"] if torch.cuda.is_available() else []
 
-    def command(out: Path) -> list[str]:
+    def command(out: Path, seconds: float) -> list[str]:
         record = ["-p", "tests.gpu.record", "--record", str(out / "tests.jsonl"), "-p", "no:cacheprovider"]
         return [sys.executable, "-m", "pytest", "-q", *record, *split, *marks, *options, *modules]
 
     return command
 
 
-def sanitizer(tool: str) -> Callable[[Path], list[str]]:
+def sanitizer(tool: str) -> Command:
     """Returns the command that runs small calls under a tool of compute-sanitizer."""
     found = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     small = checks(SMALL, "-x", "-k", "lengths or causal", parallel=False)
-    return lambda out: [found, "--tool", tool, "--error-exitcode", "99", *small(out)]
+    return lambda out, seconds: [found, "--tool", tool, "--error-exitcode", "99", *small(out, seconds)]
 
 
-def bench(*options: str) -> Callable[[Path], list[str]]:
-    """Returns a benchmark in bf16 that ends by itself before the step's time is up."""
-    usual = ["--device", "cuda", "--dtype", "bf16", "--seconds", "440"]
-    return lambda out: [sys.executable, "-m", "attnswap.cli", "bench", *usual, *options, "--out", str(out)]
+def bench(*options: str) -> Command:
+    """Returns a benchmark in bf16."""
+    return lambda out, seconds: [
+        *(sys.executable, "-m", "attnswap.cli", "bench", "--device", "cuda", "--dtype", "bf16", *options),
+        *("--seconds", f"{ENOUGH * seconds:.0f}", "--out", str(out)),
+    ]
 
 
-def tune(width: int) -> Callable[[Path], list[str]]:
+def tune(width: int) -> Command:
     """Returns the search for tile sizes at one head width."""
-    module = "attnswap.attention.triton.tune"
-    return lambda out: [sys.executable, "-m", module, "--widths", str(width), "--out", str(out / "tune.jsonl")]
+    return lambda out, seconds: [
+        *(sys.executable, "-m", "attnswap.attention.triton.tune", "--widths", str(width)),
+        *("--seconds", f"{ENOUGH * seconds:.0f}", "--out", str(out / "tune.jsonl")),
+    ]
 
 
 NAIVE = ("--lengths", "2k,4k,8k", "--tokens", "8k", "--no-peers")
@@ -113,7 +120,7 @@ def run(name: str, out: Path, seconds: float) -> dict[str, Any]:
     """Runs a step; what it prints goes to the terminal."""
     step, folder = STEPS[name], out / name
     folder.mkdir(parents=True, exist_ok=True)
-    command, started = step.command(folder), time.monotonic()
+    command, started = step.command(folder, seconds), time.monotonic()
     print(f"{name}: {step.what}", flush=True)
     try:
         variables = os.environ | step.variables

@@ -61,9 +61,15 @@ def test_a_failure_is_recorded_and_makes_the_command_fail(monkeypatch, tmp_path:
 @no_gpu
 def test_a_step_is_stopped_when_its_time_is_up(monkeypatch, tmp_path: Path, capfd) -> None:
     endless = [sys.executable, "-c", "import time; time.sleep(60)"]
-    monkeypatch.setitem(steps.STEPS, "check", steps.Step("sleeps", lambda out: endless, "tests.jsonl"))
+    monkeypatch.setitem(steps.STEPS, "check", steps.Step("sleeps", lambda out, seconds: endless, "tests.jsonl"))
     assert run_steps(monkeypatch, "--out", str(tmp_path), "--seconds", "0.2") == 1
     assert "stopped after 0 s" in capfd.readouterr().out
+
+
+def test_benchmarks_end_before_their_step_is_stopped(tmp_path: Path) -> None:
+    for name in ("bench-128", "bench-naive", "tune-64"):
+        command = steps.STEPS[name].command(tmp_path, 200.0)
+        assert command[command.index("--seconds") + 1] == "170"
 
 
 def test_an_unknown_step_is_refused(monkeypatch, capsys) -> None:
