@@ -1,8 +1,10 @@
-"""Which device to compute on, and whether it computes well in bf16."""
+"""Which device to compute on, whether it computes well in bf16, and whether it still answers."""
 
 import warnings
 
 import torch
+
+from attnswap.errors import first_line
 
 
 def default_device() -> str:
@@ -35,3 +37,16 @@ def warn_of_slow_bf16(device: str | torch.device, advice: str) -> None:
             + advice,
             stacklevel=3,
         )
+
+
+def gpu_failure() -> str | None:
+    """Returns why this process can no longer use the GPU, or None.
+
+    After an illegal access every further call of the process fails, whatever it computes.
+    """
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except Exception as error:
+        return first_line(error)
+    return None

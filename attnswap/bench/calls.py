@@ -13,9 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from attnswap.attention import attention
 from attnswap.attention.dispatch import BACKENDS, choose
-from attnswap.attention.problem import Problem, complete_features
-from attnswap.attention.visibility import Visibility
 from attnswap.bench.cases import Case, Setting
+from attnswap.bench.causal import causal_problem
 from attnswap.bench.peers import PEERS
 from attnswap.errors import UnsupportedModelError
 from attnswap.swaps import ModelInfo, Swap, resolve
@@ -110,17 +109,19 @@ def build(case: Case, setting: Setting, tensors: Tensors, backend: str = "auto")
     leaves = (q, k, v) if setting.backward else ()
     if case.kind == "sdpa":
         return TimedCall(lambda: sdpa(q, k, v), leaves, tensors.upstream, context=flash_only)
+    shape, features = setting.shape, {}
+    if case.swap:
+        info = ModelInfo(shape.heads, shape.kv_heads, shape.heads * shape.head_dim, setting.length)
+        swap = resolve(case.swap).bind(info)
+        features = draw_features(swap, case, setting)
+    leaves = (*leaves, *features.values()) if setting.backward else ()
     if case.kind == "peer":
-        attend = PEERS[case.label].make(setting.shape.heads, setting.length, setting.device)
-        return TimedCall(lambda: attend(q, k, v), leaves, tensors.upstream)
-    shape = setting.shape
-    info = ModelInfo(shape.heads, shape.kv_heads, shape.heads * shape.head_dim, setting.length)
-    swap = resolve(case.swap).bind(info)
-    features = draw_features(swap, case, setting)
+        attend = PEERS[case.label].make(setting)
+        return TimedCall(lambda: attend(q, k, v, **features), leaves, tensors.upstream)
     options: dict[str, Any] = {"is_causal": True, "enable_gqa": True, "backend": backend, **features}
     return TimedCall(
         lambda: attention(q, k, v, swap, **options),
-        (*leaves, *features.values()) if setting.backward else (),
+        leaves,
         tensors.upstream,
         backend=backend_name(swap, setting, tensors, features, backend),
     )
@@ -153,14 +154,6 @@ def flash_only() -> Any:
 def backend_name(swap: Swap, setting: Setting, tensors: Tensors, features: dict[str, Tensor], backend: str) -> str:
     """Returns the name of the backend that computes a swap in this setting."""
     with torch.set_grad_enabled(setting.backward):
-        problem = Problem(
-            swap=swap,
-            query=tensors.query,
-            key=tensors.key,
-            value=tensors.value,
-            visibility=Visibility(setting.length, setting.length, tensors.query.device),
-            features=complete_features(swap, features, tensors.query, tensors.key),
-            scaling=setting.shape.head_dim**-0.5,
-        )
+        problem = causal_problem(swap, tensors.query, tensors.key, tensors.value, features)
         chosen = choose(problem, backend)
     return next(name for name, known in BACKENDS.items() if known is chosen)

@@ -117,7 +117,7 @@ class Case:
     Attributes:
         label: Name in tables.
         kind: ``"sdpa"`` (torch's flash attention, the baseline), ``"swap"`` or ``"peer"`` (another implementation).
-        swap: Config of the swap, for swaps.
+        swap: Config of the swap, for swaps and for peers that compute one.
         fill: Constant values of some features, by name. The others are drawn (:mod:`attnswap.bench.calls`).
     """
 
@@ -168,7 +168,8 @@ def swap_cases(names: Sequence[str] | None = None) -> list[Case]:
 def peer_cases(device: str = "cpu") -> list[Case]:
     """Returns the other implementations for a device whose packages are installed."""
     kind = torch.device(device).type
-    return [Case(name, "peer") for name, peer in PEERS.items() if installed(peer) and kind in peer.devices]
+    known = [(name, peer) for name, peer in PEERS.items() if installed(peer) and kind in peer.devices]
+    return [Case(name, "peer", peer.swap, peer.fill) for name, peer in known]
 
 
 def to_json(case: Case, setting: Setting) -> dict[str, Any]:

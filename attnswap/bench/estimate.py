@@ -4,19 +4,17 @@ import time
 from dataclasses import dataclass, replace
 
 import psutil
-import torch
 
 from attnswap.bench.calls import build, draw_tensors
 from attnswap.bench.cases import Case, Setting
-from attnswap.bench.gpu import clock_of
 from attnswap.bench.memory import extra_memory
 from attnswap.bench.peers import Peer
 from attnswap.bench.timing import SAMPLE_SECONDS, sample
-from attnswap.errors import ConfigError, first_line
+from attnswap.errors import ConfigError
 from attnswap.evaluation.estimate import Growth
 
-PROBES = {"cpu": (256, 1024), "cuda": (2048, 8192)}
-"""Lengths of the calls that are timed for the estimate, by type of device."""
+PROBES = (256, 1024)
+"""Lengths of the calls that are timed for the estimate."""
 
 
 @dataclass(frozen=True)
@@ -38,21 +36,16 @@ class Forecast:
 
 def forecast(case: Case, setting: Setting, backend: str) -> Forecast:
     """Times two short calls of a case, which also compile its kernels."""
-    probes = PROBES[torch.device(setting.device).type]
-    lengths = probes if setting.length >= probes[-1] else (max(1, setting.length // 2), setting.length)
-    seconds, clock = [], clock_of(setting.device)
+    lengths = PROBES if setting.length >= PROBES[-1] else (max(1, setting.length // 2), setting.length)
+    seconds = []
     for length in lengths:
         short = replace(setting, length=length)
         try:
             call = build(case, short, draw_tensors(short), backend)
-            sample(call, 1, clock)
+            sample(call, 1)
         except ConfigError as error:
             return Forecast(None, str(error))
-        except Exception as error:
-            if setting.device == "cpu":
-                raise
-            return Forecast(None, first_line(error))  # kernels and compilers raise errors of many types
-        seconds.append(sample(call, 2, clock))
+        seconds.append(sample(call, 2))
     return Forecast(Growth.fit(lengths, seconds))
 
 
@@ -76,5 +69,5 @@ def reason_to_skip(peer: Peer, setting: Setting, seconds: float, limit: float) -
 def process_seconds(case: Case, setting: Setting, backend: str, threads: int, flush: bool) -> float:
     """Times one measurement of memory at a short length, which is mostly the start of a process."""
     started = time.perf_counter()
-    extra_memory(case, replace(setting, length=min(PROBES["cpu"][0], setting.length)), backend, threads, flush)
+    extra_memory(case, replace(setting, length=min(PROBES[0], setting.length)), backend, threads, flush)
     return time.perf_counter() - started

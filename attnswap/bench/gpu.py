@@ -1,21 +1,27 @@
 """What a benchmark needs of a GPU: a description of it, its limits, a clock that waits for it, and compiled kernels."""
 
 import importlib.metadata
+import json
+import math
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
-from attnswap.bench.cases import Case, Setting
+from attnswap.bench.cases import Case, Setting, to_json
 
 SIDE = 8192
 """Rows and columns of the matrices whose product is timed."""
+COMPILE_SECONDS = 150.0
+"""Time for compiling the kernels of one call. The slowest of ours takes some 30 s."""
+ONE_THREAD = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+"""Environment of those processes, of which there is one for each core."""
 
 
 def describe_gpu() -> dict[str, Any]:
@@ -88,22 +94,33 @@ def peak_memory(call: Callable[[], Any]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def compile_all(pairs: Sequence[tuple[Case, Setting]], backend: str) -> None:
-    """Runs each call once, on all cores, so that its kernels are in the cache of Triton or Inductor.
+def compile_all(pairs: Sequence[tuple[Case, Setting]], backend: str, until: float = math.inf) -> list[str | None]:
+    """Runs each call once in a process of its own, on all cores, so that its kernels are in the compilers' caches.
 
-    A call that fails here fails again when it is measured, and is reported there.
+    Args:
+        pairs: The calls.
+        backend: See :func:`attnswap.bench.calls.build`.
+        until: The time of ``time.monotonic`` after which no further process begins.
+
+    Returns:
+        Why each call cannot be measured, or None: its process died or took more than :data:`COMPILE_SECONDS`. A call
+        that only raises an error is not among them: it says so itself when it is measured.
     """
-    with ProcessPoolExecutor(min(len(pairs), os.cpu_count() or 1), get_context("spawn")) as pool:
-        list(pool.map(_run_once, *zip(*pairs, strict=True), [backend] * len(pairs)))
+
+    def compile_one(pair: tuple[Case, Setting]) -> str | None:
+        return _compile(*pair, backend) if time.monotonic() < until else None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_one, pairs))
 
 
-def _run_once(case: Case, setting: Setting, backend: str) -> None:
-    from attnswap.bench.calls import build, draw_tensors
-
+def _compile(case: Case, setting: Setting, backend: str, module: str = "attnswap.bench.compile_process") -> str | None:
+    job = json.dumps({**to_json(case, setting), "backend": backend})
+    command, variables = [sys.executable, "-m", module, job], {**os.environ, **ONE_THREAD}
     try:
-        call = build(case, setting, draw_tensors(setting), backend)
-        with call.context():
-            call()
-        torch.cuda.synchronize()
-    except Exception:  # errors of kernels and compilers have many types
-        return
+        done = subprocess.run(
+            command, env=variables, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"its kernels were not compiled within {COMPILE_SECONDS:.0f} s"
+    return f"the process that compiled its kernels died of signal {-done.returncode}" if done.returncode < 0 else None

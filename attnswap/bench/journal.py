@@ -6,6 +6,7 @@ from typing import Any
 
 from attnswap.bench.result import Cell
 from attnswap.errors import ConfigError
+from attnswap.lines import append_line, read_whole_lines
 
 NAME = "cells.jsonl"
 
@@ -25,35 +26,28 @@ class Journal:
     def __init__(self, folder: Path | None, plan: dict[str, Any], machine: dict[str, Any]) -> None:
         self.path = None if folder is None else folder / NAME
         self.cells: dict[str, Cell] = {}
-        head = json.loads(json.dumps({"plan": plan, "machine": machine}))
         if self.path is None:
             return
-        if not self.path.exists():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._write(head)
+        head = json.loads(json.dumps({"plan": plan, "machine": machine}))
+        lines = read_whole_lines(self.path)
+        if not lines:
+            append_line(self.path, head)
             return
-        first, *lines = self.path.read_text(encoding="utf-8").splitlines()
         for what, now in head.items():
-            before = json.loads(first)[what]
+            before = lines[0][what]
             different = [name for name in now if now[name] != before.get(name)]
             if different:
                 names = ", ".join(different)
                 raise ConfigError(
                     f"{self.path} is of another {what} ({names} differ): give another --out, or remove it"
                 )
-        for line in lines:
-            cell = Cell.from_dict(json.loads(line))
-            self.cells[key(cell)] = cell
+        self.cells = {key(cell): cell for cell in map(Cell.from_dict, lines[1:])}
 
     def add(self, cell: Cell) -> None:
         """Writes a finished cell."""
         self.cells[key(cell)] = cell
-        self._write(cell.to_dict())
-
-    def _write(self, values: dict[str, Any]) -> None:
         if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                print(json.dumps(values, allow_nan=False), file=file, flush=True)
+            append_line(self.path, cell.to_dict())
 
 
 def key(cell: Cell) -> str:

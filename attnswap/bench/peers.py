@@ -2,9 +2,9 @@
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,9 +13,17 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from attnswap.attention import attention
 from attnswap.attention.dense import grouped_matmul
-from attnswap.swaps import Swap
+from attnswap.bench.causal import causal_problem
+from attnswap.swaps import ModelInfo, Swap, resolve
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+if TYPE_CHECKING:
+    from attnswap.bench.cases import Setting
+
+Attention = Callable[..., Tensor]
+"""A causal attention function of query, key, value, and of the features of :attr:`Peer.swap` by keyword."""
+
+
+GPU = ("cuda",)
 
 
 @dataclass(frozen=True)
@@ -23,19 +31,23 @@ class Peer:
     """Another implementation of attention.
 
     Attributes:
-        make: Returns the causal attention function, given the number of query heads and of keys, and the device.
+        make: Returns the attention function for a setting.
         score_matrices: Number of fp32 matrices of queries by keys in memory at once for each head, with a backward
             pass. Measured by ``extra_memory`` at 1024 tokens, and rounded up.
         package: The distribution that it needs, if any.
         module: The module of that distribution.
         devices: The types of device on which it is measured.
+        swap: The config of the swap that it computes; empty: without features.
+        fill: See :attr:`attnswap.bench.cases.Case.fill`.
     """
 
-    make: Callable[[int, int, str], Attention]
+    make: Callable[["Setting"], Attention]
     score_matrices: int
     package: str | None = None
     module: str | None = None
     devices: tuple[str, ...] = ("cpu",)
+    swap: Mapping[str, Any] = field(default_factory=dict)
+    fill: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def version(self) -> str | None:
@@ -48,9 +60,9 @@ def installed(peer: Peer) -> bool:
     return peer.module is None or importlib.util.find_spec(peer.module) is not None
 
 
-def _future(length: int, device: str) -> Tensor:
+def _future(setting: "Setting") -> Tensor:
     """Returns the mask of the keys after each query, (queries, keys)."""
-    return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
+    return torch.ones(setting.length, setting.length, dtype=torch.bool, device=setting.device).triu(1)
 
 
 def _scores(query: Tensor, key: Tensor) -> Tensor:
@@ -58,16 +70,16 @@ def _scores(query: Tensor, key: Tensor) -> Tensor:
     return grouped_matmul(query, key.transpose(-1, -2), groups) * query.shape[-1] ** -0.5
 
 
-def _eager(heads: int, length: int, device: str) -> Attention:
+def _eager(setting: "Setting") -> Attention:
     """Softmax by the dense reference."""
     return lambda query, key, value: attention(
         query, key, value, Swap(), is_causal=True, enable_gqa=True, backend="dense"
     )
 
 
-def _naive_softpick(heads: int, length: int, device: str) -> Attention:
+def _naive_softpick(setting: "Setting") -> Attention:
     """Softpick, directly by its formula."""
-    future = _future(length, device)
+    future = _future(setting)
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         raised = torch.expm1(_scores(query, key).masked_fill(future, 0.0))  # a masked key adds |e^0 - 1| = 0
@@ -77,10 +89,10 @@ def _naive_softpick(heads: int, length: int, device: str) -> Attention:
     return attend
 
 
-def _entmax(name: str) -> Callable[[int, int, str], Attention]:
-    def make(heads: int, length: int, device: str) -> Attention:
+def _entmax(name: str) -> Callable[["Setting"], Attention]:
+    def make(setting: "Setting") -> Attention:
         normalize: Callable[..., Tensor] = getattr(importlib.import_module("entmax"), name)
-        future = _future(length, device)
+        future = _future(setting)
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             weights = normalize(_scores(query, key).masked_fill(future, -torch.inf), dim=-1)
@@ -91,15 +103,17 @@ def _entmax(name: str) -> Callable[[int, int, str], Attention]:
     return make
 
 
-def _x_transformers(**options: Any) -> Callable[[int, int, str], Attention]:
-    def make(heads: int, length: int, device: str) -> Attention:
-        attend = importlib.import_module("x_transformers.attend").Attend(causal=True, heads=heads, **options)
+def _x_transformers(**options: Any) -> Callable[["Setting"], Attention]:
+    def make(setting: "Setting") -> Attention:
+        attend = importlib.import_module("x_transformers.attend").Attend(
+            causal=True, heads=setting.shape.heads, **options
+        )
         return lambda query, key, value: attend(query, key, value)[0]
 
     return make
 
 
-def _cudnn(heads: int, length: int, device: str) -> Attention:
+def _cudnn(setting: "Setting") -> Attention:
     """Softmax by cuDNN."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -109,37 +123,54 @@ def _cudnn(heads: int, length: int, device: str) -> Attention:
     return attend
 
 
-def _flex(modify: Callable[[int, int, str], Callable[..., Tensor] | None]) -> Callable[[int, int, str], Attention]:
-    """FlexAttention with a change of the scores, compiled on a GPU."""
+def _compiles(device: str) -> bool:
+    """Whether FlexAttention is compiled: torch has no compiled backward pass for the CPU."""
+    return torch.device(device).type != "cpu"
 
-    def make(heads: int, length: int, device: str) -> Attention:
+
+def _flex(config: Mapping[str, Any]) -> Callable[["Setting"], Attention]:
+    """A swap by FlexAttention, compiled on a GPU; without a config, softmax.
+
+    FlexAttention changes scores one by one. The swap's own terms, which autograd differentiates, give it a factor for
+    each query and a bias for each key.
+    """
+
+    def make(setting: "Setting") -> Attention:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-        change = modify(heads, length, device)
-        mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, length, length, device=device)
-        compiled = torch.compile(flex_attention, dynamic=False) if device != "cpu" else flex_attention
+        length, shape = setting.length, setting.shape
+        info = ModelInfo(shape.heads, shape.kv_heads, shape.heads * shape.head_dim, length)
+        swap = resolve(config).bind(info) if config else Swap()
+        mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, length, length, device=setting.device)
 
-        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return compiled(query, key, value, score_mod=change, block_mask=mask, enable_gqa=True)  # type: ignore
+        def flex(query: Tensor, key: Tensor, value: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+            def change(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+                score = score if scale is None else score * scale[b, h, q]
+                return score if bias is None else score + bias[b, h, k]
+
+            return flex_attention(query, key, value, score_mod=change, block_mask=mask, enable_gqa=True)  # type: ignore
+
+        if _compiles(setting.device):
+            # Past dynamo's limit of recompilations FlexAttention would run uncompiled: each setting begins anew.
+            torch.compiler.reset()
+            flex = torch.compile(flex, dynamic=False, fullgraph=True)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, **features: Tensor) -> Tensor:
+            terms = causal_problem(swap, query, key, value, features).terms
+            rows = (query.shape[0], query.shape[1], length)
+            given = (terms.query_scale, terms.key_bias)
+            scale, bias = (None if x is None else x.float().expand(rows).contiguous() for x in given)
+            return flex(query, key, value, scale, bias)
 
         return attend
 
     return make
 
 
-def _flex_ssmax(heads: int, length: int, device: str) -> Callable[..., Tensor]:
-    """SSMax with s = 1/4 and b = 1 + 1/4: a factor of the query."""
-    factor = 0.25 * torch.arange(1, length + 1, device=device).log() + 1.25
-    return lambda score, b, h, q, k: score * factor[q]
+def _flex_peer(config: Mapping[str, Any], fill: Mapping[str, float] | None = None) -> Peer:
+    return Peer(_flex(config), 0, devices=GPU, swap=config, fill=fill or {})
 
 
-def _flex_gate(heads: int, length: int, device: str) -> Callable[..., Tensor]:
-    """The forgetting gate with log f = -1e-3: the difference of two sums of log gates."""
-    sums = torch.full((heads, length), -1e-3, device=device).cumsum(1)
-    return lambda score, b, h, q, k: score + sums[h, q] - sums[h, k]
-
-
-GPU = ("cuda",)
 PEERS: dict[str, Peer] = {
     "eager softmax": Peer(_eager, 9),
     "naive softpick": Peer(_naive_softpick, 8),
@@ -148,9 +179,10 @@ PEERS: dict[str, Peer] = {
     "x-transformers: Attend": Peer(_x_transformers(), 4, "x-transformers", "x_transformers"),
     "x-transformers: Attend sigmoid": Peer(_x_transformers(sigmoid=True), 4, "x-transformers", "x_transformers"),
     "sdpa cudnn": Peer(_cudnn, 0, devices=GPU),
-    "flex softmax": Peer(_flex(lambda heads, length, device: None), 0, devices=GPU),
-    "flex ssmax": Peer(_flex(_flex_ssmax), 0, devices=GPU),
-    "flex forgetting-gate": Peer(_flex(_flex_gate), 0, devices=GPU),
+    "flex softmax": _flex_peer({}),
+    "flex ssmax": _flex_peer({"name": "ssmax"}),
+    "flex selective-temperature": _flex_peer({"name": "selective-temperature", "value": False}),
+    "flex forgetting-gate": _flex_peer({"name": "forgetting-gate"}, {"log_forget": -1e-3}),
 }
 """Peers by name. Long calls of those that hold whole matrices of scores are skipped.
 

@@ -109,31 +109,31 @@ class BenchResult:
         cells: The measurements of every case at every setting.
         plan: The options of the benchmark.
         env: Versions, commit, processor, threads, denormal mode.
-        cost: Duration in seconds, and the estimate made before.
+        cost: Duration in seconds, and the estimate made before, if there was one.
         created: UTC time, ISO 8601.
     """
 
     cells: list[Cell]
     plan: dict[str, Any]
     env: dict[str, Any]
-    cost: dict[str, float]
+    cost: dict[str, float | None]
     created: str
 
     def exponents(self) -> list[dict[str, Any]]:
         """Returns how extra memory grows with the length, for every swap and for SDPA: ``bytes ~ length ** exponent``.
 
-        The exponent of SDPA is fitted to the same lengths as that of the swap.
+        The bytes are those of one sequence of a batch. SDPA's exponent is fitted to the same lengths as the swap's.
         """
         found = []
         for label, group in _grouped(cell for cell in self.cells if cell.memory):
             lengths = [cell.setting.length for cell in group]
-            used = [cell.memory for cell in group if cell.memory]
+            used = [(cell.memory, cell.setting.batch) for cell in group if cell.memory]
             found.append(
                 {
                     **label,
                     "lengths": lengths,
-                    "exponent": exponent(lengths, [m.bytes for m in used]),
-                    f"{SDPA.label}_exponent": exponent(lengths, [m.sdpa_bytes for m in used]),
+                    "exponent": exponent(lengths, [m.bytes / batch for m, batch in used]),
+                    f"{SDPA.label}_exponent": exponent(lengths, [m.sdpa_bytes / batch for m, batch in used]),
                 }
             )
         return found

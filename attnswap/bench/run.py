@@ -1,5 +1,6 @@
 """Run a benchmark: estimate its duration, then measure every case at every setting, compared with SDPA."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from attnswap.attention.dispatch import BACKENDS
-from attnswap.bench.bounds import bound, verdict
+from attnswap.bench.bounds import bound, goal, verdict
 from attnswap.bench.calls import build, draw_tensors
 from attnswap.bench.cases import DEFAULTS, MODES, SDPA, SHAPES, Case, Setting, Shape, defaults, peer_cases, swap_cases
 from attnswap.bench.estimate import Forecast, cell_seconds, forecast, process_seconds, reason_to_skip
@@ -24,6 +25,7 @@ from attnswap.bench.peers import PEERS
 from attnswap.bench.result import BenchResult, Cell, Memory
 from attnswap.bench.statistics import median_interval
 from attnswap.bench.timing import interleave
+from attnswap.devices import gpu_failure
 from attnswap.errors import AttnSwapError, ConfigError, first_line, nearest
 from attnswap.evaluation.estimate import duration
 
@@ -128,7 +130,7 @@ class _Run:
     ) -> None:
         self.plan, self.cases, self.announce, self.show_progress = plan, plan.cases(), announce, show_progress
         self.threads, self.on_gpu, self.env = torch.get_num_threads(), plan.device != "cpu", environment()
-        self.journal = Journal(folder, self.options(), {name: self.env[name] for name in MACHINE})
+        self.journal = Journal(folder, self.what(), {name: self.env[name] for name in MACHINE})
         lengths = sorted(set(plan.lengths))
         points = [
             (shape, dtype, mode) for shape in plan.shapes for dtype in dict.fromkeys(plan.dtypes) for mode in MODES
@@ -139,63 +141,98 @@ class _Run:
             for length in lengths
         ]
         self.forecasts: dict[tuple[str, Shape, str, str], Forecast] = {}
+        self.unusable: dict[str, str | None] = {}  # by cell: why its kernels could not be compiled
+        self.lost: str | None = None  # why this process can no longer use the GPU
+        self.started = time.monotonic()
         # Measured once per setting.
         self.sdpa_bytes = cache(lambda setting: self.bytes(SDPA, setting))
 
     def run(self) -> BenchResult:
-        started, created = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
-        self.prepare_gpu()
-        costs = self.estimate()
-        total = sum(costs)
-        self.announce(f"estimate: {duration(total)} for {len(costs)} cells of {self.plan.rounds} rounds")
-        cells = []
-        bar = tqdm(total=round(total), unit="s", disable=not self.show_progress, file=sys.stderr)
-        with bar:
-            for (case, setting), seconds in zip(self.pairs(), costs, strict=True):
-                bar.set_description_str(f"{case.label} {setting.length} {setting.dtype} {setting.mode}")
-                late = self.plan.seconds is not None and time.perf_counter() - started > self.plan.seconds
-                cells.append(self.finished(case, setting, late))
-                bar.update(round(seconds))
-        spent = {"seconds": time.perf_counter() - started, "estimated_seconds": total}
-        return BenchResult(cells, self.options(), self.env, spent, created)
-
-    def prepare_gpu(self) -> None:
-        """Measures the limits of the GPU and compiles all kernels."""
+        self.started, created, pairs = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds"), self.pairs()
+        total, counted = None, f"{len(pairs)} cells of {self.plan.rounds} rounds"
         if self.on_gpu:
-            self.env["gpu"] |= limits()
-            shortest = {(s.shape, s.dtype, s.mode): s for s in reversed(self.settings)}  # lengths ascend
-            compile_all([(c, s) for s in shortest.values() for c in self.cases], self.plan.backend)
+            self.announce(counted)
+            cells = self.measure_on_gpu()
+        else:
+            costs = self.estimate()
+            total = sum(costs)
+            self.announce(f"estimate: {duration(total)} for {counted}")
+            cells = self.measure(pairs, costs, "s")
+        spent = {"seconds": time.monotonic() - self.started, "estimated_seconds": total}
+        return BenchResult([cells[key(Cell(*pair))] for pair in pairs], self.options(), self.env, spent, created)
 
-    def finished(self, case: Case, setting: Setting, late: bool) -> Cell:
-        """Returns a cell: the one that was measured before, or one that is measured now unless it is late."""
+    def measure(self, pairs: Sequence[tuple[Case, Setting]], costs: Sequence[float], unit: str) -> dict[str, Cell]:
+        """Measures cells that advance the progress bar by their costs."""
+        found = {}
+        with tqdm(total=round(sum(costs)), unit=unit, disable=not self.show_progress, file=sys.stderr) as bar:
+            for (case, setting), cost in zip(pairs, costs, strict=True):
+                bar.set_description_str(f"{case.label} {setting.length} {setting.dtype} {setting.mode}")
+                found[key(Cell(case, setting))] = self.finished(case, setting)
+                bar.update(round(cost))
+        return found
+
+    def measure_on_gpu(self) -> dict[str, Cell]:
+        """Measures cells with goals, then the other swaps, then peers: their kernels take the longest to compile."""
+        self.env["gpu"] |= limits()
+        found: dict[str, Cell] = {}
+        for kind in ("swap", "peer"):
+            pairs = [pair for pair in self.pairs() if pair[0].kind == kind]
+            if kind == "swap":
+                pairs.sort(key=lambda pair: goal(*pair) is None)
+            self.compile([pair for pair in pairs if key(Cell(*pair)) not in self.journal.cells])
+            found |= self.measure(pairs, [1.0] * len(pairs), "cell")
+        return found
+
+    def compile(self, pairs: Sequence[tuple[Case, Setting]]) -> None:
+        """Compiles the kernels of some cells. Those of a swap are the same at every length."""
+        points: dict[tuple[object, ...], list[tuple[Case, Setting]]] = {}
+        for case, setting in sorted(pairs, key=lambda pair: pair[1].length):
+            length = setting.length if case.kind == "peer" else None
+            points.setdefault((case.label, setting.shape, setting.dtype, setting.mode, length), []).append(
+                (case, setting)
+            )
+        until = math.inf if self.plan.seconds is None else self.started + self.plan.seconds
+        reasons = compile_all([group[0] for group in points.values()], self.plan.backend, until)
+        for group, reason in zip(points.values(), reasons, strict=True):
+            self.unusable |= {key(Cell(*pair)): reason for pair in group}
+
+    def finished(self, case: Case, setting: Setting) -> Cell:
+        """Returns a cell: the one that was measured before, or one that is measured now if that is still possible."""
         known = self.journal.cells.get(key(Cell(case, setting)))
         if known is not None:
             return known
-        if late:
+        if self.plan.seconds is not None and time.monotonic() - self.started > self.plan.seconds:
             return Cell(case, setting, skipped=f"the {self.plan.seconds:g} s of --seconds were used up")
+        if self.lost:
+            return Cell(case, setting, skipped=f"an earlier call broke the GPU's context: {self.lost}; run it again")
         try:
             cell = self.cell(case, setting)
         except Exception as error:  # kernels and compilers raise errors of many types; the other cells go on
             if not self.on_gpu:
                 raise
-            torch.cuda.empty_cache()
             cell = Cell(case, setting, skipped=first_line(error))
-        self.journal.add(cell)
+        self.journal.add(cell)  # first: a cell that breaks the GPU must not be tried again
+        if self.on_gpu and cell.skipped:
+            self.lost = gpu_failure()
         return cell
 
     def options(self) -> dict[str, object]:
         values = asdict(self.plan)
-        return {**values, "swaps": sorted({case.swap["name"] for case in self.cases if case.swap})}
+        return {**values, "swaps": sorted({case.swap["name"] for case in self.cases if case.kind == "swap"})}
+
+    def what(self) -> dict[str, object]:
+        """Returns the options that a continued benchmark must share: how long it runs this time is not one."""
+        return {name: value for name, value in self.options().items() if name != "seconds"}
 
     def pairs(self) -> list[tuple[Case, Setting]]:
         return [(case, setting) for setting in self.settings for case in self.cases]
 
     def forecast(self, case: Case, setting: Setting) -> Forecast:
-        key = (case.label, setting.shape, setting.dtype, setting.mode)
-        if key not in self.forecasts:
+        point = (case.label, setting.shape, setting.dtype, setting.mode)
+        if point not in self.forecasts:
             longest = replace(setting, length=max(self.plan.lengths), batch=1)
-            self.forecasts[key] = forecast(case, longest, self.plan.backend)
-        return self.forecasts[key]
+            self.forecasts[point] = forecast(case, longest, self.plan.backend)
+        return self.forecasts[point]
 
     def seconds(self, case: Case, setting: Setting) -> float:
         """Returns the estimated seconds of a cell."""
@@ -213,7 +250,7 @@ class _Run:
         if refused and all(refused):
             raise ConfigError(f"no swap can be measured: {refused[0]}")
         process = 0.0
-        if self.measures_memory and not self.on_gpu:
+        if self.measures_memory:
             case, setting = next(
                 pair for pair in self.pairs() if pair[0].kind == "swap" and not self.forecast(*pair).refused
             )
@@ -236,6 +273,8 @@ class _Run:
 
     def reason(self, case: Case, setting: Setting) -> str | None:
         """Returns why a cell is skipped, or None."""
+        if self.on_gpu:
+            return self.unusable.get(key(Cell(case, setting)))
         refused = self.forecast(case, setting).refused
         if refused or case.kind != "peer":
             return refused

@@ -9,7 +9,7 @@ import typer
 
 from attnswap.cli.options import check_folder, parse_device, parse_dtype, parse_size
 from attnswap.cli.terminal import Terminal
-from attnswap.errors import ConfigError, nearest
+from attnswap.errors import ConfigError, nearest, require
 from attnswap.visible import visible
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ SHAPES_HELP = (
 
 def bench_command(
     swaps: Annotated[str | None, typer.Option(help="Swaps to time, such as ssmax,softpick. Default: all.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
     lengths: Annotated[
         str | None, typer.Option(help="Tokens of a sequence; k is 1024. Default: 1k to 16k, on a GPU 2k to 64k.")
     ] = None,
@@ -69,7 +69,7 @@ def bench_command(
     from attnswap import bench
 
     check_folder(out)
-    device = parse_device(device)
+    device = _device(device, model)
     usual, names = bench.defaults(device), _parts(swaps)
     dtypes = [str(parse_dtype(name)).removeprefix("torch.") for name in _parts(dtype) or usual.dtypes]
     if model is not None:
@@ -100,6 +100,14 @@ def bench_command(
     if out:
         bench.write_report(found, out)
     _show(found.to_dict(), bench.tables(found), as_json)
+
+
+def _device(name: str | None, model: str | None) -> str:
+    """Returns the device to measure on; models are timed on the CPU only."""
+    import torch
+
+    require(model is None or name in (None, "cpu"), "--model is timed on the CPU only: leave out --device")
+    return parse_device(name or ("cuda" if torch.cuda.is_available() and model is None else "cpu"))
 
 
 def _parts(text: str | None) -> list[str] | None:

@@ -20,7 +20,7 @@ from attnswap.swaps.base import Call, Feature, Terms
 from tests.helpers.calls import Case, allowed_error, compare, draw, run
 from tests.helpers.devices import device_of
 from tests.helpers.ids import variant_id
-from tests.helpers.triton_calls import KINDS, LARGE, Worker, check, negated, solve
+from tests.helpers.triton_calls import KINDS, LARGE, Worker, check, negated, results, solve
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -232,21 +232,13 @@ def decayed(backend: str, decay: float, poison: str, **options: Any) -> dict[str
     leaves = leaves_for(backend, query, key, value, log_forget)
     visibility = Visibility(KEYS, KEYS, leaves[0].device)
     problem = Problem(attnswap.ForgettingGate(), *leaves[:3], visibility, {"log_forget": leaves[3]}, 0.25, **options)
-    return results(backend, problem, leaves, upstream)
+    return results(backend, problem, upstream)
 
 
 def leaves_for(backend: str, *tensors: Tensor) -> list[Tensor]:
     """The tensors where a backend runs, as leaves: in fp32 for the kernels, in fp64 for the reference."""
     dtype = torch.float32 if backend == "triton" else torch.float64
     return [x.to(device_of(backend), dtype, copy=True).requires_grad_() for x in tensors]
-
-
-def results(backend: str, problem: Problem, leaves: list[Tensor], upstream: Tensor) -> dict[str, Tensor]:
-    """The output of a call and the gradients of its leaves."""
-    out = BACKENDS[backend].attend(problem)
-    out.backward(upstream.to(out))
-    gradients = {f"gradient of {i}": x.grad.cpu() for i, x in enumerate(leaves) if x.grad is not None}
-    return {"output": out.detach().cpu(), **gradients}
 
 
 def rows_of(found: dict[str, Tensor], part: slice) -> dict[str, Tensor]:
@@ -258,11 +250,11 @@ def test_decayed_tiles_are_not_read(worker: Worker):
     late, early = slice(128, None), slice(None, 128)
     found, wanted = worker(decayed, "triton", 0.5, "value"), decayed("dense", 0.5, "value")
     assert found["output"][:, :, :64].isnan().all(), "the NaN was there to be seen"
-    for name in ("output", "gradient of 0", "gradient of 1"):
+    for name in ("output", "gradient of query", "gradient of key"):
         compare(rows_of(found, late), {name: wanted[name][:, :, late]}, 2e-6, 8e-6, "values")
     found, wanted = worker(decayed, "triton", 0.5, "gradient"), decayed("dense", 0.5, "gradient")
-    assert found["gradient of 2"][:, :, 256:].isnan().all(), "the NaN was there to be seen"
-    for name in ("gradient of 1", "gradient of 2"):
+    assert found["gradient of value"][:, :, 256:].isnan().all(), "the NaN was there to be seen"
+    for name in ("gradient of key", "gradient of value"):
         compare(rows_of(found, early), {name: wanted[name][:, :, early]}, 2e-6, 8e-6, "gradients")
 
 
@@ -295,7 +287,7 @@ def peaked(backend: str) -> dict[str, Tensor]:
     leaves = leaves_for(backend, query, key, value, peak)
     visibility = Visibility(KEYS, KEYS, leaves[0].device)
     problem = Problem(Peaks(), *leaves[:3], visibility, {"peak": leaves[3]}, 0.25)
-    return results(backend, problem, leaves, upstream)
+    return results(backend, problem, upstream)
 
 
 def test_a_bias_that_rises_inside_a_tile_is_seen(worker: Worker):

@@ -9,7 +9,6 @@ from torch import Tensor
 
 import attnswap
 from attnswap.attention import triton as triton_backend
-from attnswap.attention.dispatch import BACKENDS
 from attnswap.attention.operands import PLAIN
 from attnswap.attention.problem import Problem, complete_features
 from attnswap.attention.triton.tiles import tiles_of
@@ -18,7 +17,7 @@ from attnswap.swaps import Swap
 from tests.helpers.calls import compare
 from tests.helpers.devices import device_of
 from tests.helpers.ids import variant_id
-from tests.helpers.triton_calls import Worker
+from tests.helpers.triton_calls import Worker, results
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -70,11 +69,8 @@ def solve(backend: str, *arguments: Any, **changes: Any) -> dict[str, Tensor]:
     dtype = torch.float64 if backend == "dense" else torch.float32
     swap, kind, *decay = arguments
     problem = call_of(swap, backend, kind, dtype, *decay, **changes)
-    out = BACKENDS[backend].attend(problem)
-    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(8)).to(out))
-    leaves = {"query": problem.query, "key": problem.key, "value": problem.value, **problem.features}
-    gradients = {f"gradient of {k}": x.grad.cpu() for k, x in leaves.items() if x.grad is not None}
-    return {"output": out.detach().cpu(), **gradients}
+    shape = (*problem.query.shape[:3], problem.value.shape[-1])
+    return results(backend, problem, torch.randn(shape, generator=torch.Generator().manual_seed(8)))
 
 
 @pytest.mark.thinned(4)

@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import math
+import os
+import signal
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -118,16 +121,43 @@ def test_a_run_continues_where_it_was_stopped(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(tune, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(tune, "compile_candidate", lambda c: "no such instruction" if c == wanted[3] else None)
     monkeypatch.setattr(tune, "time_candidate", measure)
-    clock = mock.Mock(side_effect=[0, 0, 0, 0, 1, 1, 9])  # four compiled, two timed, then it is late
+    monkeypatch.setattr(tune, "gpu_failure", lambda: None)
+    clock = mock.Mock(side_effect=[0, 0, 0, 0, 0, 1, 1, 9])  # begun, four compiled, two timed, then it is late
     monkeypatch.setattr(time, "monotonic", clock)
     found = run(wanted, out, 5)
     assert set(found) == {wanted[0], wanted[1], wanted[3]}
     monkeypatch.setattr(time, "monotonic", lambda: 0)
+    with out.open("a") as file:
+        file.write('{"target": "sm_9')  # a line that was cut off
     found = run(wanted, out, 5)
     assert timed == wanted[:3]
     assert found == read(out) and set(found) == set(wanted)
     assert found[wanted[3]]["failed"] == "no such instruction"
     assert found[wanted[1]]["failed"] == "too large"
+
+
+def test_a_candidate_that_breaks_the_gpu_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, out = list(candidates(["softpick"], ["bf16"], [64]))[:3], tmp_path / "tune.jsonl"
+    monkeypatch.setattr(tune, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(tune, "compile_candidate", lambda c: None)
+    monkeypatch.setattr(tune, "time_candidate", lambda c: {"failed": "bad"} if c == wanted[1] else {"ms": 1.0})
+    monkeypatch.setattr(tune, "gpu_failure", lambda: "illegal memory access")
+    with pytest.raises(ConfigError, match="illegal memory access"):
+        run(wanted, out, math.inf)
+    assert set(read(out)) == set(wanted[:2]), "the one at fault is not tried again"
+
+
+def crashes_on_odd_numbers(number: int) -> str | None:
+    """Stands for a compiler that kills its process."""
+    if number % 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return None
+
+
+def test_a_compiler_that_crashes_fails_only_its_own_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "compile_candidate", crashes_on_odd_numbers)
+    found = dict(tune.compiled_on_all_cores([0, 3, 2, 4], math.inf))  # type: ignore[arg-type]
+    assert found == {0: None, 3: "the compiler crashed", 2: None, 4: None}
 
 
 def test_times_of_another_gpu_are_refused(tmp_path: Path) -> None:

@@ -48,6 +48,17 @@ def negated(swap: Swap, inputs: Inputs, function: str) -> dict[str, Tensor]:
         return run(swap, inputs, "triton", torch.float32)
 
 
+def results(backend: str, problem: Problem, upstream: Tensor) -> dict[str, Tensor]:
+    """Returns the output of a call and the gradients of all its tensors that take one, on the CPU."""
+    out = BACKENDS[backend].attend(problem)
+    out.backward(upstream.to(out))
+    leaves = {"query": problem.query, "key": problem.key, "value": problem.value, **problem.features}
+    if problem.sinks is not None:
+        leaves["sinks"] = problem.sinks
+    found = {f"gradient of {k}": torch.zeros_like(x) if x.grad is None else x.grad for k, x in leaves.items()}
+    return {name: x.cpu() for name, x in {"output": out.detach(), **found}.items()}
+
+
 def solve(
     swap: Swap, backend: str, dtype: torch.dtype, kind: str, inputs: torch.dtype = torch.float32, groups: int = 2
 ) -> dict[str, Tensor]:
@@ -96,12 +107,7 @@ def solve(
         softcap=1.5 if kind == "soft cap" else None,
         sinks=sinks,
     )
-    upstream = torch.randn(batch, heads, queries, 24, generator=generator).to(inputs).to(device, dtype)
-    out = BACKENDS[backend].attend(problem)
-    out.backward(upstream)
-    leaves = {"query": query, "key": key, "value": value, **features} | ({} if sinks is None else {"sinks": sinks})
-    found = {f"gradient of {k}": torch.zeros_like(x) if x.grad is None else x.grad for k, x in leaves.items()}
-    return {name: x.cpu() for name, x in {"output": out.detach(), **found}.items()}
+    return results(backend, problem, torch.randn(batch, heads, queries, 24, generator=generator).to(inputs))
 
 
 KINDS = ("window", "padding", "holes", "documents", "soft cap", "sinks", "static cache", "square", "bidirectional")

@@ -7,13 +7,13 @@ written after each candidate, and the same command continues where it was stoppe
 
 import argparse
 import itertools
-import json
 import math
 import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,7 +24,9 @@ from tqdm import tqdm
 
 from attnswap.attention.triton import aot, launch
 from attnswap.attention.triton.tiles import KERNELS, Tiles, tiles_of
+from attnswap.devices import gpu_failure
 from attnswap.errors import ConfigError, first_line
+from attnswap.lines import append_line, read_whole_lines
 
 ROWS, KEYS, WARPS, STAGES = (32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3)
 LENGTH, HEADS = 8192, 16
@@ -91,7 +93,6 @@ def time_candidate(candidate: Candidate) -> dict[str, Any]:
             other.run()  # the backward kernels read what those before them stored
         return {"ms": float(do_bench(made[candidate.kernel].run, warmup=5, rep=30, return_mode="median"))}
     except Exception as error:  # such as too much shared memory
-        torch.cuda.empty_cache()
         return {"failed": first_line(error)}
 
 
@@ -102,8 +103,7 @@ def read(path: Path) -> dict[Candidate, dict[str, Any]]:
         ConfigError: The file was written on another kind of GPU.
     """
     found = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        values = json.loads(line)
+    for values in read_whole_lines(path):
         if values["target"] != launch.arch():
             raise ConfigError(f"{path} holds times of {values['target']}, not of {launch.arch()}: give another --out")
         names = {name: values[name] for name in ("swap", "dtype", "width", "kernel")}
@@ -156,31 +156,57 @@ def run(wanted: Sequence[Candidate], out: Path, until: float) -> dict[Candidate,
     """Compiles and times what the file does not hold yet, until a time of ``time.monotonic``."""
     times = read(out)
     pending = [c for c in wanted if c not in times]
-    out.parent.mkdir(parents=True, exist_ok=True)
     quiet = not sys.stderr.isatty()
-    with out.open("a", encoding="utf-8") as file:
 
-        def note(candidate: Candidate, result: dict[str, Any]) -> None:
-            times[candidate] = {"target": launch.arch(), **asdict(candidate), **result}
-            print(json.dumps(times[candidate]), file=file, flush=True)
+    def note(candidate: Candidate, result: dict[str, Any]) -> None:
+        times[candidate] = {"target": launch.arch(), **asdict(candidate), **result}
+        append_line(out, times[candidate])
 
-        compiled: list[Candidate] = []
-        with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-            jobs = {pool.submit(compile_candidate, c): c for c in pending}
-            for job in tqdm(as_completed(jobs), total=len(jobs), desc="compile", disable=quiet):
-                failed = job.result()
-                if failed:
-                    note(jobs[job], {"failed": failed})
-                else:
-                    compiled.append(jobs[job])
+    compiled = []
+    with tqdm(total=len(pending), desc="compile", disable=quiet) as bar:
+        for candidate, failed in compiled_on_all_cores(pending, until):
+            if failed:
+                note(candidate, {"failed": failed})
+            else:
+                compiled.append(candidate)
+            bar.update()
+    for candidate in tqdm(sorted(compiled, key=pending.index), desc="time", disable=quiet):
+        if time.monotonic() > until:
+            break
+        result = time_candidate(candidate)
+        note(candidate, result)  # first: a candidate that breaks the GPU must not be tried again
+        broken = gpu_failure() if "failed" in result else None
+        if broken:
+            raise ConfigError(f"{candidate} broke the GPU's context ({broken}): run the same command again")
+    return times
+
+
+def compiled_on_all_cores(wanted: Sequence[Candidate], until: float) -> Iterator[tuple[Candidate, str | None]]:
+    """Compiles candidates until a time of ``time.monotonic``, and yields each with why it failed, or None.
+
+    A compiler that crashes takes its whole pool of processes with it. What may have been in hand then is compiled once
+    more, one by one, so that only the candidate at fault fails.
+    """
+    left, suspects = list(wanted), 0
+    while left and time.monotonic() < until:
+        done, crashed = set(), False
+        with ProcessPoolExecutor(1 if suspects else os.cpu_count(), get_context("spawn")) as pool:
+            jobs = {pool.submit(compile_candidate, c): c for c in (left[:1] if suspects else left)}
+            for job in as_completed(jobs):
+                try:
+                    failed = job.result()
+                except BrokenProcessPool:
+                    if not suspects:
+                        crashed = True
+                        continue
+                    failed = "the compiler crashed"
+                done.add(jobs[job])
+                yield jobs[job], failed
                 if time.monotonic() > until:
                     pool.shutdown(wait=False, cancel_futures=True)
-                    break
-        for candidate in tqdm(sorted(compiled, key=pending.index), desc="time", disable=quiet):
-            if time.monotonic() > until:
-                break
-            note(candidate, time_candidate(candidate))
-    return times
+                    return
+        left = [c for c in left if c not in done]
+        suspects = (os.cpu_count() or 1) + 1 if crashed else max(0, suspects - 1)  # the pool queues one job more
 
 
 def main() -> None:
@@ -196,7 +222,10 @@ def main() -> None:
         sys.exit("error: no GPU is available to torch")
     widths = [int(width) for width in options.widths.split(",")]
     wanted = list(candidates(options.swaps.split(","), options.dtypes.split(","), widths))
-    times = run(wanted, options.out, time.monotonic() + options.seconds)
+    try:
+        times = run(wanted, options.out, time.monotonic() + options.seconds)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
     missing = sum(c not in times for c in wanted)
     print(table({c: v for c, v in times.items() if c in set(wanted)}))
     if missing:
