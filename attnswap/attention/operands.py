@@ -5,11 +5,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from attnswap.attention.codegen import maths_refusal
 from attnswap.attention.modes import mode_of
 from attnswap.attention.problem import Problem
 from attnswap.swaps.base import Swap
+from attnswap.swaps.softmax import Softmax
 
-PLAIN = Swap()
+PLAIN = Softmax()
 """Softmax: what every swap that only changes scores and values is computed by."""
 
 
@@ -21,11 +23,9 @@ def refusal(problem: Problem) -> str | None:
         return "the batch is empty"
     if problem.sinks is not None and problem.sinks.ndim > 1:
         return "it takes one sink for each head, and the model has one for each query"
-    if problem.swap.shift_gradient:
-        return f'the result of "{problem.swap.name}" depends on the shift, which it takes as a constant'
-    kind = type(problem.swap)
-    if problem.swap.threshold and (kind.norm is not Swap.norm or kind.null is not Swap.null):
-        return f'"{problem.swap.name}" divides by more than the weights, which it takes to sum to one at the threshold'
+    reason = maths_refusal(problem.swap)
+    if reason:
+        return reason
     if problem.visibility.bias is not None and problem.visibility.bias.requires_grad:
         return "it gives no gradient to an additive mask"
     mode = mode_of(problem.tensors())

@@ -23,6 +23,8 @@ from attnswap.attention.dispatch import BACKENDS
 from attnswap.attention.problem import Problem, complete_features
 from attnswap.attention.visibility import Visibility
 from attnswap.swaps import ModelInfo, Swap
+from attnswap.swaps.softmax import Softmax
+from attnswap.swaps.statistics import Root
 from tests.helpers.devices import device_of
 
 SETTINGS = settings()  # of the profile that conftest.py chose, or the command line
@@ -33,7 +35,7 @@ MAX_POSITIONS = 16
 
 def variants() -> list[Swap]:
     """Every registered swap, the known ones in several configs."""
-    known = [
+    known: list[Swap] = [
         attnswap.SSMax(),
         attnswap.SSMax(init="paper"),
         attnswap.SSMax(form="scale"),
@@ -69,7 +71,7 @@ def variants() -> list[Swap]:
         attnswap.ForgettingGate(init="paper"),
     ]
     covered = {swap.name for swap in known}
-    return known + [swap for swap in attnswap.list_swaps() if swap.name not in covered]
+    return known + [swap for swap in attnswap.list_swaps() if swap.name not in covered | {"softmax"}]
 
 
 # --- calls ----------------------------------------------------------------------------------------------------------
@@ -366,13 +368,13 @@ def short_blocks(rows: int = 2) -> Iterator[list[int]]:
 def backends_of(swap: Swap) -> list[str]:
     """The backends that must serve a swap; the others must refuse it."""
     refusing = set() if swap.traits.route == "folded" else {"folded"}
-    if swap.shift_gradient or native.build.unavailable():
+    kinds = list(swap.statistics().values())
+    no_kernel = "pair" in swap.stages or (bool(kinds) and [type(kind) for kind in kinds] != [Root])
+    if no_kernel or native.build.unavailable():
         refusing.add("native")
-    if swap.shift_gradient or swap.threshold:
+    if no_kernel or kinds:
         refusing.add("tiled")
-    if (
-        swap.shift_gradient or not triton.interpreted()
-    ):  # tests/attention/test_triton.py runs it, in a process of its own
+    if no_kernel or not triton.interpreted():  # tests/attention/test_triton.py runs it, in a process of its own
         refusing.add("triton")
     return [name for name in ("auto", *BACKENDS) if name not in refusing]
 
@@ -381,7 +383,7 @@ def softmax_output(inputs: Inputs) -> Tensor:
     """Softmax in the dense reference."""
     plain = copy.copy(inputs)
     plain.features = {}
-    return output(Swap(), plain)
+    return output(Softmax(), plain)
 
 
 def shares_value_features(swap: Swap) -> bool:
@@ -407,7 +409,7 @@ def weights(swap: Swap, inputs: Inputs) -> Tensor:
         causal=bool(options.get("is_causal")),
         q_offset=key.shape[2] - query.shape[2],
     )
-    features = complete_features(swap, inputs.features, query, key)
+    features = complete_features(swap, inputs.features, query, key, value)
     problem = Problem(swap, query, key, value, visibility, features, query.shape[-1] ** -0.5)
     found = dense.attend(problem, need_weights=True)[1]
     assert found is not None
