@@ -1,9 +1,12 @@
 """Print a swap's maths as C++ or Triton from its one definition."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from attnswap.attention.lazy import constant, once
 from attnswap.swaps.base import Numbers, Swap
@@ -19,7 +22,7 @@ _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "gt": ">"}
 
 def parameters(swap: Swap) -> list[str]:
     """Returns the per-head numbers the maths reads, in order: lambda, and the per-head features."""
-    return ["ramp", *(k for k, f in swap.features().items() if f.per == "head")]
+    return ["ramp", *(k for k, f in swap.features().items() if f.per == "head" and f.width is None)]
 
 
 def arguments(swap: Swap) -> list[str]:
@@ -95,12 +98,28 @@ def maths_refusal(swap: Swap) -> str | None:
         return f'the weights of "{swap.name}" depend on n, which it has for the null term alone'
     root = solved(swap)
     if root is None:
-        return None
+        relative = not swap.shifted or _relative(swap)
+        return None if relative else f'the weights of "{swap.name}" are not relative to the shift: set shifted = False'
     kind = type(swap)
     if kind.norm is not Swap.norm or kind.null is not Swap.null or kind.shift_floor is not Swap.shift_floor:
         return f'"{swap.name}" divides by more than the weights, which it takes to sum to one at the root'
     same = weight == as_tree(root.of(s, symbol("shift"), p)) and root.target == 1
     return None if same else f'the weights of "{swap.name}" do not sum to one at its root'
+
+
+@torch.no_grad()
+def _relative(swap: Swap) -> bool:
+    """Whether weight, norm and null become e^-x times as large when the shift is raised by x, as kernels take it."""
+    generator = torch.Generator().manual_seed(0)
+    s, shift, n = (torch.randn(64, dtype=torch.float64, generator=generator) + x for x in (0.0, 2.0, 0.0))
+    numbers = {k: torch.rand(64, dtype=torch.float64, generator=generator) for k in parameters(swap)}
+    p, n = Numbers(**numbers), n.abs() + 1
+
+    def maths(shift: torch.Tensor) -> list[torch.Tensor]:
+        found = (swap.weight(s, shift, p), swap.norm(s, shift, p), swap.null(shift, n, p))
+        return [torch.as_tensor(x, dtype=s.dtype) for x in found]
+
+    return all(torch.allclose(a, b * math.e, rtol=1e-9) for a, b in zip(maths(shift), maths(shift + 1), strict=True))
 
 
 def symbols(tree: Expr) -> set[str]:

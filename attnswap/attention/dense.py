@@ -110,7 +110,7 @@ def row_numbers(problem: Problem, block: Block, p: Numbers) -> Numbers:
     return p.plus(n=problem.visibility.n[..., block.start : block.stop, None].to(problem.dtype))
 
 
-def block_roots(problem: Problem, terms: Terms, block: Block, p: Numbers) -> Known | None:
+def block_roots(problem: Problem, terms: Terms, p: Numbers, block: Block) -> Known | None:
     """Returns the roots of a block's rows, if the swap has any."""
     if "statistics" not in problem.swap.stages:
         return None
@@ -122,15 +122,15 @@ def block_roots(problem: Problem, terms: Terms, block: Block, p: Numbers) -> Kno
 
 
 def attend_block(
-    problem: Problem, terms: Terms, block: Block, p: Numbers, known: Known | None = None
+    problem: Problem, terms: Terms, p: Numbers, block: Block, known: Known | None = None
 ) -> tuple[Tensor, Tensor]:
     """Computes the rows of a block over keys that include every visible one.
 
     Args:
         problem: The call.
         terms: Its terms.
-        block: Which rows and keys.
         p: The per-head values.
+        block: Which rows and keys.
         known: What :func:`block_roots` found, if it was asked before.
 
     Returns:
@@ -181,5 +181,5 @@ def attend(problem: Problem, need_weights: bool = False) -> tuple[Tensor, Tensor
     """
     problem = problem.regular()
     block = Block(0, problem.visibility.q_length, 0, problem.visibility.k_length)
-    out, weights = attend_block(problem, problem.terms, block, problem.maths_parameters())
+    out, weights = attend_block(problem, *problem.shared(), block)
     return out.to(problem.value.dtype), weights if need_weights else None

@@ -93,7 +93,7 @@ def attention(
     return compute(problem, softmax, backend)
 
 
-def weights_of(
+def attention_weights(
     query: Tensor,
     key: Tensor,
     value: Tensor,

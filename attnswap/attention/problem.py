@@ -143,11 +143,14 @@ class Problem:
         for name, declared in self.swap.features().items():
             value = self.features[name]
             if declared.per == "head":
-                features[name] = self.per_head(value)
+                features[name] = self.per_head(value) if declared.width is None else value.to(self.dtype)
                 continue
             value = value.to(self.dtype)
             valid = self.visibility.token_valid if declared.per == "key" else None
-            features[name] = value if valid is None else value.masked_fill(~valid[:, None], declared.padding)
+            if valid is not None:
+                valid = valid[:, None] if declared.width is None else valid[:, None, :, None]
+                value = value.masked_fill(~valid, declared.padding)
+            features[name] = value
         last, given = self.visibility.k_length - 1, self.origin or self
         wanted = with_logsumexp or (self.swap.needs_logsumexp and not self.whole)
         index = self.visibility.key_index()
@@ -176,7 +179,7 @@ class Problem:
     @lazy
     def distance_table(self) -> Tensor | None:
         """The swap's bias by distance, (heads, distances) in the computing dtype, if it has one."""
-        table = self.swap.distance_bias(self.call())
+        table = self.swap.distance_bias(self.call()) if "pair" in self.swap.stages else None
         return None if table is None else table.to(self.dtype)
 
     def distance_bias(self, pair: Pair) -> Tensor | None:
@@ -200,13 +203,20 @@ class Problem:
         open_at_last = bool(bias[..., -1:].any())  # which settles it, in a sum over tokens, without a look at all keys
         return terms if open_at_last or bool(bias.any()) else replace(terms, key_bias=None)
 
+    def shared(self) -> tuple[Terms, Numbers]:
+        """Returns what all blocks of a call share: its terms, and its per-head values."""
+        # Once it is known it is kept, so that it must not be asked for first where no gradients are recorded.
+        _ = self.distance_table
+        return self.terms, self.maths_parameters()
+
     def maths_parameters(self) -> Numbers:
         """The per-head values that the elementwise maths reads, as (heads, 1, 1), with the ramp among them."""
         return Numbers(**{name: self.per_head(value, 2) for name, value in self.numbers().items()})
 
     def numbers(self) -> dict[str, Any]:
         """The numbers the elementwise maths reads for each head: lambda as ``ramp``, and the per-head features."""
-        heads = {k: self.features[k] for k, f in self.swap.features().items() if f.per == "head"}
+        declared = self.swap.features().items()
+        heads = {k: self.features[k] for k, f in declared if f.per == "head" and f.width is None}
         return {"ramp": self.ramp, **heads}
 
 
@@ -246,22 +256,20 @@ def complete_features(
     complete = {}
     for name, feature in declared.items():
         count = heads if feature.heads == "query" else shared
-        shape = {"head": (count,), "query": (batch, count, queries), "key": (batch, count, key.shape[2])}[feature.per]
-        if feature.width is not None:
-            shape = (*shape, value.shape[3] if feature.width == "value_dim" else feature.width)
+        shape = feature.shape(batch, count, queries, key.shape[2], value.shape[3])
         given = features.get(name)
         if given is None:
             if feature.per != "head" or feature.initial is None:
                 raise ConfigError(f'swap "{swap.name}" needs the feature "{name}" of shape {shape}: {feature.what}')
             dtype = torch.promote_types(query.dtype, torch.float32)
-            given = torch.full(shape, feature.initial, dtype=dtype, device=query.device)
+            given = feature.start(range(count)).to(query.device, dtype).expand(shape)
         if not isinstance(given, Tensor):
             raise ConfigError(
                 f'feature "{name}" of swap "{swap.name}" must be a tensor of shape {shape}, not {given!r}'
             )
         if feature.per == "head" and given.ndim == 0:
             given = given.expand(shape)
-        if tuple(given.shape) != shape and not (len(shape) > 2 and given.shape == (1, *shape[1:])):
+        if tuple(given.shape) != shape and not (feature.per != "head" and given.shape == (1, *shape[1:])):
             raise ConfigError(f'feature "{name}" has shape {tuple(given.shape)}; swap "{swap.name}" takes {shape}')
         complete[name] = given
     return complete

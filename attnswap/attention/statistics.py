@@ -55,7 +55,7 @@ def find_roots(swap: Swap, s: Tensor, visible: Tensor, sinks: Tensor | None, shi
 def _compute(
     kind: Statistic, s: Tensor, visible: Tensor, sinks: Tensor | None, shift: Any, p: Numbers, known: Found | None
 ) -> Tensor:
-    """Returns one statistic; 0 for rows without a key or sink."""
+    """Returns one statistic; for rows without a key or sink some finite number."""
     if isinstance(kind, Root):
         return roots(kind, *with_sinks(s, visible, sinks), p, known)
     if isinstance(kind, Sum | Scan):
@@ -63,7 +63,9 @@ def _compute(
         if isinstance(kind, Scan):
             return _sum_of_later(each)
         total = each.sum(-1, keepdim=True)
-        return total if sinks is None else total + kind.of(sinks, shift, p)
+        if sinks is not None:
+            return total + kind.of(sinks, shift, p)
+        return torch.where(visible.any(-1, keepdim=True), total, 1.0)  # weights divide by it
     if isinstance(kind, Max):
         return _largest(*with_sinks(s, visible, sinks))
     if isinstance(kind, Min):

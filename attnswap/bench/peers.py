@@ -140,7 +140,7 @@ def _flex(config: Mapping[str, Any]) -> Callable[["Setting"], Attention]:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         length, shape = setting.length, setting.shape
-        info = ModelInfo(shape.heads, shape.kv_heads, shape.heads * shape.head_dim, length)
+        info = ModelInfo(shape.heads, shape.kv_heads, shape.heads * shape.head_dim, length, shape.head_dim)
         swap = resolve(config or "softmax").bind(info)
         mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, length, length, device=setting.device)
 

@@ -28,6 +28,7 @@ class LayerInputs:
     sinks: Tensor | None
     dropout: float
     content: Tensor | None = None
+    seed: Tensor | None = None
 
 
 class PreviousAttention(Protocol):
@@ -93,6 +94,16 @@ def attend(
             parts.append((mine, part.to(dtype)))
         out = in_order([(chosen, part.transpose(1, 2)) for chosen, part in parts], 2).contiguous()
     return out, in_order(shares, 1) if weights else None
+
+
+def seed_for(slots: dict[str, Slot], training: bool, device: torch.device) -> Tensor | None:
+    """Draws the seed of a layer's random numbers, if it trains and a swap of it reads some.
+
+    It comes from torch's generator, whose state activation checkpointing restores when it computes the layer again.
+    """
+    if not training or not any(slot.swap.random for slot in slots.values()):
+        return None
+    return torch.randint(1 << 62, (), device=device)
 
 
 def as_softmax(slots: dict[str, Slot]) -> tuple[dict[str, Slot], dict[str, dict[str, Tensor]]]:

@@ -83,22 +83,39 @@ class Feature:
         per: ``"head"``: (heads,), a learned parameter; ``"query"``: (batch, heads, queries), in the order of the
             queries; ``"key"``: (batch, heads, keys), over all keys, cached ones included.
         heads: Whether there is one value per query head or per key/value head.
-        initial: The value of an omitted per-head feature, and the start of the learned parameter; None: no such
-            value exists without a model, so it must be given.
+        initial: The value of an omitted per-head feature, and the start of the learned parameter: one number, or one
+            for each head of the layer; None: no such value exists without a model, so it must be given.
         std: Deviation of the learned parameter's start around ``initial``.
         padding: What a padded key holds (per-key features).
         what: One line for the tables.
-        width: Numbers for each query (per-query features): the tensor then ends in a dimension of that size,
-            ``"value_dim"`` for that of the values; None: there is no such dimension.
+        width: The size of one more dimension at the end, ``"value_dim"`` for the width of the values; None: there is
+            none. Features with a width are for the stages around the scores, which see whole tensors.
     """
 
     per: Literal["head", "query", "key"]
     heads: Literal["query", "kv"] = "query"
-    initial: float | None = None
+    initial: float | tuple[float, ...] | None = None
     std: float = 0.0
     padding: float = 0.0
     what: str = ""
     width: Literal["value_dim"] | int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for initial values per head that have a deviation as well."""
+        require(not (isinstance(self.initial, tuple) and self.std), "a feature's start per head has no deviation")
+
+    def start(self, heads: Sequence[int]) -> Tensor:
+        """Returns the initial values of some heads of the layer, fp32, shape (heads,), or (heads, 1) with a width."""
+        initial = self.initial or 0.0
+        values = torch.tensor([initial[h] if isinstance(initial, tuple) else initial for h in heads])
+        return values if self.width is None else values[:, None]
+
+    def shape(self, batch: int, heads: int, queries: int, keys: int, value_dim: int) -> tuple[int, ...]:
+        """Returns the shape of the tensor, from the sizes of a call and the number of heads that it is for."""
+        sizes = {"head": (heads,), "query": (batch, heads, queries), "key": (batch, heads, keys)}[self.per]
+        if self.width is None:
+            return sizes
+        return (*sizes, value_dim if self.width == "value_dim" else self.width)
 
 
 @dataclass(frozen=True)
@@ -328,6 +345,9 @@ class Swap:
                 raise ConfigError(f"{self.name}: {name} must be {wanted}, not {getattr(self, name)!r}")
 
     # --- what it needs ------------------------------------------------------------------------------------------
+
+    already_in: ClassVar[frozenset[str]] = frozenset()
+    """Model types that compute this swap themselves, for which it is refused."""
 
     @property
     def exact_identity(self) -> bool:

@@ -29,14 +29,16 @@ def draw(swap: Swap, keys: int = 64, width: int = 50) -> None:
 
 def _weights(swap: Swap, row: Tensor) -> Tensor:
     """Returns the weights of the last query of a text whose scores are given."""
-    from attnswap.attention.functional import weights_of  # which imports the swaps
+    from attnswap.attention.functional import attention_weights  # which imports the swaps
 
     keys = len(row)
     swap = swap.bind(ModelInfo(1, 1, hidden=1, max_positions=keys, value_dim=1))
-    sizes = {"head": (1,), "query": (1, 1, 1), "key": (1, 1, keys)}
-    features: dict[str, Any] = {
-        name: torch.full(sizes[f.per] + (() if f.width is None else (1,)), f.initial or 0.0, dtype=row.dtype)
-        for name, f in swap.features().items()
-    }
-    key = row.reshape(1, 1, keys, 1)
-    return weights_of(torch.ones_like(key[:, :, :1]), key, key, swap, is_causal=True, scaling=1.0, **features).flatten()
+    features: dict[str, Any] = {}
+    for name, feature in swap.features().items():
+        shape = feature.shape(1, 1, 1, keys, 1)
+        start = feature.start([0]) if feature.per == "head" else torch.zeros(())
+        features[name] = start.to(row.dtype).expand(shape)
+    # Keys of one length, which the scores turn: swaps may read the angle alone.
+    key = torch.stack([row, (8.0**2 - row**2).sqrt()], -1)[None, None]
+    query = torch.tensor([[[[1.0, 0.0]]]], dtype=row.dtype)
+    return attention_weights(query, key, key[..., :1], swap, is_causal=True, scaling=1.0, **features).flatten()

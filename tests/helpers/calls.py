@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import attnswap
 from attnswap.attention import chunked, dense, native, triton
-from attnswap.attention.dispatch import BACKENDS
+from attnswap.attention.dispatch import BACKENDS, with_weights
 from attnswap.attention.problem import Problem, complete_features
 from attnswap.attention.visibility import Visibility
 from attnswap.swaps import ModelInfo, Swap
@@ -69,9 +69,27 @@ def variants() -> list[Swap]:
         attnswap.Entmax(scale="predicted"),
         attnswap.ForgettingGate(),
         attnswap.ForgettingGate(init="paper"),
+        attnswap.OutputGate(),
+        attnswap.OutputGate(per="element", start=0.9),
+        attnswap.OutputGate(start=None, std=0.02),
+        attnswap.LSSA(),
+        attnswap.LSSA(power=3.0, eps=1e-8),
+        attnswap.LSSA(power=15.0),
+        attnswap.ElasticSoftmax(),
+        attnswap.ElasticSoftmax(start=-0.5, distances=4, keep_single=False),
+        attnswap.TopK(k=3),
+        attnswap.ClippedSoftmax(gamma=-0.5),
+        attnswap.ClippedSoftmax(gamma=-0.03, eta=1.05, over_n=False),
+        attnswap.StickBreaking(),
+        attnswap.StickBreaking(own="key"),
+        attnswap.StickBreaking(own="remainder", bias_log_n=-1.0),
+        attnswap.ScaleInvariant(),
+        attnswap.Swat(window=4),
+        attnswap.Swat(window=3, slope=None),
+        attnswap.GumbelSoftmax(),
     ]
     covered = {swap.name for swap in known}
-    return known + [swap for swap in attnswap.list_swaps() if swap.name not in covered | {"softmax"}]
+    return known + [swap for swap in attnswap.list_swaps() if swap.name not in covered]
 
 
 # --- calls ----------------------------------------------------------------------------------------------------------
@@ -145,7 +163,7 @@ class Inputs:
 
 def bound(swap: Swap, case: Case) -> Swap:
     """The swap as it would be in a model of the case's sizes."""
-    return swap.bind(ModelInfo(case.heads, case.kv_heads, hidden=8, max_positions=MAX_POSITIONS))
+    return swap.bind(ModelInfo(case.heads, case.kv_heads, 8, MAX_POSITIONS, case.value_width))
 
 
 def draw_features(swap: Swap, case: Case, generator: torch.Generator) -> dict[str, Tensor]:
@@ -157,13 +175,12 @@ def draw_features(swap: Swap, case: Case, generator: torch.Generator) -> dict[st
     drawn = {}
     for name, feature in swap.features().items():
         count = case.heads if feature.heads == "query" else case.kv_heads
-        tokens = {"head": (), "query": (case.queries,), "key": (case.keys,)}[feature.per]
-        shape = (count,) if feature.per == "head" else (case.batch, count, *tokens)
+        shape = feature.shape(case.batch, count, case.queries, case.keys, case.value_width)
         noise = torch.randn(shape, generator=generator, dtype=torch.float64)
         if feature.per == "head":
-            start = 0.0 if feature.initial is None else feature.initial
+            start = feature.start(range(count)).double()
             if getattr(swap, "position", "") == "released":
-                start = 0.0  # at its own start of 2 the gain of ln n is 6e-4, too little to see
+                start = torch.zeros(())  # at its own start of 2 the gain of ln n is 6e-4, too little to see
             # Never within a tenth of the start, whatever is drawn.
             drawn[name] = start + noise.sign() * (0.1 + 0.4 * noise.abs().clamp(max=2))
         elif name.startswith("log_"):
@@ -411,6 +428,4 @@ def weights(swap: Swap, inputs: Inputs) -> Tensor:
     )
     features = complete_features(swap, inputs.features, query, key, value)
     problem = Problem(swap, query, key, value, visibility, features, query.shape[-1] ** -0.5)
-    found = dense.attend(problem, need_weights=True)[1]
-    assert found is not None
-    return found
+    return with_weights(problem)[1]

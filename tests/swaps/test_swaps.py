@@ -1,5 +1,6 @@
 """The swaps: the shared contract, and the reference against formulas written out row by row."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -41,10 +42,18 @@ def test_every_swap_has_variants():
     assert covered >= {"ssmax", "softpick", "sigmoid", "selective-temperature", "forgetting-gate"}
 
 
+EXEMPT = {("softmax", "ramp")}
+"""A swap and the check that it need not pass: softmax does not differ from itself at the end of the ramp."""
+
+
 @pytest.mark.parametrize("swap", variants(), ids=variant_id)
 @pytest.mark.parametrize("check", CHECKS, ids=check_ids)
 def test_contract(swap: Swap, check: Callable[[Swap], None]):
-    check(swap)
+    if (swap.name, check_ids(check)) in EXEMPT:
+        with pytest.raises(AssertionError):  # an exemption that is not needed is none
+            check(swap)
+    else:
+        check(swap)
 
 
 # --- the formulas, one row at a time, sharing nothing with the package ------------------------------------------------
@@ -438,7 +447,7 @@ def define(title: str, bases: tuple[type, ...], **members: Any) -> type:
     ids=["nothing", "a floor", "a statistic", "features", "a slip of the pen"],
 )
 def test_a_named_swap_that_is_softmax_is_an_error(members: dict[str, Any]):
-    with pytest.raises(ConfigError, match="terms, .*weight, norm, null"):
+    with pytest.raises(ConfigError, match=r"terms, .*weight, norm, null"):
         define("Same", (Swap,), name="same-as-softmax", **members)
     assert "same-as-softmax" not in REGISTRY
     define("Nameless", (Swap,), **members)
@@ -572,7 +581,7 @@ def test_resolve_refuses_or_gives_a_config_that_works(swap: object):
 
 
 # `option_names` per swap: the fuzz above rarely hits a valid combination, this one always names real options.
-@pytest.mark.parametrize("name", sorted(REGISTRY))
+@pytest.mark.parametrize("name", sorted(name for name, cls in REGISTRY.items() if dataclasses.fields(cls)))
 def test_real_options_with_any_value_are_refused_or_work(name: str):
     known = [key for key in resolve(name).to_dict() if key != "name"]
 
