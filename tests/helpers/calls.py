@@ -8,7 +8,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest import mock
 
 import torch
@@ -414,7 +414,7 @@ def head_ramp(swap: Swap, case: Case, values: tuple[float, ...] = (0.25, 1.0, 0.
     return torch.tensor([values[(h // step) % len(values)] for h in range(case.heads)])
 
 
-def weights(swap: Swap, inputs: Inputs) -> Tensor:
+def weights(swap: Swap, inputs: Inputs, seed: int | None = None) -> Tensor:
     """The weights of the dense reference, before any scale of the values."""
     query, key, value = inputs.tensors.values()
     options = inputs.options
@@ -428,4 +428,5 @@ def weights(swap: Swap, inputs: Inputs) -> Tensor:
     )
     features = complete_features(swap, inputs.features, query, key, value)
     problem = Problem(swap, query, key, value, visibility, features, query.shape[-1] ** -0.5)
+    problem = replace(problem, seed=None if seed is None else torch.tensor(seed))
     return with_weights(problem)[1]
