@@ -91,7 +91,7 @@ def _check_free(layer: int, slot: Slot, present: Mapping[str, Slot], info: Model
 
 
 def _slot_name(swap: Swap, present: Mapping[str, Slot]) -> str:
-    base = swap.name.replace("-", "_")
+    base = swap.name.replace("-", "_").replace("+", "_and_")
     names = [base, *(f"{base}_{i}" for i in range(1, len(present) + 1))]
     return next(name for name in names if name not in present)
 

@@ -324,7 +324,7 @@ class Swap:
         )
         for member in RETIRED.keys() & cls.__dict__.keys():
             raise ConfigError(f"{cls.__qualname__} defines {member}, which no swap has any more: {RETIRED[member]}")
-        if "name" in cls.__dict__:
+        if isinstance(cls.__dict__.get("name"), str):
             if cls.name != "softmax" and all(getattr(cls, method) is getattr(Swap, method) for method in MATHS):
                 raise ConfigError(
                     f'the swap "{cls.name}" ({cls.__qualname__}) would compute softmax: override at least one of '
@@ -482,6 +482,11 @@ class Swap:
     def softmax_weighted(self) -> bool:
         """Whether the weights are softmax's of some scores, so that a stock kernel can serve."""
         return not self.stages & {"statistics", "weights"}
+
+    @property
+    def weighing(self) -> tuple["Swap", Mapping[str, str]]:
+        """The swap whose weights are computed, and what its features are called here."""
+        return self, {name: name for name in self.features()}
 
     @property
     def _route(self) -> str:
