@@ -33,16 +33,24 @@ class Backend:
     fast: Callable[[Problem], bool] = lambda problem: False
 
     def attend(self, problem: Problem) -> Tensor:
-        """Computes a call that it does not refuse, with the stages around the scores."""
+        """Computes a call that it does not refuse, with the stages around the scores.
+
+        Raises:
+            ConfigError: The swap has a stage that the kernel does not know.
+        """
+        if self.unknown(problem):
+            raise ConfigError(f"this backend cannot compute the call: {self.unknown(problem)}")
         staged = problem.staged
         return staged.finished(self.kernel(staged))
 
     def refusal(self, problem: Problem) -> str | None:
         """Says why this backend cannot compute a call, or None where it can."""
-        unknown = sorted(problem.swap.stages - self.stages - AROUND)
-        if unknown:
-            return f'it does not compute the stage "{unknown[0]}" of "{problem.swap.name}"'
-        return self.kernel_refusal(problem.staged)
+        return self.unknown(problem) or self.kernel_refusal(problem.staged)
+
+    def unknown(self, problem: Problem) -> str | None:
+        """Names a stage of the swap that the kernel does not know, if there is one."""
+        stages = sorted(problem.swap.stages - self.stages - AROUND)
+        return f'it does not compute the stage "{stages[0]}" of "{problem.swap.name}"' if stages else None
 
 
 SCORES = frozenset({"terms", "weights", "statistics"})

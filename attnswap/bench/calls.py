@@ -59,7 +59,7 @@ def draw_features(swap: Swap, case: Case, setting: Setting, seed: int = 0) -> di
         if name in case.fill:
             value = torch.full(shape, case.fill[name], device=device)
         elif feature.per == "head":
-            value = (feature.start(range(heads)) + 0.25).to(device).expand(shape).clone()
+            value = (feature.start(range(heads)).float() + 0.25).to(device).expand(shape).clone()
         else:
             value = -torch.rand(shape, generator=generator, device=device) / 2
         found[name] = value.requires_grad_(setting.backward)

@@ -105,9 +105,11 @@ class Feature:
         require(not (isinstance(self.initial, tuple) and self.std), "a feature's start per head has no deviation")
 
     def start(self, heads: Sequence[int]) -> Tensor:
-        """Returns the initial values of some heads of the layer, fp32, shape (heads,), or (heads, 1) with a width."""
+        """Returns the initial values of some heads of the layer, fp64, shape (heads,), or (heads, 1) with a width."""
         initial = self.initial or 0.0
-        values = torch.tensor([initial[h] if isinstance(initial, tuple) else initial for h in heads])
+        values = torch.tensor(
+            [initial[h] if isinstance(initial, tuple) else initial for h in heads], dtype=torch.float64
+        )
         return values if self.width is None else values[:, None]
 
     def shape(self, batch: int, heads: int, queries: int, keys: int, value_dim: int) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """Draw a swap's weight curve against softmax's, in the terminal."""
 
+import importlib
 from typing import Any
 
 import torch
@@ -29,8 +30,8 @@ def draw(swap: Swap, keys: int = 64, width: int = 50) -> None:
 
 def _weights(swap: Swap, row: Tensor) -> Tensor:
     """Returns the weights of the last query of a text whose scores are given."""
-    from attnswap.attention.functional import attention_weights  # which imports the swaps
-
+    # Looked up when a curve is drawn: apart from this, swaps know nothing of what computes them.
+    attention_weights = importlib.import_module("attnswap.attention.functional").attention_weights
     keys = len(row)
     swap = swap.bind(ModelInfo(1, 1, hidden=1, max_positions=keys, value_dim=1))
     features: dict[str, Any] = {}

@@ -221,7 +221,17 @@ def test_every_member_of_the_maths_is_in_a_stage():
     known = {member for members in STAGES.values() for member in members}
     around = {
         *("exact_identity", "bind", "features", "gate_parameters", "gates", "fit", "fit_powers", "regression"),
-        *("needs_logsumexp", "stages", "softmax_weighted", "traits", "check_shared", "to_dict", "options", "from_dict"),
+        *(
+            "needs_logsumexp",
+            "stages",
+            "softmax_weighted",
+            "weighing",
+            "traits",
+            "check_shared",
+            "to_dict",
+            "options",
+            "from_dict",
+        ),
     }
     public = {name for name, x in vars(Swap).items() if callable(x) or isinstance(x, property | classmethod)}
     assert {name for name in public if not name.startswith("_")} == known | around
@@ -357,3 +367,26 @@ def test_a_root_meets_its_target():
             low, high = (middle, high) if (1 + (s - middle) / 3).relu().pow(3).sum() > 0.75 else (low, middle)
         row = (1 + (s - low) / 3).relu().pow(3)
         assert (found[i, : i + 1] - row / row.sum()).abs().max() < 1e-9
+
+
+# --- LSSAR at the power of the paper's long contexts ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [5, 400])
+def test_high_powers_neither_overflow_nor_vanish(n: int):
+    """x^15 overflows fp32 from 369 on, which a row of 400 keys reaches; the published eps would take whole rows."""
+    generator = torch.Generator().manual_seed(n)
+    query, key, value = (torch.randn(1, 1, n, 64, generator=generator, dtype=torch.float64) for _ in range(3))
+    key[:, :, 0] = query[:, :, -1]  # one key that fits the last query
+    swap = attnswap.LSSA(power=15.0)
+    found = attnswap.attention_weights(query.float(), key.float(), value.float(), swap, is_causal=True)
+    a = torch.nn.functional.softplus(
+        torch.nn.functional.cosine_similarity(query[0, 0, :, None], key[0, 0, None], dim=-1)
+        * torch.arange(1.0, n + 1, dtype=torch.float64).log()[:, None]
+        * torch.tensor(64.0).log()
+    ).tril()
+    visible = torch.arange(1.0, n + 1, dtype=torch.float64)[:, None]
+    b = (visible * a / a.sum(-1, keepdim=True) - (visible > 3).double()).relu().tril().pow(15)
+    wanted = b / b.sum(-1, keepdim=True)
+    assert (found[0, 0].double() - wanted).abs().max() < 1e-3
+    assert ((found.sum(-1) - 1).abs() < 1e-5).all()
