@@ -401,7 +401,7 @@ def refusal(
     ("reason", "arguments"),
     [
         ("dropout", ({"dropout": 0.1},)),
-        ("depends on the shift", ({}, attnswap.Softpick(eps_after_max_shift=True))),
+        ("the statistics of", ({}, attnswap.Softpick(eps_after_max_shift=True))),
         ("at most 256", ({}, None, 257)),
         ("not torch.float64", ({}, None, 8, torch.float64)),
         ("additive mask", ({"visibility": {"bias": torch.zeros(1, 1, 3, 3, requires_grad=True)}},)),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from attnswap.swaps import Swap
+from attnswap.swaps.composed import Composed
 
 LONGEST = 60
 
@@ -16,6 +17,8 @@ def variant_id(swap: Swap) -> str:
     """A readable test id: the name and the options that differ from the default."""
     if "name" not in type(swap).__dict__:
         return type(swap).__name__
+    if isinstance(swap, Composed):
+        return " + ".join(variant_id(part) for part in swap.parts)
     options = swap.to_dict()
     default = type(swap)().to_dict()
     changed = [f"{k}={v}" for k, v in options.items() if v != default[k]]

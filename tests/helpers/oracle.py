@@ -124,7 +124,7 @@ def predicted(p, head, x, n):
     return p["weight"][head] @ x + p["outer"][head] @ gelu + p["offset"][head] + p["slope"][head] * np.log(n)
 
 
-def row_weights(swap, p, z, n, lam, sink, head, kv_head, hidden, i, keys, real):
+def row_weights(swap, p, z, n, lam, sink, head, kv_head, hidden, i, keys, real, raw):
     """Weights of one row over its visible keys, and the factor on each value."""
     ones = np.ones(len(keys))
     if swap.name == "ssmax":
@@ -178,7 +178,67 @@ def row_weights(swap, p, z, n, lam, sink, head, kv_head, hidden, i, keys, real):
         logs = {j: -g * np.log1p(np.exp(-gate(p, "", hidden[j], head))) for j in range(i + 1) if real[j]}
         decay = [sum(logs[k] for k in range(j + 1, i + 1) if real[k]) for j in keys]
         return softmax_row(z + lam * np.array(decay), sink), ones
+    distance = np.arange(len(keys) - 1.0, -1.0, -1.0)  # in tokens of the row's own document, padding left out
+    ramped = ramped_row(swap, p, z, n, lam, sink, head, distance)
+    if ramped is not None:
+        return ramped, ones
+    content = z
+    if swap.name == "lssa":
+        q, k, softcap = raw
+        content = np.log(len(q)) * (k @ q) / np.linalg.norm(q) / np.linalg.norm(k, axis=1)
+        content = content if softcap is None else np.tanh(content / softcap) * softcap
+    seen = min(n, getattr(swap, "window", None) or n)
+    w = stage_weights(swap, p, content, seen, sink, head, distance)
+    return (1 - lam) * softmax_row(z, sink) + lam * w, ones
+
+
+def ramped_row(swap, p, z, n, lam, sink, head, distance):
+    """Weights of swaps whose ramp is in their formula; None for others."""
+    if swap.name in ("softmax", "output-gate"):
+        return softmax_row(z, sink)
+    if swap.name == "gumbel-softmax":  # without noise, as in evaluation
+        return softmax_row(z * (1 + lam * (1 / swap.temperature - 1)), sink)
+    if swap.name == "scale-invariant":
+        log = np.log1p(lam * distance / swap.tau)
+        return softmax_row(z * np.sqrt(2 * log + 1) - 2 * log, sink)
+    if swap.name == "elastic-softmax":
+        bias = np.array([p["bias"][head][int(d)] if d < swap.distances else 0.0 for d in distance])
+        share = softmax_row(z + lam * bias, sink)
+        return share if swap.keep_single and n == 1 else np.maximum(share + lam * p["tau"][head] / n, 0)
+    if swap.name == "clipped-softmax":
+        low, high = lam * swap.gamma / (n if swap.over_n else 1), 1 + lam * (swap.eta - 1)
+        return np.clip((high - low) * softmax_row(z, sink) + low, 0, 1)
+    return None
+
+
+def stage_weights(swap, p, z, n, sink, head, distance):
+    """Weights at lambda 1 of swaps that are blended with softmax; LSSA's z is the cosine times ln d."""
+    if swap.name == "top-k":
+        return softmax_row(np.where(z >= np.sort(z)[-min(swap.k, len(z))], z, -np.inf), sink)
+    if swap.name == "swat":
+        slope = p["slope"][head] if swap.slope else 0.0
+        return np.where(distance < swap.window, sigmoid(z - slope * distance), 0.0)
+    if swap.name == "lssa":
+        a = np.log1p(np.exp(np.log(n) * z))
+        if swap.power is None:
+            return a / a.sum()
+        b = np.maximum(n * a / a.sum() - (n > 3), 0) ** swap.power
+        return b / b.sum()
+    if swap.name == "stick-breaking":
+        z = z + swap.bias + swap.bias_log_n * np.log(n)
+        share = sigmoid(z) if swap.own == "key" else np.where(distance > 0, sigmoid(z), 0.0)
+        w = np.array([share[j] * np.prod(1 - share[j + 1 :]) for j in range(len(z))])
+        return w + np.where(distance == 0, 1 - w.sum(), 0.0) if swap.own == "remainder" else w
     raise AssertionError(swap.name)
+
+
+def gate_factor(swap, p, lam, head, hidden):
+    """What an output gate multiplies a head's output by."""
+    g = p["weight"][head] @ hidden
+    if swap.start is None:
+        return 1 + lam * (sigmoid(g) - 1)
+    c = np.log(swap.start / (1 - swap.start))
+    return 1 + lam * (sigmoid(g + c) - sigmoid(c)) / swap.start
 
 
 def expected(call, slots, mask, documents, window):
@@ -212,9 +272,13 @@ def expected(call, slots, mask, documents, window):
                 if h in owner:
                     swap, place, lam, p, first_group = owner[h]
                     kv = h // groups - first_group
-                    w, u = row_weights(swap, p, z, len(keys), lam, sink, place, kv, call.hidden[b], i, keys, mask[b])
+                    raw = call.query[b, h, i], call.key[b, h // groups, keys], call.softcap
+                    hidden = call.hidden[b]
+                    w, u = row_weights(swap, p, z, len(keys), lam, sink, place, kv, hidden, i, keys, mask[b], raw)
                 else:
                     w, u = softmax_row(z, sink), np.ones(len(keys))
                 weights[b, h, i, keys] = w
                 out[b, i, h] = (w * u) @ call.value[b, h // groups, keys]
+                if h in owner and owner[h][0].name == "output-gate":
+                    out[b, i, h] *= gate_factor(swap, p, lam, place, call.hidden[b, i])
     return out, weights

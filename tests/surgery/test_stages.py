@@ -1,0 +1,171 @@
+"""Patched models with the swaps of each stage, against the independent oracle: layouts, ramps, caches, files."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+
+import attnswap
+from attnswap.errors import UnsupportedModelError
+from attnswap.swaps import Swap, names, resolve
+from tests.helpers.ids import variant_id
+from tests.helpers.patched_models import LENGTH, check_layers, layout, move_away
+from tests.helpers.tiny_models import SWAPS, VOCABULARY, tiny
+
+FORMS = [
+    attnswap.Softmax(),
+    attnswap.OutputGate(),
+    attnswap.OutputGate(per="element", start=0.9),
+    attnswap.OutputGate(start=None, std=0.02),
+    attnswap.LSSA(),
+    attnswap.LSSA(power=3.0),
+    attnswap.ElasticSoftmax(),
+    attnswap.ElasticSoftmax(start=-0.5, distances=4, keep_single=False),
+    attnswap.TopK(k=3),
+    attnswap.ClippedSoftmax(gamma=-0.5),
+    attnswap.StickBreaking(),
+    attnswap.StickBreaking(own="remainder", bias_log_n=-1.0),
+    attnswap.ScaleInvariant(tau=2.0),
+    attnswap.Swat(window=4),
+    attnswap.GumbelSoftmax(),
+]
+LISTS = [resolve("softpick+output-gate"), resolve("entmax+forgetting-gate")]
+KEYS_ALONE = ("top-k", "stick-breaking")
+"""Have a statistic in which a model's sinks have no place."""
+LSSA_SINKS = "lssa"
+"""Adds the softplus of a sink's logit to its sum, which the oracle leaves out."""
+
+
+def test_every_swap_is_patched_somewhere():
+    assert {swap.name for swap in FORMS} | set(SWAPS) == set(names())
+
+
+@pytest.mark.thinned(3)
+@pytest.mark.parametrize("ramp", [0.5, 1.0])
+@pytest.mark.parametrize("name", ["plain", "left", "interior", "packed"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("swap", FORMS, ids=variant_id)
+def test_layers_equal_the_oracle(swap: Swap, kind: str, name: str, ramp: float):
+    model = tiny(kind)
+    attnswap.patch(model, swap, ramp=ramp)
+    move_away(model, LENGTH)
+    check_layers(model, name)
+
+
+@pytest.mark.parametrize("swap", [s for s in FORMS if s.name != LSSA_SINKS], ids=variant_id)
+def test_models_with_sinks(swap: Swap):
+    model = tiny("gpt_oss")
+    if swap.name in KEYS_ALONE:
+        before = list(model.state_dict())
+        with pytest.raises(UnsupportedModelError, match="sinks"):
+            attnswap.patch(model, swap)
+        assert list(model.state_dict()) == before and model.config._attn_implementation != "attnswap"
+        return
+    attnswap.patch(model, swap)
+    move_away(model, LENGTH)
+    check_layers(model, "left")
+
+
+@pytest.mark.thinned(2)
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+@pytest.mark.parametrize(
+    "swap", [*FORMS, resolve("softpick+output-gate"), resolve("entmax+forgetting-gate")], ids=variant_id
+)
+def test_decoding_equals_prefill(swap: Swap, kind: str, static: bool):
+    """Token by token with a cache, windows of the model and of the swap included."""
+    model = tiny(kind)
+    attnswap.patch(model, swap)
+    move_away(model, LENGTH)
+    tokens = torch.randint(3, VOCABULARY, (2, 14), generator=torch.Generator().manual_seed(5))
+    cache = StaticCache(config=model.config, max_cache_len=20) if static else DynamicCache(config=model.config)
+    with torch.no_grad():
+        whole = model(tokens).logits
+        parts = [model(tokens[:, :9], past_key_values=cache).logits]
+        parts += [model(tokens[:, i : i + 1], past_key_values=cache).logits for i in range(9, 14)]
+    assert (torch.cat(parts, 1) - whole).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("swap", [*FORMS[1:], *LISTS], ids=variant_id)
+def test_saved_reloaded_and_taken_out_again(swap: Swap, tmp_path):
+    model = tiny("llama")
+    given, _, _ = layout("left")
+    with torch.no_grad():
+        before = model(**given).logits
+        attnswap.patch(model, swap)
+        move_away(model, LENGTH)
+        patched = model(**given).logits
+        model.save_pretrained(tmp_path)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(again(**given).logits, patched)
+        assert (patched - before)[given["attention_mask"] > 0].abs().max() > 1e-3
+        attnswap.unpatch(model)
+        assert torch.equal(model(**given).logits, before)
+
+
+@pytest.mark.parametrize("swap", FORMS[1:], ids=variant_id)
+def test_part_of_the_heads(swap: Swap):
+    """Heads share their layer with another swap and with softmax."""
+    model = tiny("llama")
+    attnswap.patch(model, swap, heads=[1, 2])
+    attnswap.patch(model, "softpick", heads=[3])
+    move_away(model, LENGTH)
+    check_layers(model, "interior")
+
+
+def test_noise_in_training_alone():
+    """Each step has other noise and evaluation has none; activation checkpointing repeats what it computes again."""
+    model = tiny("llama")
+    attnswap.patch(model, "gumbel-softmax")
+    tokens = torch.randint(3, VOCABULARY, (1, 12))
+    model.train()
+    assert not torch.equal(model(tokens).logits, model(tokens).logits)
+
+    def gradients(checkpointing: bool) -> list[torch.Tensor]:
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        torch.manual_seed(3)
+        model.zero_grad()
+        model(tokens, labels=tokens, use_cache=False).loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    for ours, theirs in zip(gradients(True), gradients(False), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("swap", ["output-gate", "lssa", "softpick+output-gate"])
+def test_models_that_multiply_weights_themselves_refuse_what_they_would_drop(swap: str):
+    from transformers import BloomConfig, BloomForCausalLM
+
+    model = BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)).eval()
+    before = list(model.state_dict())
+    with pytest.raises(UnsupportedModelError, match="multiplies weights and values itself"):
+        attnswap.patch(model, swap)
+    assert list(model.state_dict()) == before
+    attnswap.patch(model, "elastic-softmax")
+
+
+def test_a_model_that_has_the_gate_refuses_another():
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    config = Qwen3NextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+    )
+    with pytest.raises(UnsupportedModelError, match='computes "output-gate" itself'):
+        attnswap.patch(Qwen3NextForCausalLM(config).eval(), "output-gate")
