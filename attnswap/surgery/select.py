@@ -1,11 +1,12 @@
 """Read which layers and heads a user means, and whether a swap fits them."""
 
 import operator
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from attnswap.errors import ConfigError, UnsupportedModelError
-from attnswap.surgery.stacks import AttentionStack
+from attnswap.surgery.stacks import AttentionStack, code_of
 from attnswap.swaps.base import ModelInfo, Swap
 
 LayersLike = int | str | Iterable[int] | Callable[[int], bool] | None
@@ -131,9 +132,10 @@ def check_stages(stack: AttentionStack, swap: Swap, info: ModelInfo) -> None:
         UnsupportedModelError: The model computes this swap itself, gives attnswap its scores alone, or does not say how
             wide its values are.
     """
-    kind = getattr(stack.config, "model_type", "")
-    if kind in swap.already_in:
-        raise UnsupportedModelError(f'a model of type "{kind}" computes "{swap.name}" itself; it is not added twice')
+    kinds = {type(module) for _, module in stack.modules.values()} if swap.built_in else set()
+    for kind in kinds:
+        if re.search(swap.built_in, code_of(kind)):
+            raise UnsupportedModelError(f'{kind.__name__} computes "{swap.name}" itself; it is not added twice')
     around = sorted(swap.stages & {"prepare", "finish"})
     if stack.seam == "scores" and around:
         raise UnsupportedModelError(

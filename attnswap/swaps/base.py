@@ -348,8 +348,8 @@ class Swap:
 
     # --- what it needs ------------------------------------------------------------------------------------------
 
-    already_in: ClassVar[frozenset[str]] = frozenset()
-    """Model types that compute this swap themselves, for which it is refused."""
+    built_in: ClassVar[str] = ""
+    """A regular expression: attention modules whose code matches compute this swap themselves, and refuse it."""
 
     @property
     def exact_identity(self) -> bool:

@@ -84,8 +84,8 @@ class Composed(Swap):
         return tuple(_long(part, name) for part in self.parts for name in part.fixed_in_ramp)
 
     @property
-    def already_in(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset().union(*(part.already_in for part in self.parts))
+    def built_in(self) -> str:  # type: ignore[override]
+        return "|".join(part.built_in for part in self.parts if part.built_in)
 
     @property
     def exact_identity(self) -> bool:

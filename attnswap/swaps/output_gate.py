@@ -41,10 +41,7 @@ class OutputGate(Swap):
     paper: ClassVar[str] = "Gated Attention for Large Language Models (arXiv 2505.06708)"
     summary: ClassVar[str] = "the head's output times a sigmoid of the query's hidden state"
     native_ramp: ClassVar[bool] = True
-    already_in: ClassVar[frozenset[str]] = frozenset(
-        {"afmoe", "hrm_text", "hy_v4", "inkling2", "qwen3_5", "qwen3_5_moe", "qwen3_next", "qwen4_exp"}
-        | {"qwen3_5_text", "qwen3_5_moe_text"}
-    )
+    built_in: ClassVar[str] = r"output\b.*\*.*(gate|g_proj)|(gate|g_proj).*\* *(attn_)?output\b"
 
     def __post_init__(self) -> None:
         super().__post_init__()

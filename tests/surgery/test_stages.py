@@ -1,11 +1,15 @@
 """Patched models with the swaps of each stage, against the independent oracle: layouts, ramps, caches, files."""
 
+import importlib
+import re
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import attnswap
 from attnswap.errors import UnsupportedModelError
+from attnswap.surgery.stacks import code_of
 from attnswap.swaps import Swap, names, resolve
 from tests.helpers.ids import variant_id
 from tests.helpers.patched_models import LENGTH, check_layers, layout, move_away
@@ -145,6 +149,31 @@ def test_models_that_multiply_weights_themselves_refuse_what_they_would_drop(swa
         attnswap.patch(model, swap)
     assert list(model.state_dict()) == before
     attnswap.patch(model, "elastic-softmax")
+
+
+GATED = ("afmoe", "hrm_text", "laguna", "qwen3_5", "qwen3_next", "step3p7", "inkling2", "muse_spark", "lfm3")
+PLAIN = (
+    "llama",
+    "mistral",
+    "gemma2",
+    "gemma3",
+    "qwen3",
+    "gpt_oss",
+    "gpt2",
+    "gpt_neox",
+    "olmo2",
+    "granite_swa",
+    "cohere",
+)
+
+
+@pytest.mark.parametrize("kind", [*GATED, *PLAIN])
+def test_gates_are_found_in_the_code_of_attention(kind: str):
+    module = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+    classes = [
+        x for name, x in vars(module).items() if name.endswith("Attention") and "ALL_ATTENTION_FUNCTIONS" in code_of(x)
+    ]
+    assert any(re.search(attnswap.OutputGate.built_in, code_of(x)) for x in classes) == (kind in GATED)
 
 
 def test_a_model_that_has_the_gate_refuses_another():

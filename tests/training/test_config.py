@@ -61,7 +61,7 @@ def test_shipped_recipes_are_valid_and_name_their_command(path: Path) -> None:
 
 def test_every_shipped_recipe_trains_on_the_same_data_as_the_control() -> None:
     assert len({repr(load_config(path).data) for path in RECIPES}) == 1
-    assert {path.stem for path in RECIPES} == {"control", *attnswap.swaps.names()}
+    assert {path.stem for path in RECIPES} <= {"control", *attnswap.swaps.names()}
 
 
 HEALING = sorted((ROOT / "recipes" / "heal").glob("*.yaml"))
@@ -83,8 +83,8 @@ def test_healing_recipes_are_valid_and_name_a_control_where_they_share_one(path:
     assert set(named) <= sharing | {path.stem}
 
 
-def test_there_is_a_healing_recipe_for_every_swap() -> None:
-    assert {path.stem for path in HEALING} == set(attnswap.swaps.names())
+def test_healing_recipes_are_named_after_their_swaps() -> None:
+    assert {path.stem for path in HEALING} <= set(attnswap.swaps.names())
 
 
 def test_ssmax_and_control_differ_in_nothing_but_the_swap() -> None:

@@ -49,6 +49,12 @@ def test_a_fitted_sigmoid_is_nearer_to_what_the_model_was() -> None:
         fit(model, [])
 
 
+def call_of(n: torch.Tensor, features: dict[str, torch.Tensor]) -> Call:
+    """A call of which n and the features alone are read."""
+    unread = torch.empty(0)
+    return Call(n, features, 1.0, torch.arange(n.shape[-1]), unread, unread, unread, 1.0)
+
+
 def test_a_network_finds_what_a_linear_map_of_the_hidden_state_cannot() -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = 3 * torch.randn(6000, 8, generator=generator)
@@ -61,7 +67,7 @@ def test_a_network_finds_what_a_linear_map_of_the_hidden_state_cannot() -> None:
             found, missed = predicted.fit(Observed(hidden[:5000], {}, n[:5000]), logsumexp[:, :5000], units)
             assert set(found) == {*predicted.gate_parameters(units), "offset", "slope"}
             features = predicted.gates(hidden[None, 5000:], found) | {k: found[k][:, None] for k in ("offset", "slope")}
-        told = predicted.predicted(Call(n[None, None, 5000:], features, 1.0, torch.arange(1000)))
+        told = predicted.predicted(call_of(n[None, None, 5000:], features))
         left[units] = float((told[0] - logsumexp[:, 5000:]).square().mean())
         assert missed == pytest.approx(left[units] ** 0.5, rel=0.2)
     assert left[32] < 0.1 * left[0]
@@ -79,7 +85,7 @@ def test_a_fitted_sigmoid_gives_rows_the_sum_they_had(units: int, bound: float, 
     with torch.no_grad():
         found, missed = swap.fit(Observed(hidden, {1.0: logsumexp, 2.0: squares}, n))
         features = swap.gates(torch.eye(2)[None], found) | {k: found[k][:, None] for k in ("offset", "slope")}
-    level = predicted.predicted(Call(torch.full((1, 1, 2), 9.0), features, 1.0, torch.arange(2)))[0, 0]
+    level = predicted.predicted(call_of(torch.full((1, 1, 2), 9.0), features))[0, 0]
     sums = torch.stack([torch.sigmoid(3.0 - level[0]), 4 * torch.sigmoid(5 - math.log(4) - level[1])])
     if limit is not None:
         sums = sums / (1 + (sums - 1) / limit)
