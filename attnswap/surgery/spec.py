@@ -78,6 +78,7 @@ class PatchSpec:
             {
                 "slot": name,
                 "swap": slot.swap.to_dict(),
+                **_later_versions(slot.swap),
                 "layers": layers,
                 "heads": None if slot.heads is None else list(slot.heads),
                 "ramp": list(slot.ramp) if isinstance(slot.ramp, tuple) else slot.ramp,
@@ -184,14 +185,35 @@ def _taken() -> frozenset[str]:
     return frozenset({*dir(nn.Module()), *_OWN, "original_module", "modules_to_save"})
 
 
+def _later_versions(swap: Swap) -> dict[str, dict[str, int]]:
+    """Returns the entry's key for versions of the maths, which is left out where all are 1."""
+    later = {name: version for name, version in swap.versions().items() if version > 1}
+    return {"versions": later} if later else {}
+
+
+def _check_versions(swap: Swap, saved: Mapping[str, Any]) -> None:
+    """Refuses a swap that was saved with other maths than is computed here.
+
+    Raises:
+        CheckpointError: The versions differ.
+    """
+    for name, ours in swap.versions().items():
+        theirs = saved.get(name, 1)
+        if theirs != ours:
+            way = "upgrade attnswap" if theirs > ours else "load it with the attnswap that saved it, or train it again"
+            raise CheckpointError(f'it was saved with version {theirs} of "{name}"; this attnswap has {ours}: {way}')
+
+
 def _read_slot(entry: Any) -> Slot:
     """Reads one swap of a spec; raises ValueError, TypeError or KeyError where it is damaged."""
+    swap = resolve(entry["swap"])
+    _check_versions(swap, entry.get("versions", {}))
     ramp, heads = entry["ramp"], entry["heads"]
     several = isinstance(ramp, list)
     for value in ramp if several else [ramp]:
         _require(type(value) in (int, float) and 0 <= value <= 1, f"lambda is {value!r}")
     return Slot(
-        resolve(entry["swap"]),
+        swap,
         None if heads is None else _indices(heads, "heads"),
         tuple(float(value) for value in ramp) if several else float(ramp),
     )

@@ -348,6 +348,8 @@ class Swap:
 
     # --- what it needs ------------------------------------------------------------------------------------------
 
+    version: ClassVar[int] = 1
+    """Of the maths: raised where the same options and tensors would give other outputs than before."""
     built_in: ClassVar[str] = ""
     """A regular expression: attention modules whose code matches compute this swap themselves, and refuse it."""
 
@@ -484,6 +486,10 @@ class Swap:
     def softmax_weighted(self) -> bool:
         """Whether the weights are softmax's of some scores, so that a stock kernel can serve."""
         return not self.stages & {"statistics", "weights"}
+
+    def versions(self) -> dict[str, int]:
+        """Returns the version of the maths of each swap in this config, by name."""
+        return {self.name: self.version}
 
     @property
     def weighing(self) -> tuple["Swap", Mapping[str, str]]:

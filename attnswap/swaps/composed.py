@@ -200,6 +200,10 @@ class Composed(Swap):
             out = part.finish(out, _of(part, call))
         return out
 
+    def versions(self) -> dict[str, int]:
+        """Returns the version of the maths of each part."""
+        return {part.name: part.version for part in self.parts}
+
     # --- plain values -------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:

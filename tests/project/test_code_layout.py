@@ -160,6 +160,7 @@ def test_functions_have_at_most_80_lines() -> None:
 
 
 def test_no_slot_can_have_the_name_of_what_its_module_has() -> None:
+    _taken.cache_clear()  # transformers adds a method to every module when it first initialises a model
     own = {name for name in dir(LayerSwap(ModelInfo(1, 1, 1, None))) if not name.startswith("___")}  # torch.compile's
     assert _taken() >= own
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GPTJConfig, PreTrainedModel
 
 import attnswap
 from attnswap.errors import AttnSwapError, CheckpointError, ConfigError
-from attnswap.surgery.spec import PatchSpec
+from attnswap.surgery.spec import PatchSpec, Slot, read_entry
 from tests.helpers.tiny_models import tiny
 
 ENTRY: dict[str, Any] = {
@@ -254,3 +254,21 @@ def test_a_damaged_adapter_is_refused(tmp_path: Path, edit: str, loader: str):
         with pytest.raises(CheckpointError):
             PeftModel.from_pretrained(base, tmp_path) if loader == "PeftModel" else base.load_adapter(str(tmp_path))
         assert torch.equal(base(ids).logits, before)
+
+
+@pytest.mark.parametrize(("saved", "ours", "way"), [(3, 2, "upgrade attnswap"), (1, 2, "train it again")])
+def test_swaps_of_another_version_of_their_maths_are_refused(monkeypatch, saved: int, ours: int, way: str):
+    """Versions are written from the second on; a file without one is of the first."""
+    both = attnswap.swaps.resolve("softpick+output-gate")
+    assert "versions" not in spec_with(both)["swaps"][0]
+    monkeypatch.setattr(attnswap.OutputGate, "version", saved)
+    entry = spec_with(both)
+    assert entry["swaps"][0].get("versions", {}) == ({"output-gate": saved} if saved > 1 else {})
+    assert read_entry(json.loads(json.dumps(entry)))[0].layers[0]["slot"].swap == both
+    monkeypatch.setattr(attnswap.OutputGate, "version", ours)
+    with pytest.raises(CheckpointError, match=rf'version {saved} of "output-gate"; this attnswap has {ours}: .*{way}'):
+        read_entry(entry)
+
+
+def spec_with(swap):
+    return PatchSpec("sdpa", {0: {"slot": Slot(swap)}}).to_dict()
