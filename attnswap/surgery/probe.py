@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -12,8 +12,12 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from attnswap.attention.dispatch import choose, with_weights
+from attnswap.attention.functional import attention_weights
+from attnswap.attention.problem import Problem
 from attnswap.errors import AttnSwapError, UnsupportedModelError
 from attnswap.modes import evaluating
+from attnswap.surgery.call import LayerCall
 from attnswap.surgery.inputs import prefix_gap, real_output, run_tiny
 from attnswap.surgery.module import child_of
 from attnswap.surgery.scores import InterceptedForward
@@ -48,7 +52,8 @@ def verify(stack: AttentionStack, before: str) -> None:
 
     Two forwards over a few tokens: the model as it was; and with our own softmax in every selected head, which must
     give the same, and which must reach the output of its attention module from every selected head, as shown by the
-    gradient of a gain on each. The swaps themselves run beside it, since they may refuse what enters their layer.
+    gradient of a gain on each. The swaps themselves run beside it, since they may refuse what enters their layer; what
+    they compute must equal their dense reference in fp64.
 
     Both run first without the linear layers outside of attention, which take most of the time. If that is no proof,
     the whole model runs.
@@ -71,6 +76,7 @@ def verify(stack: AttentionStack, before: str) -> None:
         torch.no_grad(),
         evaluating(model),
         _hooked(every, "unchecked", False),
+        _problems(swapped) as problems,
     ):
         try:
             if not _shown_hollow(model, every, swapped, both):
@@ -78,6 +84,8 @@ def verify(stack: AttentionStack, before: str) -> None:
                     reference, same = both()
                 _check(model, swapped, [reference.output], [same.output], same.slopes)
                 run_tiny(model)
+            for problem in problems.values():
+                _check_maths(model, problem)
             if stack.seam == "scores":
                 _check_rows(model, every, swapped)
         except AttnSwapError:
@@ -148,10 +156,39 @@ def _check(
         _check_heads(model, module, slope)
 
 
+@contextlib.contextmanager
+def _problems(swapped: list[nn.Module]) -> Iterator[dict[tuple[int, str], Problem]]:
+    """Collects the last problem of each slot, by layer and name."""
+    found: dict[tuple[int, str], Problem] = {}
+
+    def observe(call: LayerCall, name: str, problem: Problem) -> None:
+        found[call.layer, name] = problem
+
+    with _hooked(swapped, "observe", observe):
+        yield found
+
+
+def _check_maths(model: PreTrainedModel, problem: Problem) -> None:
+    """Refuses a swap that is computed as something else than its reference here, such as by a broken compiler."""
+    if problem.content is not None:  # a model that takes weights gets those of the reference
+        return
+    full = replace(problem, ramp=1.0)
+    given: dict[str, Any] = vars(full)
+    wide: dict[str, Any] = {k: x.double() for k, x in given.items() if isinstance(x, Tensor) and x.is_floating_point()}
+    exact = replace(full, **wide, features={name: x.double() for name, x in full.features.items()}, stock=None)
+    wanted, found = with_weights(exact)[0], choose(full).attend(full).double()
+    off, spread = float((found - wanted).abs().max()), float(wanted.std()) or 1.0
+    if not off <= TOLERANCE.get(problem.value.dtype, 0.2) * spread:
+        raise UnsupportedModelError(
+            f'in {type(model).__name__} "{problem.swap.name}" comes out {off:.2g} from its reference (spread '
+            f"{spread:.2g}); this is a fault of attnswap or of the compiler that it uses: please report it"
+        )
+
+
 def _check_rows(model: PreTrainedModel, every: list[nn.Module], swapped: list[nn.Module]) -> None:
     """Refuses swaps that see what a model adds to a whole row of scores, where that depends on the keys after it."""
     slots = [slot for module in swapped if (child := child_of(module)) for slot in child.slots.values()]
-    sees = next((s.swap for s in slots if s.swap.traits.route == "elementwise"), None)
+    sees = next((s.swap for s in slots if _sees_offsets(s.swap)), None)
     if sees is None or model.main_input_name != "input_ids":
         return
     with _disabled(every):
@@ -163,6 +200,23 @@ def _check_rows(model: PreTrainedModel, every: list[nn.Module], swapped: list[nn
             f"{type(model).__name__} adds to each row of its scores a number that depends on the length of the input; "
             f'softmax does not see it, but "{sees.name}" does. Choose a swap whose rows sum to one'
         )
+
+
+def _sees_offsets(swap: Swap) -> bool:
+    """Whether a number that is added to all scores of a row changes the weights of a swap."""
+    score = torch.linspace(-1, 1, 4, dtype=torch.float64)
+    key = torch.stack([score, torch.ones_like(score)], -1)[None, None]
+    features = {}
+    for name, feature in swap.features().items():
+        start = feature.start([0]) if feature.per == "head" else score.new_zeros(())
+        features[name] = start.expand(feature.shape(1, 1, 1, 4, 1))
+
+    def weights(offset: float) -> Tensor:
+        query = score.new_tensor([[[[1.0, offset]]]])
+        given: dict[str, Any] = {"is_causal": True, "scaling": 1.0, **features}
+        return attention_weights(query, key, key[..., :1], swap, **given)
+
+    return bool((weights(0.0) - weights(2.0)).abs().max() > 1e-9)
 
 
 def _check_heads(model: PreTrainedModel, module: nn.Module, slope: Tensor | None) -> None:

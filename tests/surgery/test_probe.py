@@ -1,10 +1,16 @@
 """The proof of a patch: cheap where that shows enough, and the whole model's otherwise."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import attnswap
+from attnswap.attention.dispatch import BACKENDS, Backend
+from attnswap.attention.problem import Problem
+from attnswap.errors import UnsupportedModelError
+from attnswap.surgery.probe import _sees_offsets
 from tests.helpers.tiny_models import tiny
 
 
@@ -78,3 +84,47 @@ def test_tokens_that_are_all_alike_prove_nothing(biased: bool, ran: list[nn.Line
 class Flat(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.zeros_like(x)
+
+
+@pytest.mark.parametrize("swap", ["softpick", "output-gate", "stick-breaking", "ssmax"])
+@pytest.mark.parametrize("broken", [True, False], ids=["broken", "sound"])
+def test_a_swap_that_is_computed_as_something_else_is_refused(swap: str, broken: bool, monkeypatch: pytest.MonkeyPatch):
+    """The seam alone would be proven by softmax: here each backend drops what makes the swap another one."""
+    model = tiny("llama")
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    if not broken:
+        attnswap.patch(model, swap)
+        return
+
+    def plain(self: Backend, problem: Problem) -> Tensor:
+        if problem.swap.name == "softmax" or problem.dtype == torch.float64:
+            return real(self, problem)
+        softmax = replace(problem, swap=attnswap.Softmax(), features={}, ramp=1.0)
+        return real(BACKENDS["chunked"], softmax) * 1.01  # also for swaps that start as softmax
+
+    real = Backend.attend
+    monkeypatch.setattr(Backend, "attend", plain)
+    with pytest.raises(UnsupportedModelError, match=f'"{swap}" comes out'):
+        attnswap.patch(model, swap)
+    assert model.state_dict().keys() == before.keys()
+
+
+@pytest.mark.parametrize(
+    ("swap", "sees"),
+    [
+        ("softmax", False),
+        ("entmax", False),
+        ("elastic-softmax", False),
+        ("top-k", False),
+        ("gumbel-softmax", False),
+        ("softpick", True),
+        ("sigmoid", True),
+        ("stick-breaking", True),
+        ("scale-invariant", True),
+        ("lssa", True),
+        ("swat", True),
+    ],
+)
+def test_what_a_constant_in_a_row_of_scores_changes(swap: str, sees: bool):
+    ready = attnswap.swaps.resolve(swap).bind(attnswap.swaps.ModelInfo(1, 1, 8, 16, 4))
+    assert _sees_offsets(ready) == sees
