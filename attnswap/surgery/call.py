@@ -95,19 +95,19 @@ class LayerCall:
             return {name: dict(values) for name, values in self.full.items()}
         features = {name: dict(values) for name, values in self.features.items()}
         places = [
-            (slot, name, feature.padding)
+            (slot, name, feature)
             for slot, static in self.slots.items()
             for name, feature in static.swap.features().items()
             if feature.per == "key"
         ]
         if not places or self.cache is None:
             return features
-        new = {f"{slot}.{name}": features[slot][name] for slot, name, _ in places}
+        new = {f"{slot}.{name}": _flat(features[slot][name]) for slot, name, _ in places}
         first = next(iter(new.values()))
         blank = torch.zeros_like(first[:, :1], dtype=torch.bool)
         if visibility.token_valid is not None:
             blank = ~visibility.token_valid[:, None, visibility.key_index()].expand_as(blank)
-            new = {key: new[key].masked_fill(blank, padding) for key, (_, _, padding) in zip(new, places, strict=True)}
+            new = {key: x.masked_fill(blank, places[i][2].padding) for i, (key, x) in enumerate(new.items())}
         new["padding"] = blank.to(first.dtype)
         *full, was_blank = append(self.cache, self.layer, new, visibility.k_length)
         shown = visibility.dense is not None and visibility.shows(was_blank[:, 0] > 0)
@@ -118,6 +118,16 @@ class LayerCall:
             error=UnsupportedModelError,
         )
         for (slot, name, _), part in zip(places, full, strict=True):
-            features[slot][name] = part
+            features[slot][name] = _unflat(part, features[slot][name])
         self.full = features
         return {name: dict(values) for name, values in features.items()}
+
+
+def _flat(x: Tensor) -> Tensor:
+    """Returns a feature per key as (batch, numbers of a token, tokens), from (batch, heads, tokens) or wider."""
+    return x if x.ndim == 3 else x.movedim(3, 2).flatten(1, 2)
+
+
+def _unflat(x: Tensor, like: Tensor) -> Tensor:
+    """Undoes :func:`_flat` for more tokens than ``like`` has."""
+    return x if like.ndim == 3 else x.unflatten(1, (like.shape[1], like.shape[3])).movedim(2, 3)

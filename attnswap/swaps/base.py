@@ -89,7 +89,7 @@ class Feature:
         padding: What a padded key holds (per-key features).
         what: One line for the tables.
         width: The size of one more dimension at the end, ``"value_dim"`` for the width of the values; None: there is
-            none. Features with a width are for the stages around the scores, which see whole tensors.
+            none. Features with a width are read by prepare, terms, distance_bias and finish, which see whole tensors.
     """
 
     per: Literal["head", "query", "key"]

@@ -2,15 +2,19 @@
 
 import importlib
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
 import attnswap
 from attnswap.errors import UnsupportedModelError
 from attnswap.surgery.stacks import code_of
-from attnswap.swaps import Swap, names, resolve
+from attnswap.swaps import REGISTRY, Swap, names, resolve
+from attnswap.swaps.base import Call, Feature, Parameter, Prepared
 from tests.helpers.ids import variant_id
 from tests.helpers.patched_models import LENGTH, check_layers, layout, move_away
 from tests.helpers.tiny_models import SWAPS, VOCABULARY, tiny
@@ -87,6 +91,55 @@ def test_decoding_equals_prefill(swap: Swap, kind: str, static: bool):
         parts = [model(tokens[:, :9], past_key_values=cache).logits]
         parts += [model(tokens[:, i : i + 1], past_key_values=cache).logits for i in range(9, 14)]
     assert (torch.cat(parts, 1) - whole).abs().max() < 1e-4
+
+
+@dataclass(frozen=True)
+class ValueShift(Swap):
+    """Adds a learned vector of each key's token to its value: two numbers of each head, which the cache must keep."""
+
+    def features(self) -> dict[str, Feature]:
+        return {"moved": Feature("key", "kv", what="what is added", width=2)}
+
+    def gate_parameters(self) -> dict[str, Parameter]:
+        return {"weight": Parameter(("kv_heads", 2, "hidden"), std=0.5)}
+
+    def gates(self, hidden: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"moved": torch.einsum("bth,nwh->bntw", hidden, parameters["weight"])}
+
+    def prepare(self, call: Call) -> Prepared:
+        added = torch.nn.functional.pad(call.features["moved"], (0, call.value.shape[-1] - 2))
+        return Prepared(call.query, call.key, call.value + added.to(call.value.dtype), call.scaling)
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_several_numbers_of_each_key_are_kept_beside_the_cache(
+    static: bool, padded: bool, monkeypatch: pytest.MonkeyPatch
+):
+    model = tiny("llama")
+    ValueShift.name = "value-shift"  # after its definition, so that it is registered for this test alone
+    monkeypatch.setitem(REGISTRY, "value-shift", ValueShift)
+    attnswap.patch(model, ValueShift())
+    move_away(model, LENGTH)
+    tokens = torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones_like(tokens)
+    if padded:
+        mask[1, :4] = 0
+    cache = StaticCache(config=model.config, max_cache_len=20) if static else DynamicCache(config=model.config)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        whole = model(tokens, attention_mask=mask, position_ids=positions).logits
+        parts = []
+        for start, stop in ((0, 8), *((i, i + 1) for i in range(8, 12))):
+            given = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
+            parts.append(model(tokens[:, start:stop], past_key_values=cache, **given).logits)
+        assert (model(tokens[:1]).logits - bypass_of(model, tokens[:1])).abs().max() > 1e-2
+    assert (torch.cat(parts, 1) - whole)[mask > 0].abs().max() < 1e-4
+
+
+def bypass_of(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    with attnswap.bypassed(model):
+        return model(tokens).logits
 
 
 @pytest.mark.parametrize("swap", [*FORMS[1:], *LISTS], ids=variant_id)
