@@ -146,7 +146,8 @@ class Composed(Swap):
 
     @property
     def window(self) -> int | None:
-        return min((part.window for part in self.parts if part.window is not None), default=None)
+        windows = [part.window for part in self.parts if part.window is not None]
+        return min(windows) if windows else None
 
     def prepare(self, call: Call) -> Prepared:
         for part in self.parts:

@@ -369,6 +369,10 @@ def check_model(model: PreTrainedModel, mask: Tensor | None = None, compiler: st
         ("llama", "forgetting-gate", 1.0, True),
         ("qwen3", "entmax", 1.0, False),
         ("gpt_oss", "sigmoid", 0.4, True),
+        ("llama", "softpick+output-gate", 1.0, True),
+        ("mistral", "elastic-softmax", 0.5, False),
+        ("llama", "stick-breaking", 1.0, False),
+        ("qwen3", "swat", 1.0, True),
     ],
 )
 def test_a_patched_model_is_one_graph(kind: str, swap: str, ramp: float, padded: bool):

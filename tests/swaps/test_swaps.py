@@ -508,7 +508,7 @@ def test_a_named_swap_may_inherit_its_maths():
         ({"name": None}, ["name"]),
         (None, ["name"]),
         (7, ["7"]),
-        (["ssmax"], ["ssmax"]),
+        ([], ["empty"]),
         ("", ["Known: "]),
     ],
 )
