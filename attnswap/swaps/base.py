@@ -77,6 +77,11 @@ class Feature:
         std: Deviation of the learned parameter's start around ``initial``.
         padding: What a padded key holds (per-key features).
         what: One line for the tables.
+        drawn: The range of values at which tests and benchmarks try the maths; None: about one half beside the start
+            (per head), and values of either sign near 1 (per token).
+        summed: Whether the maths adds the values up over the keys, as decays: ``drawn`` is then the range of a row's
+            sum.
+        rounded: Whether the maths rounds what depends on it to fp32 in any precision, which hides small changes.
     """
 
     per: Literal["head", "query", "key"]
@@ -85,6 +90,9 @@ class Feature:
     std: float = 0.0
     padding: float = 0.0
     what: str = ""
+    drawn: tuple[float, float] | None = None
+    summed: bool = False
+    rounded: bool = False
 
 
 @dataclass(frozen=True)
@@ -235,6 +243,11 @@ class Swap:
             wanted = _wanted(type(self), name, getattr(self, name))
             if wanted is not None:
                 raise ConfigError(f"{self.name}: {name} must be {wanted}, not {getattr(self, name)!r}")
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        """Returns the configs that tests try: one for each mode of the maths, the default among them."""
+        return (cls(),)
 
     # --- what it needs ------------------------------------------------------------------------------------------
 
