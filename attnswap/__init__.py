@@ -24,6 +24,7 @@ _HOMES = {
     "Swap": "attnswap.swaps.base",
     "UnsupportedModelError": "attnswap.errors",
     "attention": "attnswap.attention.functional",
+    "attention_weights": "attnswap.attention.functional",
     "bypassed": "attnswap.surgery.bypass",
     "describe": "attnswap.surgery.patch",
     "evaluate_perplexity": "attnswap.evaluation.perplexity",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from attnswap.attention.dense import Block, attend_block, block_root
+from attnswap.attention.dense import Block, attend_block, block_roots
 from attnswap.attention.modes import mode_of
 
 if TYPE_CHECKING:
@@ -56,9 +56,9 @@ def attend(problem: Problem) -> Tensor:
         Output (batch, heads, queries, value_dim) in the dtype of the values.
     """
     problem = problem.regular()
-    terms, p = problem.terms, problem.maths_parameters()
+    terms, p = problem.shared()
     return by_blocks(
         problem,
-        lambda block, root: attend_block(problem, terms, block, p, root)[0].to(problem.value.dtype),
-        lambda block: block_root(problem, terms, block, p),
+        lambda block, known: attend_block(problem, terms, p, block, known)[0].to(problem.value.dtype),
+        lambda block: block_roots(problem, terms, p, block),
     )

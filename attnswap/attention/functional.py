@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from attnswap.attention.checks import ensure
-from attnswap.attention.dispatch import choose, compute
+from attnswap.attention.dispatch import choose, compute, refuse_misfit, with_weights
 from attnswap.attention.problem import Problem, complete_features
 from attnswap.attention.visibility import Visibility, split_mask
 from attnswap.errors import ConfigError
 from attnswap.swaps import SwapLike, resolve
 from attnswap.swaps.base import Swap
+from attnswap.swaps.softmax import Softmax
 
 
 def attention(
@@ -27,6 +28,7 @@ def attention(
     enable_gqa: bool = False,
     backend: str = "auto",
     ramp: float | Tensor = 1.0,
+    seed: int | None = None,
     **features: Tensor,
 ) -> Tensor:
     """Computes attention with another normalizer than softmax.
@@ -50,6 +52,7 @@ def attention(
         backend: ``"auto"``, ``"folded"``, ``"native"``, ``"triton"``, ``"tiled"``, ``"chunked"`` or ``"dense"`` (the
             reference).
         ramp: lambda between softmax (0) and the swap (1): a number, or a tensor of shape () or (heads,).
+        seed: Of the random numbers of swaps that read some, from 0 on; None: they are left out.
         **features: The swap's declared features: per head (heads,), per query (batch, heads, queries), per key
             (batch, heads or kv heads, keys), such as ``log_forget`` of the forgetting gate.
 
@@ -74,19 +77,60 @@ def attention(
                 enable_gqa=enable_gqa,
                 backend=backend,
                 ramp=ramp,
+                seed=seed,
                 **features,
             )
     config = resolve(swap)
     _check(query, key, value, enable_gqa, dropout_p)
     visibility = _visibility(query, key, attn_mask, is_causal)
-    problem = _problem(config, query, key, value, visibility, features, scaling, ramp, dropout_p)
+    problem = _problem(config, query, key, value, visibility, features, scaling, ramp, dropout_p, seed)
 
     def softmax() -> Tensor:
-        plain = replace(problem, swap=Swap(), features={}, ramp=1.0)
+        plain = replace(problem, swap=Softmax(), features={}, ramp=1.0)
         return choose(plain).attend(plain)
 
     choose(problem, backend)  # refuses an unknown or unfit backend at every point of the ramp
     return compute(problem, softmax, backend)
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    swap: SwapLike,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scaling: float | None = None,
+    ramp: float | Tensor = 1.0,
+    seed: int | None = None,
+    **features: Tensor,
+) -> Tensor:
+    """Returns the weights that values get in :func:`attention`, by the dense reference.
+
+    A swap's scale of the values and what it does to outputs are not in them.
+
+    Args:
+        query: See :func:`attention`; likewise all others.
+        key: Likewise.
+        value: Likewise.
+        swap: Likewise.
+        attn_mask: Likewise.
+        is_causal: Likewise.
+        scaling: Likewise.
+        ramp: Likewise; between 0 and 1 only for swaps whose maths has a ramp of its own.
+        seed: Likewise.
+        **features: Likewise.
+
+    Returns:
+        Shape (batch, heads, queries, keys).
+    """
+    config = resolve(swap)
+    _check(query, key, value, True, 0.0)
+    visibility = _visibility(query, key, attn_mask, is_causal)
+    problem = _problem(config, query, key, value, visibility, features, scaling, ramp, 0.0, seed)
+    refuse_misfit(problem)
+    return with_weights(problem)[1]
 
 
 def _as_autocast_would(x: Tensor) -> Tensor:
@@ -136,6 +180,7 @@ def _problem(
     scaling: float | None,
     ramp: float | Tensor,
     dropout: float,
+    seed: int | None,
 ) -> Problem:
     """Puts checked tensors into the form that backends take, with what was left out at its default."""
     return Problem(
@@ -144,10 +189,11 @@ def _problem(
         key=key,
         value=value,
         visibility=visibility,
-        features=complete_features(swap, features, query, key),
+        features=complete_features(swap, features, query, key, value),
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         ramp=_ramp(ramp, query, key, swap),
         dropout=dropout,
+        seed=None if seed is None else torch.tensor(seed, device=query.device),
     )
 
 

@@ -5,11 +5,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from attnswap.attention.codegen import maths_refusal, parameters
 from attnswap.attention.modes import mode_of
 from attnswap.attention.problem import Problem
 from attnswap.swaps.base import Swap
+from attnswap.swaps.softmax import Softmax
 
-PLAIN = Swap()
+PLAIN = Softmax()
 """Softmax: what every swap that only changes scores and values is computed by."""
 
 
@@ -21,11 +23,9 @@ def refusal(problem: Problem) -> str | None:
         return "the batch is empty"
     if problem.sinks is not None and problem.sinks.ndim > 1:
         return "it takes one sink for each head, and the model has one for each query"
-    if problem.swap.shift_gradient:
-        return f'the result of "{problem.swap.name}" depends on the shift, which it takes as a constant'
-    kind = type(problem.swap)
-    if problem.swap.threshold and (kind.norm is not Swap.norm or kind.null is not Swap.null):
-        return f'"{problem.swap.name}" divides by more than the weights, which it takes to sum to one at the threshold'
+    reason = maths_refusal(kernel_swap(problem))
+    if reason:
+        return reason
     if problem.visibility.bias is not None and problem.visibility.bias.requires_grad:
         return "it gives no gradient to an additive mask"
     mode = mode_of(problem.tensors())
@@ -34,7 +34,7 @@ def refusal(problem: Problem) -> str | None:
 
 def kernel_swap(problem: Problem) -> Swap:
     """Returns the swap whose weights are computed: softmax's one for all that are softmax but for their terms."""
-    return PLAIN if problem.swap.softmax_weighted else problem.swap
+    return PLAIN if problem.swap.softmax_weighted else problem.swap.weighing[0]
 
 
 def row_bias(problem: Problem) -> Tensor | None:
@@ -75,6 +75,8 @@ def numbers(problem: Problem, reads: Callable[[str], bool] = lambda name: True) 
     heads, device = problem.query.shape[1], problem.query.device
     if problem.swap.softmax_weighted:
         return torch.ones(heads, 1, dtype=problem.dtype, device=device)
-    found = {name: torch.as_tensor(x, dtype=problem.dtype, device=device) for name, x in problem.numbers().items()}
+    swap, names = problem.swap.weighing
+    given = {name: problem.numbers()[names.get(name, name)] for name in parameters(swap)}
+    found = {name: torch.as_tensor(x, dtype=problem.dtype, device=device) for name, x in given.items()}
     used = (x if reads(name) else x.detach() for name, x in found.items())
     return torch.stack([x.expand(heads) for x in used], 1)

@@ -4,7 +4,7 @@ Everything counts in key indices: query i sits at key index ``q_offset + i``. A 
 passed one; otherwise masks are built block by block.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -82,13 +82,45 @@ class Visibility:
             return False
         if self.dense is None:
             return self.q_length > 1 or not self._last_query_at_end
-        later = torch.arange(self.k_length, device=self.device)[None] > self.positions()[:, None]
+        later = torch.arange(self.k_length, device=self.device)[None] > self.key_index()[:, None]
         return (self.dense & later).any()
 
-    def positions(self, start: int = 0, stop: int | None = None) -> Tensor:
+    def key_index(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Returns the key index of queries ``start`` to ``stop``, shape (stop - start,)."""
         stop = self.q_length if stop is None else stop
         return torch.arange(start, stop, device=self.device) + self.q_offset
+
+    def narrowed(self, window: int) -> "Visibility":
+        """Returns what remains visible if a query sees at most ``window`` tokens up to its own, padding not counted."""
+        order = self._order
+        if order is None:
+            return replace(self, window=window if self.window is None else min(window, self.window))
+        own = order.gather(1, self._own_key.expand(len(order), -1))
+        first = torch.searchsorted(order, (own - window + 1).contiguous())
+        start = first if self.row_start is None else torch.maximum(first, self.row_start)
+        return replace(self, row_start=start)
+
+    def distance(self, start: int, stop: int, k0: int, k1: int) -> Tensor:
+        """Returns how many tokens each key of a block is before each query, padding not counted.
+
+        Returns:
+            int64, shape (batch or 1, 1, stop - start, k1 - k0); negative for later keys.
+        """
+        if self._order is None:
+            return (self.key_index(start, stop)[:, None] - torch.arange(k0, k1, device=self.device))[None, None]
+        own = self._order.gather(1, self._own_key[:, start:stop].expand(len(self._order), -1))
+        return (own[:, :, None] - self._order[:, None, k0:k1])[:, None]
+
+    @lazy
+    def _order(self) -> Tensor | None:
+        """Which token of its row each key is, counted from 1 without padding, (batch, keys); None: the index tells."""
+        valid = self.token_valid
+        return None if valid is None else valid.long().cumsum(1)
+
+    @property
+    def _own_key(self) -> Tensor:
+        """Index of each query's own key, shape (1, queries)."""
+        return self.key_index()[None].clamp(0, max(0, self.k_length - 1))
 
     @lazy
     def n(self) -> Tensor:
@@ -109,7 +141,7 @@ class Visibility:
 
         What hides keys in between is in :attr:`holes` and :attr:`dense`.
         """
-        position = self.positions()[None]
+        position = self.key_index()[None]
         last = position + 1 if self.causal else torch.full_like(position, self.k_length)
         first = torch.zeros_like(position)
         if self.window is not None:
@@ -152,7 +184,7 @@ class Visibility:
         """
         stop = self.q_length if stop is None else stop
         k1 = self.k_length if k1 is None else k1
-        q = self.positions(start, stop)[:, None]
+        q = self.key_index(start, stop)[:, None]
         k = torch.arange(k0, k1, device=self.device)[None]
         seen = k <= q if self.causal else torch.ones(1, 1, dtype=torch.bool, device=self.device).expand(len(q), k1 - k0)
         if self.window is not None:

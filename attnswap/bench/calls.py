@@ -55,11 +55,11 @@ def draw_features(swap: Swap, case: Case, setting: Setting, seed: int = 0) -> di
     found = {}
     for name, feature in swap.features().items():
         heads = setting.shape.heads if feature.heads == "query" else setting.shape.kv_heads
-        shape = (heads,) if feature.per == "head" else (setting.batch, heads, setting.length)
+        shape = feature.shape(setting.batch, heads, setting.length, setting.length, setting.shape.head_dim)
         if name in case.fill:
             value = torch.full(shape, case.fill[name], device=device)
         elif feature.per == "head":
-            value = torch.full(shape, (feature.initial or 0.0) + 0.25, device=device)
+            value = (feature.start(range(heads)).float() + 0.25).to(device).expand(shape).clone()
         else:
             value = -torch.rand(shape, generator=generator, device=device) / 2
         found[name] = value.requires_grad_(setting.backward)
@@ -111,7 +111,7 @@ def build(case: Case, setting: Setting, tensors: Tensors, backend: str = "auto")
         return TimedCall(lambda: sdpa(q, k, v), leaves, tensors.upstream, context=flash_only)
     shape, features = setting.shape, {}
     if case.swap:
-        info = ModelInfo(shape.heads, shape.kv_heads, shape.heads * shape.head_dim, setting.length)
+        info = ModelInfo(shape.heads, shape.kv_heads, shape.heads * shape.head_dim, setting.length, shape.head_dim)
         swap = resolve(case.swap).bind(info)
         features = draw_features(swap, case, setting)
     leaves = (*leaves, *features.values()) if setting.backward else ()

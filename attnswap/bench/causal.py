@@ -18,6 +18,6 @@ def causal_problem(swap: Swap, query: Tensor, key: Tensor, value: Tensor, featur
         key=key,
         value=value,
         visibility=Visibility(length, length, query.device),
-        features=complete_features(swap, features, query, key),
+        features=complete_features(swap, features, query, key, value),
         scaling=query.shape[-1] ** -0.5,
     )

@@ -14,7 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from attnswap.attention import attention
 from attnswap.attention.dense import grouped_matmul
 from attnswap.bench.causal import causal_problem
-from attnswap.swaps import ModelInfo, Swap, resolve
+from attnswap.swaps import ModelInfo, resolve
+from attnswap.swaps.softmax import Softmax
 
 if TYPE_CHECKING:
     from attnswap.bench.cases import Setting
@@ -73,7 +74,7 @@ def _scores(query: Tensor, key: Tensor) -> Tensor:
 def _eager(setting: "Setting") -> Attention:
     """Softmax by the dense reference."""
     return lambda query, key, value: attention(
-        query, key, value, Swap(), is_causal=True, enable_gqa=True, backend="dense"
+        query, key, value, Softmax(), is_causal=True, enable_gqa=True, backend="dense"
     )
 
 
@@ -139,8 +140,8 @@ def _flex(config: Mapping[str, Any]) -> Callable[["Setting"], Attention]:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         length, shape = setting.length, setting.shape
-        info = ModelInfo(shape.heads, shape.kv_heads, shape.heads * shape.head_dim, length)
-        swap = resolve(config).bind(info) if config else Swap()
+        info = ModelInfo(shape.heads, shape.kv_heads, shape.heads * shape.head_dim, length, shape.head_dim)
+        swap = resolve(config or "softmax").bind(info)
         mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, length, length, device=setting.device)
 
         def flex(query: Tensor, key: Tensor, value: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -106,7 +106,7 @@ class LayerCall:
         first = next(iter(new.values()))
         blank = torch.zeros_like(first[:, :1], dtype=torch.bool)
         if visibility.token_valid is not None:
-            blank = ~visibility.token_valid[:, None, visibility.positions()].expand_as(blank)
+            blank = ~visibility.token_valid[:, None, visibility.key_index()].expand_as(blank)
             new = {key: new[key].masked_fill(blank, padding) for key, (_, _, padding) in zip(new, places, strict=True)}
         new["padding"] = blank.to(first.dtype)
         *full, was_blank = append(self.cache, self.layer, new, visibility.k_length)

@@ -7,13 +7,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from attnswap.attention import dense
-from attnswap.attention.dispatch import compute, refuse_future
+from attnswap.attention.dispatch import compute, refuse_misfit, with_weights
 from attnswap.attention.heads import in_order, kv_heads_of, pick
 from attnswap.attention.problem import Problem, complete_features
 from attnswap.attention.visibility import Visibility
 from attnswap.surgery.spec import Slot
-from attnswap.swaps.base import Swap
+from attnswap.swaps.softmax import Softmax
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,7 @@ class LayerInputs:
     sinks: Tensor | None
     dropout: float
     content: Tensor | None = None
+    seed: Tensor | None = None
 
 
 class PreviousAttention(Protocol):
@@ -96,9 +96,19 @@ def attend(
     return out, in_order(shares, 1) if weights else None
 
 
+def seed_for(slots: dict[str, Slot], training: bool, device: torch.device) -> Tensor | None:
+    """Draws the seed of a layer's random numbers, if it trains and a swap of it reads some.
+
+    It comes from torch's generator, whose state activation checkpointing restores when it computes the layer again.
+    """
+    if not training or not any(slot.swap.random for slot in slots.values()):
+        return None
+    return torch.randint(1 << 62, (), device=device)
+
+
 def as_softmax(slots: dict[str, Slot]) -> tuple[dict[str, Slot], dict[str, dict[str, Tensor]]]:
     """Returns slots of the same heads that compute our own softmax, and their features."""
-    return {name: Slot(Swap(), slot.heads) for name, slot in slots.items()}, {
+    return {name: Slot(Softmax(), slot.heads) for name, slot in slots.items()}, {
         k: {"ramp": torch.ones(())} for k in slots
     }
 
@@ -134,7 +144,7 @@ def slot_problem(
     part, kv_heads = _cut(layer, slot.heads)
     return Problem(
         swap=slot.swap,
-        features=complete_features(slot.swap, features, part.query, part.key, kv_heads),
+        features=complete_features(slot.swap, features, part.query, part.key, part.value, kv_heads),
         ramp=1.0 if slot.phase == "swap" else ramp,
         kv_heads=kv_heads,
         stock=stock,
@@ -170,23 +180,17 @@ def _to_common_dtype(layer: LayerInputs) -> LayerInputs:
 
 def dense_part(problem: Problem, was: Tensor | None) -> tuple[Tensor, Tensor]:
     """Computes the output and the attention weights of a slot, blended according to its ramp."""
-    refuse_future(problem)
+    refuse_misfit(problem)
     if problem.swap.native_ramp or isinstance(problem.ramp, float):
-        out, weights = dense.attend(problem, need_weights=True)
-    else:
-        full = replace(problem, ramp=1.0)
-        (out, weights), plain = dense.attend(full, need_weights=True), replace(full, swap=Swap(), features={})
-        share = problem.per_head(problem.ramp, 2)
-        out = ((1 - share) * was + share * out).to(out.dtype)
-        weights = (1 - share) * dense.attend(plain, need_weights=True)[1] + share * weights
-    assert weights is not None
-    return out, weights
+        return with_weights(problem)
+    full = replace(problem, ramp=1.0)
+    (out, weights), (_, softmax) = with_weights(full), with_weights(replace(full, swap=Softmax(), features={}))
+    share = problem.per_head(problem.ramp, 2)
+    return ((1 - share) * was + share * out).to(out.dtype), (1 - share) * softmax + share * weights
 
 
 def softmax_weights(layer: LayerInputs, heads: tuple[int, ...] | None = None) -> Tensor:
     """Returns the weights of heads that keep softmax (with the model's own sinks and soft cap); None: of all heads."""
     part, kv_heads = _cut(layer, heads)
-    plain = Problem(swap=Swap(), features={}, kv_heads=kv_heads, **vars(part))
-    weights = dense.attend(plain, need_weights=True)[1]
-    assert weights is not None
-    return weights.to(layer.value.dtype)
+    plain = Problem(swap=Softmax(), features={}, kv_heads=kv_heads, **vars(part))
+    return with_weights(plain)[1].to(layer.value.dtype)

@@ -1,6 +1,6 @@
 """The child module of an attention module that holds its slots: learned tensors, lambda, and the gates' forward."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -32,11 +32,16 @@ class SwapModule(nn.Module):
         heads = slot.count(info.heads)
         groups = info.heads // info.kv_heads
         sizes = {"heads": heads, "kv_heads": max(1, heads // groups), "hidden": info.hidden}
-        self.starts: dict[str, tuple[float, float]] = {}
+        sizes |= {} if info.value_dim is None else {"value_dim": info.value_dim}
+        self.starts: dict[str, tuple[float | Tensor, float]] = {}
+        chosen = range(info.heads) if slot.heads is None else slot.heads
         for name, feature in slot.swap.features().items():
             if feature.per == "head":
-                self._add(name, (sizes["heads" if feature.heads == "query" else "kv_heads"],), device)
-                self.starts[name] = (0.0 if feature.initial is None else feature.initial, feature.std)
+                count = sizes["heads" if feature.heads == "query" else "kv_heads"]
+                self._add(name, feature.shape(1, count, 0, 0, info.value_dim or 0), device)
+                initial: Any = feature.initial or 0.0
+                start = feature.start(_owners(chosen, feature.heads, groups)) if isinstance(initial, tuple) else initial
+                self.starts[name] = (start, feature.std)
         for name, parameter in slot.swap.gate_parameters().items():
             self._add(name, tuple(size if isinstance(size, int) else sizes[size] for size in parameter.shape), device)
             self.starts[name] = (parameter.initial, parameter.std)
@@ -49,11 +54,12 @@ class SwapModule(nn.Module):
         self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device)))
 
     @torch.no_grad()
-    def set_start(self, fill: Callable[[Tensor, float, float], Any] | None = None) -> None:
+    def set_start(self, fill: Callable[[Tensor, float | Tensor, float], Any] | None = None) -> None:
         """Sets every parameter to its initial value, and lambda to the value it was patched with.
 
         Args:
-            fill: Called with each parameter, its mean and its deviation; default: fills it in place.
+            fill: Called with each parameter, its mean (a tensor where it differs between heads, which then comes with
+                no deviation) and its deviation; default: fills it in place.
         """
         for name, (initial, std) in self.starts.items():
             (fill or _fill)(self.get_parameter(name), initial, std)
@@ -101,9 +107,20 @@ class SwapModule(nn.Module):
         return repr(self.swap)
 
 
-def _fill(tensor: Tensor, mean: float, std: float) -> None:
-    if not tensor.is_meta:
-        tensor.normal_(mean, std) if std else tensor.fill_(mean)
+def _owners(heads: Iterable[int], kind: str, groups: int) -> list[int]:
+    """Returns the heads of a kind that own some query heads: these, or the key/value heads that they read."""
+    return list(heads) if kind == "query" else list(dict.fromkeys(head // groups for head in heads))
+
+
+def _fill(tensor: Tensor, mean: float | Tensor, std: float) -> None:
+    if tensor.is_meta:
+        return
+    if isinstance(mean, Tensor):
+        tensor.copy_(mean.to(tensor.device))
+    elif std:
+        tensor.normal_(mean, std)
+    else:
+        tensor.fill_(mean)
 
 
 class LayerSwap(nn.Module):

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from attnswap.errors import ConfigError
 from attnswap.surgery.patched import open_stack
-from attnswap.surgery.select import LayersLike, check_keys, fitting_heads, select_layers
+from attnswap.surgery.select import LayersLike, check_keys, check_stages, fitting_heads, select_layers
 from attnswap.surgery.spec import PatchSpec, Slot
 from attnswap.surgery.stacks import AttentionStack
 from attnswap.swaps import Swap, resolve
@@ -73,6 +73,7 @@ def make_plan(
     for swap, heads in wanted:
         slot = Slot(swap.bind(info), fitting_heads(swap, heads, info), ramp)
         check_keys(stack, chosen, slot.swap)
+        check_stages(stack, slot.swap, info)
         for layer in chosen:
             plan.add(layer, slot, info)
     return plan
@@ -90,7 +91,7 @@ def _check_free(layer: int, slot: Slot, present: Mapping[str, Slot], info: Model
 
 
 def _slot_name(swap: Swap, present: Mapping[str, Slot]) -> str:
-    base = swap.name.replace("-", "_")
+    base = swap.name.replace("-", "_").replace("+", "_and_")
     names = [base, *(f"{base}_{i}" for i in range(1, len(present) + 1))]
     return next(name for name in names if name not in present)
 

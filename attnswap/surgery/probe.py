@@ -22,6 +22,7 @@ from attnswap.surgery.spec import Slot
 from attnswap.surgery.stacks import AttentionStack
 from attnswap.swaps.base import Swap
 from attnswap.swaps.sigmoid import Sigmoid
+from attnswap.swaps.softmax import Softmax
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 """Largest difference allowed between stock softmax and ours, relative to the spread of the outputs."""
@@ -73,7 +74,7 @@ def verify(stack: AttentionStack, before: str) -> None:
     ):
         try:
             if not _shown_hollow(model, every, swapped, both):
-                with _replaced(swapped, Swap()):  # first, since it says more of the model than a swap's error does
+                with _replaced(swapped, Softmax()):  # first, since it says more of the model than a swap's error does
                     reference, same = both()
                 _check(model, swapped, [reference.output], [same.output], same.slopes)
                 run_tiny(model)
@@ -150,7 +151,7 @@ def _check(
 def _check_rows(model: PreTrainedModel, every: list[nn.Module], swapped: list[nn.Module]) -> None:
     """Refuses swaps that see what a model adds to a whole row of scores, where that depends on the keys after it."""
     slots = [slot for module in swapped if (child := child_of(module)) for slot in child.slots.values()]
-    sees = next((s.swap for s in slots if not s.swap.softmax_weighted and not s.swap.threshold), None)
+    sees = next((s.swap for s in slots if s.swap.traits.route == "elementwise"), None)
     if sees is None or model.main_input_name != "input_ids":
         return
     with _disabled(every):

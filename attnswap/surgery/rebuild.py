@@ -169,8 +169,10 @@ class _InitWeights:
             module.set_start(_start)
 
 
-def _start(parameter: torch.Tensor, mean: float, std: float) -> None:
-    if std:
+def _start(parameter: torch.Tensor, mean: float | torch.Tensor, std: float) -> None:
+    if isinstance(mean, torch.Tensor):
+        init.copy_(parameter, mean)
+    elif std:
         init.normal_(parameter, mean, std)
     else:
         init.constant_(parameter, mean)

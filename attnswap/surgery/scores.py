@@ -100,6 +100,7 @@ class SoftmaxInterception(TorchFunctionMode):
             sinks=None,
             dropout=0.0,
             content=scores.masked_fill(hidden, 0.0),
+            seed=combine.seed_for(self.call.slots, self.module.training, scores.device),
         )
         slots, features = self.call.slots, self.call.all_features(layer.visibility)
         combine.observe_inactive(layer, slots, features, self.call.observed)
@@ -169,6 +170,7 @@ class SoftmaxInterception(TorchFunctionMode):
             softcap=None,
             sinks=None,
             dropout=dropout_p,
+            seed=combine.seed_for(self.call.slots, self.module.training, query.device),
         )
         options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
         previous = _Stock(query, key, value, attn_mask, options)

@@ -235,6 +235,7 @@ def attention_forward(
         softcap=kwargs.get("softcap"),
         sinks=sinks_of(kwargs),
         dropout=dropout,
+        seed=combine.seed_for(call.slots, module.training, query.device),
     )
     if not call.slots:
         return kept[0], combine.softmax_weights(layer)

@@ -122,3 +122,26 @@ def check_keys(stack: AttentionStack, chosen: list[int], swap: Swap) -> None:
             f"{said} layer {shared[0]} of {type(stack.model).__name__} does not see: it reads the keys of another "
             f"layer. Choose other layers than {shared}"
         )
+
+
+def check_stages(stack: AttentionStack, swap: Swap, info: ModelInfo) -> None:
+    """Refuses a swap some stage of which has no place in a model.
+
+    Raises:
+        UnsupportedModelError: The model computes this swap itself, gives attnswap its scores alone, or does not say how
+            wide its values are.
+    """
+    kind = getattr(stack.config, "model_type", "")
+    if kind in swap.already_in:
+        raise UnsupportedModelError(f'a model of type "{kind}" computes "{swap.name}" itself; it is not added twice')
+    around = sorted(swap.stages & {"prepare", "finish"})
+    if stack.seam == "scores" and around:
+        raise UnsupportedModelError(
+            f"{type(stack.model).__name__} multiplies weights and values itself, so that the stage "
+            f'"{around[0]}" of "{swap.name}" has no place in it; take a swap of weights alone'
+        )
+    shapes = [parameter.shape for parameter in swap.gate_parameters().values()]
+    if info.value_dim is None and any("value_dim" in shape for shape in shapes):
+        raise UnsupportedModelError(
+            f'neither {type(stack.model).__name__} nor its config names head_dim, which "{swap.name}" must know'
+        )

@@ -146,6 +146,7 @@ def _layer_info(config: PreTrainedConfig, module: nn.Module) -> ModelInfo:
         kv_heads=kv_heads or heads,
         hidden=hidden,
         max_positions=_size(config, "max_position_embeddings"),
+        value_dim=_size(module, "v_head_dim", "value_head_dim", "head_dim") or _size(config, "head_dim"),
     )
 
 

@@ -7,17 +7,18 @@ and command. A subclass defined anywhere else is known from the moment its modul
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from attnswap.errors import ConfigError, nearest
+from attnswap.errors import ConfigError, nearest, require
 from attnswap.swaps.base import REGISTRY, Call, Feature, ModelInfo, Numbers, Parameter, Swap, Terms, Traits
+from attnswap.swaps.composed import JOINT, Composed, parts_of
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-SwapLike = str | Swap | Mapping[str, Any]
-"""A swap by name, as a config, or as a mapping with its name and options."""
+SwapLike = str | Swap | Mapping[str, Any] | Sequence[Any]
+"""A swap by name, as a config, as a mapping with its name and options, or a list of several that act together."""
 
 
 def names() -> list[str]:
@@ -29,15 +30,24 @@ def resolve(swap: SwapLike) -> Swap:
     """Returns the config that a name, mapping or config stands for.
 
     Args:
-        swap: ``"ssmax"``, ``{"name": "ssmax", "form": "scale"}`` or ``SSMax(form="scale")``.
+        swap: ``"ssmax"``, ``{"name": "ssmax", "form": "scale"}``, ``SSMax(form="scale")``, or a list of these, such as
+            ``["softpick", "output-gate"]``, for which ``"softpick+output-gate"`` is short.
 
     Raises:
         ConfigError: The name or an option is unknown; the nearest known one is suggested.
     """
     if isinstance(swap, Swap):
         return swap
+    if isinstance(swap, str) and JOINT in swap:
+        return resolve(swap.split(JOINT))
     if isinstance(swap, str):
         swap = {"name": swap}
+    if isinstance(swap, list | tuple):
+        require(len(swap) > 0, "the list of swaps is empty")
+        parts = tuple(resolve(part) for part in swap)
+        return parts[0] if len(parts) == 1 else Composed(parts)
+    if isinstance(swap, Mapping) and JOINT in str(swap.get("name")):
+        return resolve(parts_of(swap))
     if not isinstance(swap, Mapping) or not isinstance(swap.get("name"), str):
         raise ConfigError(f"a swap is a name, a config or a mapping with a name, not {swap!r}")
     name = swap["name"]

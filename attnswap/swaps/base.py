@@ -1,17 +1,20 @@
 """What a swap is: a frozen config, the features and parameters it needs, and its maths written once.
 
-Every swap of this kind weighs values by
+A call goes through a pipeline of stages; what a swap leaves out is softmax's. It weighs values by
 
-    s_ij = a_i * cap(scaling * q_i.k_j) + b_i + c_j + B_ij
-    O_i  = (1 / Z_i) * sum_j w(s_ij; m_i) u_j v_j,    Z_i = z0_i + sum_j d(s_ij; m_i)
+    s_ij = a_i * A_ij * cap(scaling * q_i.k_j) + b_i + c_j + B_ij
+    O_i  = (1 / Z_i) * sum_j w(s_ij; r_i) u_j v_j,    Z_i = z0_i + sum_j d(s_ij; r_i)
 
-with the sums over the keys visible to query i and one reference shift m per row. A swap gives ``a, b, c, u``
-(:meth:`Swap.terms`) and ``w, d, z0`` (:meth:`Swap.weight`, :meth:`Swap.norm`, :meth:`Swap.null`); what it leaves out
-is softmax's. There are two kinds:
+with the sums over the keys visible to query i. The stages, in this order:
 
-- elementwise: m is the row's largest score, at which nothing overflows; the result does not depend on it.
-- row (``threshold = True``): m is the row's threshold, the number at which the weights sum to one. The swap says
-  between which bounds it lies (:meth:`Swap.bracket`); backends solve for it and differentiate through it.
+- ``window`` narrows what is visible, and :meth:`Swap.prepare` maps query, key, value and scaling.
+- :meth:`Swap.terms` gives a, b, c and u; the pair stage (:meth:`Swap.pair_scale`, :meth:`Swap.pair_bias`,
+  :meth:`Swap.distance_bias`) gives A and B.
+- :meth:`Swap.statistics` names numbers r_i of the whole row of scores.
+- :meth:`Swap.weight`, :meth:`Swap.norm` and :meth:`Swap.null` are w, d and z0. They also see a shift m_i of the row,
+  its largest score unless the swap says otherwise, relative to which nothing overflows; the result must not depend on
+  it.
+- :meth:`Swap.finish` maps the output O.
 """
 
 import dataclasses
@@ -27,6 +30,7 @@ from attnswap.errors import ConfigError, nearest, require
 from attnswap.hints import fits, spell
 from attnswap.imports import after_import
 from attnswap.swaps import expression as fn
+from attnswap.swaps.statistics import Statistic
 
 LONE = 1e3
 """Added to the score of the only key of a row, it is above any other number there."""
@@ -41,12 +45,18 @@ class ModelInfo:
         kv_heads: Key/value heads of the layer.
         hidden: Width of the hidden states that enter the attention module.
         max_positions: The longest trained context in tokens (``max_position_embeddings``), where the config has it.
+        value_dim: Width of a head's values, where it is known.
+        layer: Index of the layer.
+        layers: Number of layers of the model.
     """
 
     heads: int
     kv_heads: int
     hidden: int
     max_positions: int | None = None
+    value_dim: int | None = None
+    layer: int = 0
+    layers: int = 1
 
 
 @dataclass(frozen=True)
@@ -54,12 +64,13 @@ class Parameter:
     """A learned tensor that feeds a gate: initialised to ``initial`` plus normal noise of deviation ``std``.
 
     Attributes:
-        shape: Sizes, by name where the model has them: ``"heads"`` (the heads swapped), ``"kv_heads"``, ``"hidden"``.
+        shape: Sizes, by name where the model has them: ``"heads"`` (the heads swapped), ``"kv_heads"``, ``"hidden"``,
+            ``"value_dim"``.
         initial: Mean of the initial values.
         std: Standard deviation of the initial values.
     """
 
-    shape: tuple[Literal["heads", "kv_heads", "hidden"] | int, ...]
+    shape: tuple[Literal["heads", "kv_heads", "hidden", "value_dim"] | int, ...]
     initial: float = 0.0
     std: float = 0.0
 
@@ -72,11 +83,13 @@ class Feature:
         per: ``"head"``: (heads,), a learned parameter; ``"query"``: (batch, heads, queries), in the order of the
             queries; ``"key"``: (batch, heads, keys), over all keys, cached ones included.
         heads: Whether there is one value per query head or per key/value head.
-        initial: The value of an omitted per-head feature, and the start of the learned parameter; None: no such
-            value exists without a model, so it must be given.
+        initial: The value of an omitted per-head feature, and the start of the learned parameter: one number, or one
+            for each head of the layer; None: no such value exists without a model, so it must be given.
         std: Deviation of the learned parameter's start around ``initial``.
         padding: What a padded key holds (per-key features).
         what: One line for the tables.
+        width: The size of one more dimension at the end, ``"value_dim"`` for the width of the values; None: there is
+            none. Features with a width are for the stages around the scores, which see whole tensors.
         drawn: The range of values at which tests and benchmarks try the maths; None: about one half beside the start
             (per head), and values of either sign near 1 (per token).
         summed: Whether the maths adds the values up over the keys, as decays: ``drawn`` is then the range of a row's
@@ -86,13 +99,33 @@ class Feature:
 
     per: Literal["head", "query", "key"]
     heads: Literal["query", "kv"] = "query"
-    initial: float | None = None
+    initial: float | tuple[float, ...] | None = None
     std: float = 0.0
     padding: float = 0.0
     what: str = ""
+    width: Literal["value_dim"] | int | None = None
     drawn: tuple[float, float] | None = None
     summed: bool = False
     rounded: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for initial values per head that have a deviation as well."""
+        require(not (isinstance(self.initial, tuple) and self.std), "a feature's start per head has no deviation")
+
+    def start(self, heads: Sequence[int]) -> Tensor:
+        """Returns the initial values of some heads of the layer, fp64, shape (heads,), or (heads, 1) with a width."""
+        initial = self.initial or 0.0
+        values = torch.tensor(
+            [initial[h] if isinstance(initial, tuple) else initial for h in heads], dtype=torch.float64
+        )
+        return values if self.width is None else values[:, None]
+
+    def shape(self, batch: int, heads: int, queries: int, keys: int, value_dim: int) -> tuple[int, ...]:
+        """Returns the shape of the tensor, from the sizes of a call and the number of heads that it is for."""
+        sizes = {"head": (heads,), "query": (batch, heads, queries), "key": (batch, heads, keys)}[self.per]
+        if self.width is None:
+            return sizes
+        return (*sizes, value_dim if self.width == "value_dim" else self.width)
 
 
 @dataclass(frozen=True)
@@ -113,13 +146,19 @@ class Observed:
 
 @dataclass(frozen=True)
 class Call:
-    """What :meth:`Swap.terms` sees of one attention call. All tensors share one dtype (fp32, or fp64 in the oracle).
+    """What the stages around the scores see of one attention call.
+
+    All numbers share one dtype (fp32, or fp64 in the oracle); query, key and value have that of the model.
 
     Attributes:
         n: Keys visible to each query, as a float tensor of shape (batch or 1, heads or 1, queries).
         features: The declared features; per-head ones come as (heads, 1).
         ramp: lambda: 1.0, or a tensor that broadcasts like ``n``.
-        position: Index of each query among the keys, shape (queries,).
+        key_index: Index of each query's own key among the keys, shape (queries,).
+        query: Shape (batch, heads, queries, head_dim), before :meth:`Swap.prepare`.
+        key: Shape (batch, kv heads, keys, head_dim), likewise.
+        value: Shape (batch, kv heads, keys, value_dim), likewise.
+        scaling: Multiplies the dot products, likewise.
         logsumexp: Of each query's scores, shape (batch, heads, queries), without gradients; for swaps that declare
             :attr:`Swap.needs_logsumexp`, while lambda is below 1.
     """
@@ -127,8 +166,42 @@ class Call:
     n: Tensor
     features: Mapping[str, Tensor]
     ramp: Any
-    position: Tensor
+    key_index: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scaling: float
     logsumexp: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What :meth:`Swap.prepare` returns; widths may change, and the dtype may be raised to fp32.
+
+    Attributes:
+        query: Shape (batch, heads, queries, any width).
+        key: Shape (batch, kv heads, keys, the same width).
+        value: Shape (batch, kv heads, keys, any width).
+        scaling: Multiplies the dot products.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scaling: float
+
+
+class Pair:
+    """What :meth:`Swap.pair_scale` and :meth:`Swap.pair_bias` see of a query and a key: tensors, or expressions.
+
+    Attributes:
+        distance: How many tokens the key is before the query, padding not counted.
+        uniform: A random number in (0, 1), the same whenever the same call is computed; for swaps with
+            :attr:`Swap.random`.
+    """
+
+    def __init__(self, distance: Any, uniform: Any = None) -> None:
+        self.distance, self.uniform = distance, uniform
 
 
 @dataclass(frozen=True)
@@ -160,8 +233,8 @@ class Traits:
         needs_n: The number of visible keys enters the maths.
         cache_state: Per-token values must live beside the KV cache.
         per_kv_head: One value serves all query heads that share a key/value head.
-        route: ``"folded"`` runs on the stock softmax kernel, ``"elementwise"`` has weights of its own, ``"row"`` has
-            weights that depend on a threshold of the whole row.
+        route: ``"folded"`` runs on the stock softmax kernel, ``"elementwise"`` has weights or scores of its own, one
+            pair of tokens at a time, ``"row"`` has weights that depend on statistics of the whole row.
         native_ramp: lambda acts inside the maths instead of blending two outputs.
         paper: Title and arXiv id.
     """
@@ -179,7 +252,9 @@ class Traits:
 
 
 class Numbers:
-    """What the maths reads for each head, as attributes: lambda as ``ramp``, and the per-head features.
+    """What the maths reads, as attributes.
+
+    lambda as ``ramp``, the per-head features, and for each row the number ``n`` of its visible keys and its statistics.
 
     A plain class, since torch.compile does not trace ``types.SimpleNamespace``.
     """
@@ -190,11 +265,38 @@ class Numbers:
 
     def __getattr__(self, name: str) -> Any:
         """Names what is missing (and tells type checkers that any name may be there)."""
-        raise AttributeError(f'the maths of a swap reads "ramp" and its per-head features, not "{name}"')
+        raise AttributeError(
+            f'the maths of a swap reads "ramp", "n", its per-head features and its statistics, not "{name}"'
+        )
+
+    def plus(self, **values: Any) -> "Numbers":
+        """Returns a copy with more numbers."""
+        return Numbers(**vars(self), **values)
 
 
-MATHS = ("terms", "weight", "norm", "null")
-"""The methods without any of which a swap is softmax: a shift or a threshold alone changes no softmax."""
+STAGES: dict[str, tuple[str, ...]] = {
+    "window": ("window",),
+    "prepare": ("prepare",),
+    "terms": ("terms",),
+    "pair": ("pair_scale", "pair_bias", "distance_bias"),
+    "statistics": ("statistics",),
+    "weights": ("weight", "norm", "null", "shift_floor"),
+    "finish": ("finish",),
+}
+"""The stages of a call, and the members of a swap that override them.
+
+Every backend names the stages it computes, and refuses swaps with others.
+"""
+MATHS = ("window", "prepare", "terms", "pair_scale", "pair_bias", "distance_bias", "weight", "norm", "null", "finish")
+"""The members without any of which a swap is softmax: a shift or a statistic alone changes no weight."""
+
+RETIRED = {
+    "threshold": "return a Root from statistics()",
+    "bracket": "return a Root from statistics()",
+    "mass_power": "return a Root from statistics()",
+    "shift_gradient": "return a Max from statistics()",
+}
+"""Members that swaps had before stages, and what says the same now: they would be passed over without a word."""
 
 REGISTRY: dict[str, type["Swap"]] = {}
 """Every swap class by name; a class enters when its file is imported."""
@@ -217,15 +319,23 @@ class Swap:
     """Whether the maths means nothing for a query that sees later keys."""
     shifted: ClassVar[bool] = True
     """Whether scores are taken relative to the row's largest one; if not, the shift is 0."""
-    threshold: ClassVar[bool] = False
-    """Whether the shift is the number at which the weights of a row sum to one."""
+    random: ClassVar[bool] = False
+    """Whether :meth:`pair_bias` reads random numbers. Without a seed, as in evaluation, it is then left out."""
     fixed_in_ramp: ClassVar[tuple[str, ...]] = ()
     """Per-head features that do not learn before lambda is 1."""
 
+    overridden: ClassVar[frozenset[str]] = frozenset()
+    """The stages that the class overrides."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "name" in cls.__dict__:
-            if all(getattr(cls, method) is getattr(Swap, method) for method in MATHS):
+        cls.overridden = frozenset(
+            stage for stage, members in STAGES.items() if any(getattr(cls, m) is not getattr(Swap, m) for m in members)
+        )
+        for member in RETIRED.keys() & cls.__dict__.keys():
+            raise ConfigError(f"{cls.__qualname__} defines {member}, which no swap has any more: {RETIRED[member]}")
+        if isinstance(cls.__dict__.get("name"), str):
+            if cls.name != "softmax" and all(getattr(cls, method) is getattr(Swap, method) for method in MATHS):
                 raise ConfigError(
                     f'the swap "{cls.name}" ({cls.__qualname__}) would compute softmax: override at least one of '
                     f"{', '.join(MATHS)} (what else it defines only feeds these), or give it no name"
@@ -251,14 +361,12 @@ class Swap:
 
     # --- what it needs ------------------------------------------------------------------------------------------
 
+    already_in: ClassVar[frozenset[str]] = frozenset()
+    """Model types that compute this swap themselves, for which it is refused."""
+
     @property
     def exact_identity(self) -> bool:
         """Whether this config starts by leaving every output as it was."""
-        return False
-
-    @property
-    def shift_gradient(self) -> bool:
-        """Whether the result depends on the shift itself, so that gradients must pass through it."""
         return False
 
     def bind(self, info: ModelInfo) -> Self:
@@ -320,9 +428,34 @@ class Swap:
 
     # --- the maths ----------------------------------------------------------------------------------------------
 
+    @property
+    def window(self) -> int | None:
+        """How many keys a query sees at most, its own included and padding not counted; None: all of them."""
+        return None
+
+    def prepare(self, call: Call) -> Prepared:
+        """Returns query, key, value and scaling as the scores and sums shall read them, after RoPE and the KV cache."""
+        return Prepared(call.query, call.key, call.value, call.scaling)
+
     def terms(self, call: Call) -> Terms:
         """Returns what changes in the scores and values."""
         return Terms()
+
+    def pair_scale(self, pair: Pair, p: Numbers) -> Any:
+        """Returns A_ij, the factor of the content score of a query and a key; None: 1."""
+        return None
+
+    def pair_bias(self, pair: Pair, p: Numbers) -> Any:
+        """Returns B_ij, which is added to the score of a query and a key; None: 0."""
+        return None
+
+    def distance_bias(self, call: Call) -> Tensor | None:
+        """Returns what is added to scores by distance, shape (heads, distances), 0 for larger ones; None: nothing."""
+        return None
+
+    def statistics(self) -> Mapping[str, Statistic]:
+        """Returns the statistics of a row that the maths reads, by name and in the order of their computation."""
+        return {}
 
     def shift_floor(self, p: Numbers) -> Any:
         """Returns the smallest reference shift a row may have (a number or per-head value), None for no floor."""
@@ -340,29 +473,41 @@ class Swap:
         """What the denominator holds before any key."""
         return 0.0
 
-    def bracket(self, top: Any, n: Any, p: Numbers) -> tuple[Any, Any]:
-        """Bounds of a row's threshold: at the lower one the weights sum to one or more, at the upper to at most one.
-
-        Weights must fall as the threshold grows.
+    def finish(self, out: Tensor, call: Call) -> Tensor:
+        """Maps the heads' outputs.
 
         Args:
-            top: The row's largest score, its sink's included.
-            n: How many keys it sees, the sink included.
-            p: The per-head values.
-        """
-        raise NotImplementedError(f"{type(self).__name__} finds a threshold, so it must override bracket")
+            out: Shape (batch, heads, queries, width of the prepared values), in the dtype of ``call.n``.
+            call: The call.
 
-    def mass_power(self, p: Numbers) -> Any:
-        """The power of the weights' sum that is closest to linear in the threshold, for the solver's steps."""
-        return 1.0
+        Returns:
+            Shape (batch, heads, queries, width of the model's values).
+        """
+        return out
 
     # --- derived ------------------------------------------------------------------------------------------------
 
     @property
+    def stages(self) -> frozenset[str]:
+        """The names of :data:`STAGES` in which this config differs from softmax."""
+        idle = {"window"} if self.window is None else set()
+        return self.overridden - (idle if self.statistics() else idle | {"statistics"})
+
+    @property
     def softmax_weighted(self) -> bool:
-        """Whether the weights are softmax's, so that a stock kernel can serve."""
-        kind = type(self)
-        return all(getattr(kind, m) is getattr(Swap, m) for m in ("weight", "norm", "null", "shift_floor"))
+        """Whether the weights are softmax's of some scores, so that a stock kernel can serve."""
+        return not self.stages & {"statistics", "weights"}
+
+    @property
+    def weighing(self) -> tuple["Swap", Mapping[str, str]]:
+        """The swap whose weights are computed, and what its features are called here."""
+        return self, {name: name for name in self.features()}
+
+    @property
+    def _route(self) -> str:
+        if "statistics" in self.stages:
+            return "row"
+        return "elementwise" if self.stages & {"weights", "pair"} else "folded"
 
     @property
     def traits(self) -> Traits:
@@ -377,7 +522,7 @@ class Swap:
             needs_n=self.needs_n,
             cache_state=any(f.per == "key" for f in features.values()),
             per_kv_head=any(f.heads == "kv" for f in features.values()),
-            route="row" if self.threshold else "folded" if self.softmax_weighted else "elementwise",
+            route=self._route,
             native_ramp=self.native_ramp,
             paper=self.paper,
         )

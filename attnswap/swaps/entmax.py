@@ -32,6 +32,7 @@ from attnswap.errors import require
 from attnswap.swaps import expression as fn
 from attnswap.swaps import predicted
 from attnswap.swaps.base import Call, Feature, Numbers, Observed, Parameter, Swap, Terms
+from attnswap.swaps.statistics import Root, Statistic
 
 LARGEST = 2.0
 """Upper bound of the logarithm of a predicted scale; those that are fitted lie below 0."""
@@ -61,7 +62,6 @@ class Entmax(Swap):
     paper: ClassVar[str] = "Sparse Sequence-to-Sequence Models (arXiv 1905.05702)"
     summary: ClassVar[str] = "sparse softmax: keys below a threshold get weight 0 (alpha 2 is sparsemax)"
     native_ramp: ClassVar[bool] = True
-    threshold: ClassVar[bool] = True
     fixed_in_ramp: ClassVar[tuple[str, ...]] = ("alpha_logit",)
 
     def __post_init__(self) -> None:
@@ -116,21 +116,29 @@ class Entmax(Swap):
         scale = predicted.predicted(call).clamp(max=LARGEST).exp()
         return Terms(query_scale=1 + call.ramp * (scale - 1))
 
+    def statistics(self) -> dict[str, Statistic]:
+        return {"threshold": Root(self._curve, self._bracket, power=self._order)}
+
     def weight(self, s: Any, shift: Any, p: Numbers) -> Any:
-        order = self.mass_power(p)
-        above = order * (s - shift)
+        return self._curve(s, p.threshold, p)
+
+    def _curve(self, s: Any, threshold: Any, p: Numbers) -> Any:
+        """Returns the weight of a score, which is 0 where it is below the threshold by 1 / (alpha - 1) or more."""
+        order = self._order(p)
+        above = order * (s - threshold)
         if isinstance(order, float) and isinstance(p.ramp, float) and p.ramp == 1.0 and order in (0.5, 1.0):
             return fn.power(fn.relu(1 + above), 1 / order)
         # At lambda 0 what is left is e^(s - t); keys below the threshold are held at it, out of the logarithm's way.
         order = fn.maximum(order, 1e-30)
         # Written so that NaN passes both the comparison and the maximum.
-        return fn.where(above < -1.0, 0.0, fn.exp(fn.log1p(fn.maximum(-0.9999999, order * (s - shift))) / order))
+        return fn.where(above < -1.0, 0.0, fn.exp(fn.log1p(fn.maximum(-0.9999999, order * (s - threshold))) / order))
 
-    def bracket(self, top: Any, n: Any, p: Numbers) -> tuple[Any, Any]:
+    def _bracket(self, top: Any, n: Any, p: Numbers) -> tuple[Any, Any]:
+        """Bounds of the threshold: where the largest score alone has weight 1, and where n such keys share it."""
         return top, top + fn.log(n)
 
-    def mass_power(self, p: Numbers) -> Any:
-        """Alpha less 1, which is also the power under which the mass is nearly linear."""
+    def _order(self, p: Numbers) -> Any:
+        """Returns alpha less 1, which is also the power under which the mass is nearly linear."""
         own = fn.sigmoid(p.alpha_logit) if self.alpha == "learned" else self.alpha - 1
         return p.ramp * own
 

@@ -76,7 +76,7 @@ class ForgettingGate(Swap):
 
     def terms(self, call: Call) -> Terms:
         total = (call.ramp * call.features["log_forget"]).cumsum(-1, dtype=torch.float64)
-        return Terms(query_bias=total[..., call.position], key_bias=-total)
+        return Terms(query_bias=total[..., call.key_index], key_bias=-total)
 
 
 if __name__ == "__main__":

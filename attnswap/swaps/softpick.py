@@ -33,6 +33,7 @@ from typing import Any, ClassVar, Self
 from attnswap.errors import require
 from attnswap.swaps import expression as fn
 from attnswap.swaps.base import LONE, Call, Numbers, Swap, Terms
+from attnswap.swaps.statistics import Max, Statistic
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,8 @@ class Softpick(Swap):
             raised = lone if raised is None else raised + lone
         return Terms(query_bias=raised)
 
-    @property
-    def shift_gradient(self) -> bool:
-        return self.eps_after_max_shift
+    def statistics(self) -> dict[str, Statistic]:
+        return {"top": Max()} if self.eps_after_max_shift else {}
 
     def shift_floor(self, p: Numbers) -> Any:
         return fn.log(p.ramp)
@@ -98,7 +98,10 @@ class Softpick(Swap):
         return fn.abs(fn.exp(s - shift) - p.ramp * _unit(shift))
 
     def null(self, shift: Any, n: Any, p: Numbers) -> Any:
-        return p.ramp * self.eps * (1.0 if self.eps_after_max_shift else _unit(shift))
+        if not self.eps_after_max_shift:
+            return p.ramp * self.eps * _unit(shift)
+        # The shift is this maximum, as a constant; the released code lets gradients through.
+        return p.ramp * self.eps * fn.exp(fn.maximum(p.top, self.shift_floor(p)) - shift)
 
 
 def _unit(shift: Any) -> Any:

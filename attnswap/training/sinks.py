@@ -34,13 +34,13 @@ class SinkLoss:
         """Adds the loss of one slot. The forward must be of complete windows, without a KV cache."""
         if call.slots[slot].phase == "before":
             return
+        problem = problem.regular().staged
         visibility = problem.visibility
         length = visibility.q_length
         start = int(torch.randint(max(1, length - QUERIES + 1), ()))
         stop = min(start + QUERIES, length)
         block = Block(start, stop, *visibility.key_span(start, stop))
-        problem = problem.regular()
-        weights = attend_block(problem, problem.terms, block, problem.maths_parameters())[1]
+        weights = attend_block(problem, *problem.shared(), block)[1]
         n = visibility.n.expand(len(weights), -1, -1)[:, :1]
         is_first = n[..., None, block.k0 : block.k1] == 1  # the first token of a document sees only itself
         text_mask = self.text_mask[:, None, start:stop].to(n.device)

@@ -14,11 +14,12 @@ from attnswap.attention.dispatch import BACKENDS
 from attnswap.attention.visibility import Visibility
 from attnswap.errors import ConfigError
 from attnswap.swaps import Swap
+from attnswap.swaps.softmax import Softmax
 from tests.helpers.calls import Case, backends_of, bound, draw, output, short_blocks, variants
 from tests.helpers.ids import variant_id
 
 PACKAGE = Path(attnswap.__file__).parent
-ALL = backends_of(Swap())
+ALL = backends_of(Softmax())
 
 
 def tensors(

@@ -15,7 +15,7 @@ from attnswap.attention.heads import in_order, kv_heads_of, pick, regular_heads
 from attnswap.attention.native import build
 from attnswap.attention.problem import Problem, complete_features
 from attnswap.attention.visibility import Visibility, split_mask
-from tests.helpers.calls import Case, allowed_error, bound, compare, draw, short_blocks, variants
+from tests.helpers.calls import Case, allowed_error, backends_of, bound, compare, draw, short_blocks, variants
 from tests.helpers.ids import variant_id
 
 MAPS = {
@@ -111,7 +111,7 @@ def solve(swap, kv_heads, mask, backend, dtype, ramp, repeated=False) -> dict[st
         key, value = key[:, owner], value[:, owner]
         mine = {k: x[:, place] if swap.features()[k].heads == "kv" else x for k, x in mine.items()}
     own = None if repeated else kv_heads
-    complete = complete_features(swap, mine, query, key, own)
+    complete = complete_features(swap, mine, query, key, value, own)
     problem = Problem(swap, query, key, value, visibility, complete, 5**-0.5, ramp=ramp, kv_heads=own)
     out = BACKENDS[backend].attend(problem)
     assert out.dtype == dtype
@@ -137,9 +137,7 @@ def test_every_backend_follows_the_map(swap, kv_heads):
             if per_kv and isinstance(ramp, Tensor):
                 ramp = torch.tensor([0.25 + 0.25 * h for h in kv_heads])  # the heads of a group share lambda
             wanted = solve(swap, kv_heads, mask, "dense", torch.float64, ramp, repeated=True)
-            backends = {"dense", "chunked", "native", "folded"}
-            backends -= set() if swap.softmax_weighted else {"folded"}
-            backends -= {"native"} if swap.shift_gradient or build.unavailable() else set()
+            backends = {"dense", "chunked", "native", "folded"} & set(backends_of(swap))
             for backend in sorted(backends):
                 for dtype in (torch.float64, torch.float32):
                     allowed = 1e-11 if dtype == torch.float64 else allowed_error(inputs, "plain")

@@ -346,7 +346,9 @@ def test_a_number_is_a_number_of_the_call(name: str, backend: str):
         pytest.skip("is refused, or knows fp32 alone")
     left_out = [n for n, f in swap.features().items() if f.per == "head" and f.initial is not None]
     given = {n: x for n, x in both(inputs).items() if n not in left_out}
-    initial = {n: torch.full_like(inputs.features[n], swap.features()[n].initial) for n in left_out}
+    initial = {
+        n: swap.features()[n].start(range(4)).expand(inputs.features[n].shape).to(inputs.features[n]) for n in left_out
+    }
 
     def run(backend: str, ramp: Any, tensors: dict[str, Tensor]) -> Tensor:
         query, key, value = (tensors[n] for n in ("query", "key", "value"))

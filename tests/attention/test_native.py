@@ -24,6 +24,8 @@ from attnswap.attention.visibility import Visibility
 from attnswap.swaps import Swap
 from attnswap.swaps import expression as fn
 from attnswap.swaps.base import Feature, Terms
+from attnswap.swaps.softmax import Softmax
+from attnswap.swaps.statistics import Root, Statistic
 
 SWAPS = [
     attnswap.Softpick(),
@@ -56,7 +58,7 @@ def problem_of(
             features[name] = draw(heads)
         elif name == "log_forget":
             features[name] = -draw(batch, heads, visibility.k_length).abs() * 0.1
-    features = complete_features(swap, features, query, key)
+    features = complete_features(swap, features, query, key, value)
     return Problem(swap, query, key, value, visibility, features, width**-0.5, **options)
 
 
@@ -131,7 +133,7 @@ def test_every_layout_in_fp64(swap: Swap, name: str, backend: Any, monkeypatch):
     visibility = layouts()[name]
     if swap.causal_only and visibility.sees_future:
         pytest.skip("works over time")
-    if swap.threshold and backend is tiled:
+    if swap.statistics() and backend is tiled:
         pytest.skip("needs whole rows")
     monkeypatch.setattr(tiled_scores, "KEYS", 100)  # several tiles
     sinks = torch.linspace(-1, 1, 4, dtype=torch.float64)
@@ -202,7 +204,7 @@ def test_fp32_is_as_exact_as_stock_softmax(
             "features": {n: x.float().double() for n, x in problem.features.items()},
         }
     )
-    softmax = Problem(**{**vars(problem), "swap": Swap(), "features": {}})
+    softmax = Problem(**{**vars(problem), "swap": Softmax(), "features": {}})
 
     def stock(p: Problem) -> Tensor:
         mask = visibility.mask().expand(1, 1, queries, keys)
@@ -218,7 +220,7 @@ def test_fp32_is_as_exact_as_stock_softmax(
         wanted = exact[place]
         allowed = max(2e-6, 4 * stock_error) * (1 if place == 0 else 10) * max(1.0, float(wanted.abs().max()))
         allowed = max(allowed, 4 * doubts[place], 4 * float((plain[place] - wanted).abs().max()))
-        if not (swap.threshold and level == 30.0):  # a key may cross the threshold by rounding
+        if not (swap.statistics() and level == 30.0):  # a key may cross the threshold by rounding
             assert (found - wanted).abs().max() <= allowed, place
 
 
@@ -242,7 +244,7 @@ def test_extreme_scores_stay_finite(swap: Swap, level: float):
 @pytest.mark.parametrize("attend", [oracle, native.attend, tiled.attend], ids=["dense", "native", "tiled"])
 def test_a_number_that_is_none_is_not_swallowed(swap: Swap, attend: Any):
     """NaN in a query reaches that row's output and no other: a broken model must not look sound."""
-    if swap.threshold and attend is tiled.attend:
+    if swap.statistics() and attend is tiled.attend:
         pytest.skip("needs whole rows")
     problem = problem_of(swap, Visibility(30, 30, torch.device("cpu")), (1, 2, 1, 4))
     problem.query[0, 1, 20, 0] = torch.nan
@@ -315,18 +317,19 @@ def test_no_second_derivative_in_silence():
 class Cubic(Swap):
     """A row swap of a user's own: cubes above the threshold."""
 
-    threshold: ClassVar[bool] = True
+    def statistics(self) -> dict[str, Statistic]:
+        return {"cut": Root(self.cube, lambda top, n, p: (top, top + fn.log(n)))}
 
     def weight(self, s: Any, shift: Any, p: SimpleNamespace) -> Any:
-        above = fn.relu(1 + (s - shift) / 3)
-        return above * above * above
+        return self.cube(s, p.cut, p)
 
-    def bracket(self, top: Any, n: Any, p: SimpleNamespace) -> tuple[Any, Any]:
-        return top, top + fn.log(n)
+    def cube(self, s: Any, cut: Any, p: SimpleNamespace) -> Any:
+        above = fn.relu(1 + (s - cut) / 3)
+        return above * above * above
 
 
 @needs_compiler
-def test_a_row_swap_needs_its_weight_and_bracket_alone():
+def test_a_row_swap_needs_its_weight_and_root_alone():
     """alpha = 4/3 is the same cube, so the released entmax vouches for it by way of ours."""
     problem = problem_of(Cubic(), Visibility(40, 40, torch.device("cpu")), (1, 2, 1, 4))
     entmax = Problem(**{**vars(problem), "swap": attnswap.Entmax(alpha=4 / 3)})

@@ -2,7 +2,7 @@
 
 import importlib.util
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import pytest
@@ -17,6 +17,7 @@ from attnswap.attention.visibility import Visibility
 from attnswap.swaps import Swap
 from attnswap.swaps import expression as fn
 from attnswap.swaps.base import Call, Feature, Terms
+from attnswap.swaps.statistics import Root, Statistic
 from tests.helpers.calls import Case, allowed_error, compare, draw, run
 from tests.helpers.devices import device_of
 from tests.helpers.ids import variant_id
@@ -28,27 +29,29 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 class Cubes(Swap):
     """w = (1 + a (s - t) / 3)_+ ^ 3 with bounds that are not tight; no name, so it is not registered."""
 
-    threshold = True
+    power: ClassVar[float] = 1 / 3
 
     def features(self) -> dict[str, Feature]:
         return {"sharpness": Feature("head", initial=0.0)}
 
+    def statistics(self) -> dict[str, Statistic]:
+        return {"cut": Root(self.cube, self.bounds, power=lambda p: self.power)}
+
     def weight(self, s: Any, shift: Any, p: SimpleNamespace) -> Any:
-        above = fn.relu(1 + fn.exp(p.sharpness) * (s - shift) / 3)
+        return self.cube(s, p.cut, p)
+
+    def cube(self, s: Any, cut: Any, p: SimpleNamespace) -> Any:
+        above = fn.relu(1 + fn.exp(p.sharpness) * (s - cut) / 3)
         return above * above * above
 
-    def bracket(self, top: Any, n: Any, p: SimpleNamespace) -> tuple[Any, Any]:
+    def bounds(self, top: Any, n: Any, p: SimpleNamespace) -> tuple[Any, Any]:
         return top - 1.0, top + 2.0 + fn.log(n) / fn.exp(p.sharpness)
-
-    def mass_power(self, p: SimpleNamespace) -> Any:
-        return 1 / 3
 
 
 class Halved(Cubes):
     """As :class:`Cubes`, but Newton would not do: far from the root, only halving the bounds gets anywhere."""
 
-    def mass_power(self, p: SimpleNamespace) -> Any:
-        return 1.0
+    power: ClassVar[float] = 1.0
 
 
 class Doubled(Cubes):

@@ -60,7 +60,14 @@ def call_of(swap: Swap, backend: str, kind: str, dtype: torch.dtype, decay: floa
         for name, f in swap.features().items()
     }
     return Problem(
-        swap, query, key, value, visibility, complete_features(swap, features, query, key), WIDTH**-0.5, **changes
+        swap,
+        query,
+        key,
+        value,
+        visibility,
+        complete_features(swap, features, query, key, value),
+        WIDTH**-0.5,
+        **changes,
     )
 
 

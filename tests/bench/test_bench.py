@@ -152,6 +152,10 @@ def test_every_known_swap_is_measured():
     assert [dict(case.swap)["value"] for case in found if case.swap["name"] == "selective-temperature"] == [False]
 
 
+SOFTMAX_HERE = ("softmax", "top-k")
+"""Cases that are softmax over 64 keys: itself, and the 64 largest scores."""
+
+
 @pytest.mark.parametrize("case", bench.swap_cases(), ids=lambda case: case.label)
 @pytest.mark.parametrize("mode", cases.MODES)
 def test_a_call_is_the_swap_away_from_identity(case, mode):
@@ -166,7 +170,9 @@ def test_a_call_is_the_swap_away_from_identity(case, mode):
     found = call()
     assert torch.allclose(found[0], expected, atol=1e-5)
     softmax = calls.sdpa(*qkv)
-    assert torch.allclose(found[0], softmax, atol=1e-4) == (case.fill.get("log_forget") == 0.0)
+    assert torch.allclose(found[0], softmax, atol=1e-4) == (
+        case.fill.get("log_forget") == 0.0 or case.label in SOFTMAX_HERE
+    )
     assert len(found) == 1 + (3 + len(features)) * where.backward
     assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in found[1:])
     assert call.backend in running.BACKENDS
@@ -270,7 +276,7 @@ def test_a_planted_slow_swap_fails_its_bound(monkeypatch):
 def test_a_backend_that_cannot_serve_is_reported(short_samples):
     found = bench.run_bench(plan(swaps=["ssmax", "softpick"], backend="folded", peers=False))
     reasons = {cell.case.label: cell.skipped for cell in found.cells}
-    assert reasons["ssmax"] is None and "not softmax's" in reasons["softpick"]
+    assert reasons["ssmax"] is None and 'the stage "weights"' in reasons["softpick"]
     with pytest.raises(ConfigError, match="no swap can be measured"):
         bench.run_bench(plan(swaps=["softpick"], backend="folded", peers=False))
 

@@ -7,7 +7,7 @@ needs nothing here.
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest import mock
 
 import torch
@@ -18,10 +18,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import attnswap
 from attnswap.attention import chunked, dense, native, triton
-from attnswap.attention.dispatch import BACKENDS
+from attnswap.attention.dispatch import BACKENDS, with_weights
 from attnswap.attention.problem import Problem, complete_features
 from attnswap.attention.visibility import Visibility
 from attnswap.swaps import REGISTRY, ModelInfo, Swap, names
+from attnswap.swaps.softmax import Softmax
+from attnswap.swaps.statistics import Root
 from tests.helpers.devices import device_of
 
 SETTINGS = settings()  # of the profile that conftest.py chose, or the command line
@@ -106,7 +108,7 @@ class Inputs:
 
 def bound(swap: Swap, case: Case) -> Swap:
     """The swap as it would be in a model of the case's sizes."""
-    return swap.bind(ModelInfo(case.heads, case.kv_heads, hidden=8, max_positions=MAX_POSITIONS))
+    return swap.bind(ModelInfo(case.heads, case.kv_heads, 8, MAX_POSITIONS, case.value_width))
 
 
 def draw_features(swap: Swap, case: Case, generator: torch.Generator) -> dict[str, Tensor]:
@@ -118,15 +120,14 @@ def draw_features(swap: Swap, case: Case, generator: torch.Generator) -> dict[st
     drawn = {}
     for name, feature in swap.features().items():
         count = case.heads if feature.heads == "query" else case.kv_heads
-        tokens = {"head": (), "query": (case.queries,), "key": (case.keys,)}[feature.per]
-        shape = (count,) if feature.per == "head" else (case.batch, count, *tokens)
+        shape = feature.shape(case.batch, count, case.queries, case.keys, case.value_width)
         noise = torch.randn(shape, generator=generator, dtype=torch.float64)
         if feature.drawn is not None:
             low, high = feature.drawn
             uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
             drawn[name] = (low + (high - low) * uniform) / (max(case.keys, 2) if feature.summed else 1)
         elif feature.per == "head":
-            start = 0.0 if feature.initial is None else feature.initial
+            start = feature.start(range(count)).double()
             # Never within a tenth of the start, whatever is drawn.
             drawn[name] = start + noise.sign() * (0.1 + 0.4 * noise.abs().clamp(max=2))
         else:
@@ -328,13 +329,13 @@ def short_blocks(rows: int = 2) -> Iterator[list[int]]:
 def backends_of(swap: Swap) -> list[str]:
     """The backends that must serve a swap; the others must refuse it."""
     refusing = set() if swap.traits.route == "folded" else {"folded"}
-    if swap.shift_gradient or native.build.unavailable():
+    kinds = list(swap.statistics().values())
+    no_kernel = "pair" in swap.stages or (bool(kinds) and [type(kind) for kind in kinds] != [Root])
+    if no_kernel or native.build.unavailable():
         refusing.add("native")
-    if swap.shift_gradient or swap.threshold:
+    if no_kernel or kinds:
         refusing.add("tiled")
-    if (
-        swap.shift_gradient or not triton.interpreted()
-    ):  # tests/attention/test_triton.py runs it, in a process of its own
+    if no_kernel or not triton.interpreted():  # tests/attention/test_triton.py runs it, in a process of its own
         refusing.add("triton")
     return [name for name in ("auto", *BACKENDS) if name not in refusing]
 
@@ -343,7 +344,7 @@ def softmax_output(inputs: Inputs) -> Tensor:
     """Softmax in the dense reference."""
     plain = copy.copy(inputs)
     plain.features = {}
-    return output(Swap(), plain)
+    return output(Softmax(), plain)
 
 
 def shares_value_features(swap: Swap) -> bool:
@@ -357,7 +358,7 @@ def head_ramp(swap: Swap, case: Case, values: tuple[float, ...] = (0.25, 1.0, 0.
     return torch.tensor([values[(h // step) % len(values)] for h in range(case.heads)])
 
 
-def weights(swap: Swap, inputs: Inputs) -> Tensor:
+def weights(swap: Swap, inputs: Inputs, seed: int | None = None) -> Tensor:
     """The weights of the dense reference, before any scale of the values."""
     query, key, value = inputs.tensors.values()
     options = inputs.options
@@ -369,8 +370,7 @@ def weights(swap: Swap, inputs: Inputs) -> Tensor:
         causal=bool(options.get("is_causal")),
         q_offset=key.shape[2] - query.shape[2],
     )
-    features = complete_features(swap, inputs.features, query, key)
+    features = complete_features(swap, inputs.features, query, key, value)
     problem = Problem(swap, query, key, value, visibility, features, query.shape[-1] ** -0.5)
-    found = dense.attend(problem, need_weights=True)[1]
-    assert found is not None
-    return found
+    problem = replace(problem, seed=None if seed is None else torch.tensor(seed))
+    return with_weights(problem)[1]

@@ -16,10 +16,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from attnswap import swaps
-
 ARCHITECTURES = ["llama", "mistral", "qwen3", "gemma2", "gpt_oss", "gpt2", "gpt_neox"]
-SWAPS = swaps.names()
+SWAPS = ["entmax", "forgetting-gate", "selective-temperature", "sigmoid", "softmax-1", "softpick", "ssmax"]
+"""One or more for each way through the surgery; tests/surgery/test_stages.py patches all others."""
 VOCABULARY = 97
 WINDOW = 6
 

@@ -102,7 +102,7 @@ def solve(
         key,
         value,
         visibility,
-        complete_features(swap, features, query, key),
+        complete_features(swap, features, query, key, value),
         width**-0.5,
         softcap=1.5 if kind == "soft cap" else None,
         sinks=sinks,

@@ -34,7 +34,7 @@ class NoAutocast(contextlib.nullcontext):
 def meta_serves() -> Iterator[None]:
     """Gives the meta device what GPUs have: autocast, answers to yes-or-no questions, and the kernels."""
     real = Tensor.__bool__
-    kernels = replace(BACKENDS["triton"], refusal=lambda problem: None, fast=lambda problem: True)
+    kernels = replace(BACKENDS["triton"], kernel_refusal=lambda problem: None, fast=lambda problem: True)
     with (
         mock.patch.object(Tensor, "__bool__", lambda x: True if x.device == META else real(x)),
         mock.patch.object(torch, "is_autocast_enabled", return_value=False),
@@ -51,7 +51,7 @@ def call(swap: str, dtype: torch.dtype, mask: str = "none") -> Tensor:
     features = {}
     for name, feature in bound.features().items():
         heads = 4 if feature.heads == "query" else 2
-        shape = (heads,) if feature.per == "head" else (2, heads, 64)
+        shape = feature.shape(2, heads, 64, 64, 32)
         features[name] = torch.zeros(shape, device=META, requires_grad=True)
     seen = {"bool": torch.bool, "additive": torch.float32}.get(mask)
     given = {} if seen is None else {"attn_mask": torch.ones(2, 1, 64, 64, device=META, dtype=seen)}
@@ -71,7 +71,7 @@ def test_a_call(swap: str, dtype: torch.dtype, mask: str) -> None:
 
 
 def test_a_tensor_left_on_the_cpu_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Visibility, "positions", lambda self: torch.arange(self.q_length))
+    monkeypatch.setattr(Visibility, "key_index", lambda self: torch.arange(self.q_length))
     with pytest.raises(RuntimeError, match="device"):
         call("ssmax", torch.float32)
 

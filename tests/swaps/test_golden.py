@@ -6,6 +6,10 @@
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,7 +17,8 @@ import torch
 from torch import Tensor
 
 import attnswap
-from attnswap.swaps import Swap
+from attnswap.attention import problem
+from attnswap.swaps import ModelInfo, Swap
 from tests.helpers.calls import Inputs, backends_of
 from tests.helpers.calls import weights as weights_of
 from tests.helpers.paths import GOLDEN
@@ -32,7 +37,7 @@ def swap_of(name: str, golden: dict[str, Tensor]) -> tuple[Swap, dict[str, str]]
         "softpick": (attnswap.Softpick(eps=float(golden.get("eps", 0.0)), eps_after_max_shift=True), {}),
         "softpick_naive_fp32cast": (attnswap.Softpick(eps=1e-8, eps_after_max_shift=True), {}),
         "sigmoid_nobias": (attnswap.Sigmoid(bias=0.0), {}),
-        "sigmoid_bias_neglogN": (attnswap.Sigmoid(bias=float(golden.get("bias", 0.0))), {}),
+        "sigmoid_bias_neglogN": (attnswap.Sigmoid(bias=float(golden.get("bias", torch.zeros(1)).flatten()[0])), {}),
         "sigmoid_div_n": (attnswap.Sigmoid(bias=0.0, divide_by_n=True), {}),
         "fox_forgetting_attention": (attnswap.ForgettingGate(), {"log_forget": "log_fgate"}),
         "entmax15": (attnswap.Entmax(alpha=1.5), {}),
@@ -44,6 +49,22 @@ def swap_of(name: str, golden: dict[str, Tensor]) -> tuple[Swap, dict[str, str]]
             attnswap.SelectiveTemperature(position="released", query=False, value=False),
             {"position_gain": "beta"},
         ),
+        "gated_attention_headwise": (attnswap.OutputGate(start=None), {"gate": "gate"}),
+        "gated_attention_elementwise": (attnswap.OutputGate(per="element", start=None), {"gate": "gate"}),
+        "lssa": (attnswap.LSSA(eps=1e-8), {}),
+        "lssar_p3": (attnswap.LSSA(power=3.0, eps=1e-8), {}),
+        "elastic_softmax": (attnswap.ElasticSoftmax(keep_single=False), {"tau": "tau"}),
+        "lazy_attention_bias": (
+            attnswap.ElasticSoftmax(keep_single=False, distances=6),
+            {"tau": "tau", "bias": "bias"},
+        ),
+        "topk_softmax_k4": (attnswap.TopK(k=4), {}),
+        "clipped_softmax_gamma": (attnswap.ClippedSoftmax(gamma=-0.03, over_n=False), {}),
+        "stickbreaking": (attnswap.StickBreaking(), {}),
+        "stickbreaking_strict_rem": (attnswap.StickBreaking(own="remainder"), {}),
+        "scale_invariant_tau10": (attnswap.ScaleInvariant(), {}),
+        "swat_window6": (attnswap.Swat(window=6, slope="recent").bind(ModelInfo(3, 3, 24)), {"slope": "slopes"}),
+        "gumbel_softmax_tau0.7": (attnswap.GumbelSoftmax(temperature=0.7), {}),
     }
     return configs[name]
 
@@ -51,13 +72,34 @@ def swap_of(name: str, golden: dict[str, Tensor]) -> tuple[Swap, dict[str, str]]
 def compute(golden: dict[str, Tensor], swap: Swap, features: dict[str, str], backend: str) -> dict[str, Tensor]:
     """Output and gradients under the file's names."""
     given = {n: golden[n].clone().requires_grad_() for n in ("q", "k", "v", *features.values())}
-    named = {feature: given[n] for feature, n in features.items()}
-    out = attnswap.attention(given["q"], given["k"], given["v"], swap, is_causal=True, backend=backend, **named)
+    batch, heads, tokens, width = golden["v"].shape
+    shapes = {name: feature.shape(batch, heads, tokens, tokens, width) for name, feature in swap.features().items()}
+    named: dict[str, Any] = {feature: _fitted(given[n], shapes[feature]) for feature, n in features.items()}
+    with stored_noise(golden):
+        seed = 0 if "noise" in golden else None
+        qkv = (given["q"], given["k"], given["v"])
+        out = attnswap.attention(*qkv, swap, is_causal=True, backend=backend, seed=seed, **named)
     found = {"out": out.detach()}
     if "dout" in golden:
         out.backward(golden["dout"])
-        found |= {f"d{n}": x.grad for n, x in given.items() if x.grad is not None}
+        found |= {f"d{n}": x.grad for n, x in given.items() if x.grad is not None and f"d{n}" in golden}
     return found
+
+
+def _fitted(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Returns a stored array in the shape of a feature; a single number stays one."""
+    return x.reshape(shape) if x.ndim else x
+
+
+@contextmanager
+def stored_noise(golden: dict[str, Tensor]) -> Iterator[None]:
+    """Puts a file's Gumbel noise in the place of ours, as the uniform numbers that it was made of."""
+
+    def uniform(seed: Tensor, batch: int, heads: int, queries: Tensor, keys: Tensor) -> Tensor:
+        return (-(-golden["noise"]).exp()).exp()[:, :, queries][..., keys]
+
+    with mock.patch.object(problem, "uniform_of", uniform):
+        yield
 
 
 def test_the_manifest_names_a_source_for_every_file():
@@ -93,8 +135,13 @@ def test_golden_weights(name: str):
         torch.ones(17, 17, dtype=torch.bool).tril(),
         golden["out"],
     )
+    inputs.features = {
+        name: _fitted(x, swap.features()[name].shape(2, 3, 17, 17, 8)) for name, x in inputs.features.items()
+    }
     allowed = 1e-6 if name == "softpick_naive_fp32cast" else 1e-10
-    assert float((weights_of(swap, inputs) - golden["weights"]).abs().max()) <= allowed
+    with stored_noise(golden):
+        found = weights_of(swap, inputs, seed=0 if "noise" in golden else None)
+    assert float((found - golden["weights"]).abs().max()) <= allowed
 
 
 @pytest.mark.parametrize("backend", ["dense", "chunked"])

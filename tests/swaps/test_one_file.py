@@ -125,6 +125,7 @@ from typing import Any, ClassVar
 
 from attnswap.swaps import expression as fn
 from attnswap.swaps.base import Feature, Swap
+from attnswap.swaps.statistics import Root, Statistic
 
 
 @dataclass(frozen=True)
@@ -134,20 +135,22 @@ class CubeThreshold(Swap):
     name: ClassVar[str] = "cube-threshold"
     paper: ClassVar[str] = "An example (arXiv 0000.00000)"
     summary: ClassVar[str] = "cubes above the threshold at which a row sums to one"
-    threshold: ClassVar[bool] = True
 
     def features(self) -> dict[str, Feature]:
         return {"log_alpha": Feature("head", initial=0.0, what="logarithm of the sharpness")}
 
+    def statistics(self) -> dict[str, Statistic]:
+        return {"threshold": Root(self.cube, self.bounds, power=lambda p: 1 / 3)}
+
     def weight(self, s: Any, shift: Any, p: SimpleNamespace) -> Any:
-        above = fn.relu(1 + fn.exp(p.log_alpha) * (s - shift) / 3)
+        return self.cube(s, p.threshold, p)
+
+    def cube(self, s: Any, threshold: Any, p: SimpleNamespace) -> Any:
+        above = fn.relu(1 + fn.exp(p.log_alpha) * (s - threshold) / 3)
         return above * above * above
 
-    def bracket(self, top: Any, n: Any, p: SimpleNamespace) -> tuple[Any, Any]:
+    def bounds(self, top: Any, n: Any, p: SimpleNamespace) -> tuple[Any, Any]:
         return top, top + fn.log(n) / fn.exp(p.log_alpha)
-
-    def mass_power(self, p: SimpleNamespace) -> Any:
-        return 1 / 3
 
 
 if __name__ == "__main__":

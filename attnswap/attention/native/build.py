@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from attnswap.attention.codegen import solved
 from attnswap.attention.lazy import constant, once
 from attnswap.attention.native import cache
 from attnswap.attention.native.program import HERE, digest, headers, source
@@ -116,7 +117,7 @@ def program(swap: Swap, whole: bool) -> str:
         OSError: It cannot be kept or loaded.
     """
     text = source(swap, whole)
-    name = f"{'row' if swap.threshold else 'swap'}_{digest(text, headers(), *FLAGS)}"
+    name = f"{'row' if solved(swap) else 'swap'}_{digest(text, headers(), *FLAGS)}"
 
     def make(target: Path) -> None:
         written = target.with_name("swap.cpp")

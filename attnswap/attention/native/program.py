@@ -4,7 +4,7 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
-from attnswap.attention.codegen import cpp, parameters, trace
+from attnswap.attention.codegen import cpp, parameters, solved, trace
 from attnswap.swaps.base import Swap
 
 HERE = Path(__file__).parent
@@ -243,12 +243,12 @@ def source(swap: Swap, whole: bool) -> str:
     )
     functions = ["row_floor", "row_null", "row_norm", "row_norm_slope", "weigh", "slopes"]
     functions += ["weigh_by_param", "null_by_param", "norm_by_param"]
-    own = ["row_low", "row_high", "row_power", "candidates", "mass", "weigh_and_slope"] if swap.threshold else []
-    rows += THRESHOLD.format(p=p, scalars=scalars, vectors=vectors) if swap.threshold else ""
+    own = ["row_low", "row_high", "row_power", "candidates", "mass", "weigh_and_slope"] if solved(swap) else []
+    rows += THRESHOLD.format(p=p, scalars=scalars, vectors=vectors) if solved(swap) else ""
 
     def entries(kind: str) -> str:
         ours, rest = ([f"{f}<{kind}>" for f in group] for group in (functions, own))
-        flags = ["true" if flag else "false" for flag in (swap.shifted, swap.threshold)]
+        flags = ["true" if flag else "false" for flag in (swap.shifted, solved(swap) is not None)]
         return f"{{{', '.join([str(len(names)), flags[0], *ours, flags[1], *(rest or ['nullptr'] * 6)])}}}"
 
     table = ", ".join(entries(kind) for kind in ("float", "double"))

@@ -12,8 +12,6 @@ from attnswap.attention.tiled.scores import Setup
 
 def refusal(problem: Problem) -> str | None:
     """Says why these tiles cannot compute a call, or None where they can."""
-    if problem.swap.threshold:
-        return f'"{problem.swap.name}" needs whole rows, to find their thresholds'
     if torch.compiler.is_compiling():
         return "it is not traced; the chunked backend is what torch.compile makes fast"
     return operands.refusal(problem)

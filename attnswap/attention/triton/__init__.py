@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from attnswap.attention import operands as shared
+from attnswap.attention.codegen import solved
 from attnswap.attention.lazy import constant
 from attnswap.attention.operands import rows, whole
 from attnswap.attention.problem import Problem
@@ -83,7 +84,7 @@ def operands(problem: Problem) -> tuple[Any, ...]:
     arguments = (
         _source(swap, problem.whole),
         swap.shifted,
-        swap.threshold,
+        solved(swap) is not None,
         *(rows(x) for x in (problem.query, problem.key, problem.scaled_value())),
         *visibility.spans,
         visibility.holes,

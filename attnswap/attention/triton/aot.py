@@ -23,6 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from attnswap.attention.autograd import DIFFERENTIABLE
+from attnswap.attention.codegen import solved
 from attnswap.attention.problem import Problem
 from attnswap.attention.triton import launch, operands
 from attnswap.attention.triton.assembly import inner_loop, listing
@@ -189,7 +190,7 @@ def _number(pattern: str, text: str) -> int:
 def everything() -> Iterator[tuple[str, str, str, int, str]]:
     """Yields what the table holds, as arguments of :func:`compile_one`."""
     for name, swap in SWAPS.items():
-        kernels = [k for k in KERNELS if k != ("forward" if swap.threshold else "forward_rows")]
+        kernels = [k for k in KERNELS if k != ("forward" if solved(swap) else "forward_rows")]
         yield from itertools.product(TARGETS, [name], DTYPES, WIDTHS, kernels)
 
 

@@ -6,7 +6,7 @@ import linecache
 from types import SimpleNamespace
 from typing import Any
 
-from attnswap.attention.codegen import TRITON, functions, parameters, trace
+from attnswap.attention.codegen import TRITON, functions, parameters, solved, trace
 from attnswap.swaps.base import Swap
 from attnswap.swaps.expression import constant
 
@@ -119,7 +119,7 @@ def source(swap: Swap, whole: bool) -> str:
         by=cases("weight_by = weight_by_{name}(s, shift, shift{p})\nnorm_by = norm_by_{name}(s, shift, shift{p})"),
         null_by=cases("null_by = null_by_{name}(shift, shift, n{p})"),
     )
-    glue += THRESHOLD.format(p=p) if swap.threshold else ""
+    glue += THRESHOLD.format(p=p) if solved(swap) else ""
     read = sum(reads(swap, name, whole) << i for i, name in enumerate(names))
     return f"{HEAD}{functions(swap, TRITON, whole)}{glue}\n\nREAD = {read}\n"
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from attnswap.attention.codegen import solved
 from attnswap.attention.triton import aot, launch
 from attnswap.attention.triton.tiles import KERNELS, Tiles, tiles_of
 from attnswap.devices import gpu_failure
@@ -65,7 +66,7 @@ def candidates(swaps: Iterable[str], dtypes: Iterable[str], widths: Iterable[int
     """Yields what is to be timed."""
     sizes = [Tiles(*numbers) for numbers in itertools.product(ROWS, KEYS, WARPS, STAGES)]
     for dtype, width, swap in itertools.product(dtypes, widths, swaps):
-        left_out = "forward" if aot.SWAPS[swap].threshold else "forward_rows"
+        left_out = "forward" if solved(aot.SWAPS[swap]) else "forward_rows"
         for kernel in KERNELS:
             if kernel != left_out:
                 yield from (Candidate(swap, dtype, width, kernel, tiles) for tiles in sizes)
