@@ -90,6 +90,11 @@ class Feature:
         what: One line for the tables.
         width: The size of one more dimension at the end, ``"value_dim"`` for the width of the values; None: there is
             none. Features with a width are read by prepare, terms, distance_bias and finish, which see whole tensors.
+        drawn: The range of values at which tests and benchmarks try the maths; None: about one half beside the start
+            (per head), and values of either sign near 1 (per token).
+        summed: Whether the maths adds the values up over the keys, as decays: ``drawn`` is then the range of a row's
+            sum.
+        rounded: Whether the maths rounds what depends on it to fp32 in any precision, which hides small changes.
     """
 
     per: Literal["head", "query", "key"]
@@ -99,6 +104,9 @@ class Feature:
     padding: float = 0.0
     what: str = ""
     width: Literal["value_dim"] | int | None = None
+    drawn: tuple[float, float] | None = None
+    summed: bool = False
+    rounded: bool = False
 
     def __post_init__(self) -> None:
         """Raises ConfigError for initial values per head that have a deviation as well."""
@@ -345,6 +353,11 @@ class Swap:
             wanted = _wanted(type(self), name, getattr(self, name))
             if wanted is not None:
                 raise ConfigError(f"{self.name}: {name} must be {wanted}, not {getattr(self, name)!r}")
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        """Returns the configs that tests try: one for each mode of the maths, the default among them."""
+        return (cls(),)
 
     # --- what it needs ------------------------------------------------------------------------------------------
 

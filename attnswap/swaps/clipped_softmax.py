@@ -9,8 +9,9 @@ Caveat: a gamma that does not depend on the number of keys takes everything from
 -0.03 costs 4.4 nats per token at 512 tokens, and -0.1 / n costs 0.02.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from attnswap.errors import require
 from attnswap.swaps import expression as fn
@@ -42,6 +43,10 @@ class ClippedSoftmax(Swap):
         super().__post_init__()
         require(self.gamma <= 0, f"clipped-softmax: gamma must be at most 0, not {self.gamma}")
         require(self.eta >= 1, f"clipped-softmax: eta must be at least 1, not {self.eta}")
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        return (cls(gamma=-0.5), cls(gamma=-0.03, eta=1.05, over_n=False))
 
     @property
     def needs_n(self) -> bool:  # type: ignore[override]

@@ -9,8 +9,9 @@ Caveats: at the published tau of -1 a row of equal weights is 0, and so is the f
 writes nothing: ``keep_single`` exempts rows of one key. Pretrained models start at 0, or near it and below.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
@@ -44,6 +45,10 @@ class ElasticSoftmax(Swap):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.distances >= 0, f"elastic-softmax: distances must not be negative, not {self.distances}")
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        return (cls(), cls(start=-0.5, distances=4, keep_single=False))
 
     @property
     def exact_identity(self) -> bool:

@@ -22,9 +22,9 @@ lambda 0 and raise it. A model's own sinks take part in the sum, unscaled.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
@@ -69,6 +69,16 @@ class Entmax(Swap):
         require(self.alpha == "learned" or 1 < self.alpha <= 2, f"entmax: alpha must be in (1, 2], not {self.alpha}")
         require(1 < self.start < 2, f"entmax: start must be in (1, 2), not {self.start}")
         require(0 <= self.units <= predicted.WIDEST, f"entmax: units must be 0 to {predicted.WIDEST}")
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        return (
+            cls(),
+            cls(alpha=2.0),
+            cls(alpha=1.2),
+            cls(alpha="learned"),
+            cls(scale="predicted"),
+        )
 
     @property
     def needs_n(self) -> bool:  # type: ignore[override]

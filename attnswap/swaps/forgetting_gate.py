@@ -14,9 +14,9 @@ Caveats: log f is summed in fp64, since a score only sees differences of large s
 gates of past tokens live beside the KV cache. No published work puts this gate into a pretrained softmax model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -44,12 +44,18 @@ class ForgettingGate(Swap):
         super().__post_init__()
         object.__setattr__(self, "init", resolve_init(self.init, True, self.name))
 
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        return (cls(), cls(init="paper"))
+
     @property
     def exact_identity(self) -> bool:
         return self.init == "identity"
 
     def features(self) -> dict[str, Feature]:
-        return {"log_forget": Feature("key", "query", what="log f of each key's token, not positive")}
+        what = "log f of each key's token, not positive"
+        # A row's oldest keys lose one half to seven eighths of their weight.
+        return {"log_forget": Feature("key", "query", what=what, drawn=(-2.0, -0.7), summed=True)}
 
     def gate_parameters(self) -> dict[str, Parameter]:
         gain = 0.0 if self.init == "identity" else 1.0

@@ -12,8 +12,9 @@ whose keys all fit equally well has no key above the mean, and gives output 0.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -48,6 +49,10 @@ class LSSA(Swap):
         super().__post_init__()
         require(self.power is None or self.power >= 1, f"lssa: power must be at least 1, not {self.power}")
         require(self.eps >= 0, f"lssa: eps must not be negative, not {self.eps}")
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        return (cls(), cls(power=2.0, eps=1e-8))
 
     @property
     def shifted(self) -> bool:  # type: ignore[override]

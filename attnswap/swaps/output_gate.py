@@ -12,9 +12,9 @@ own, and some noise (``std``), which is then no exact identity.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -47,6 +47,10 @@ class OutputGate(Swap):
         super().__post_init__()
         require(self.start is None or 0 < self.start < 1, f"output-gate: start must be in (0, 1), not {self.start}")
         require(self.std >= 0, f"output-gate: std must not be negative, not {self.std}")
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        return (cls(), cls(per="element", start=0.9), cls(start=None, std=0.02))
 
     @property
     def exact_identity(self) -> bool:

@@ -12,9 +12,9 @@ key/value head and token; a selection of heads that splits a key/value group is 
 has the position part alone: ``SelectiveTemperature(position="released", query=False, value=False)``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -54,6 +54,16 @@ class SelectiveTemperature(Swap):
         super().__post_init__()
         object.__setattr__(self, "init", resolve_init(self.init, self.position == "log_n", self.name))
 
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        return (
+            cls(),
+            cls(init="paper"),
+            cls(query=False),
+            cls(value=False),
+            cls(position="released", query=False, value=False),
+        )
+
     @property
     def exact_identity(self) -> bool:
         return self.init == "identity"
@@ -63,7 +73,8 @@ class SelectiveTemperature(Swap):
         gain = 0.0 if self.init == "identity" else 0.5
         position = Feature("head", initial=gain, what="gain of ln n")
         if self.position == "released":
-            position = Feature("head", initial=2.0, what="beta; the gain of ln n is exp(-exp(beta))")
+            what = "beta; the gain of ln n is exp(-exp(beta))"
+            position = Feature("head", initial=2.0, what=what, drawn=(-0.9, 0.9), rounded=True)
         found = {"position_gain": position}
         if self.query:
             found["query_temperature"] = Feature("query", what="change of the query's temperature, in (-1, 1)")

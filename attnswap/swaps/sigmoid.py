@@ -29,7 +29,7 @@ l_i = L_i + ln(1 - lambda)).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -88,6 +88,22 @@ class Sigmoid(Swap):
         )
         require(0 <= self.units <= predicted.WIDEST, f"sigmoid: units must be 0 to {predicted.WIDEST}")
         require(self.max_positions is None or self.max_positions > 0, "sigmoid: max_positions must be positive")
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        return (
+            cls(),
+            cls(bias=-1.5),
+            cls(bias="learned"),
+            cls(bias="predicted"),
+            cls(bias="predicted", keep_lone=True),
+            cls(bias=-1.5, keep_lone=True),
+            cls(bias=0.5, row_limit=1.5),
+            cls(bias="predicted", keep_lone=True, row_limit=2.0),
+            cls(bias=0.0, bias_log_n=-1.0),
+            cls(bias=0.5, divide_by_n=True),
+            cls(bias=0.5, divide_by_n="sqrt"),
+        )
 
     def bind(self, info: ModelInfo) -> Self:
         if self.bias not in (None, "learned") or self.max_positions is not None:

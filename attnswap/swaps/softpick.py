@@ -26,8 +26,9 @@ weight 1, even a tiny lambda does damage.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from attnswap.errors import require
 from attnswap.swaps import expression as fn
@@ -64,6 +65,16 @@ class Softpick(Swap):
         super().__post_init__()
         require(self.eps >= 0, f"softpick: eps must not be negative, not {self.eps}")
         require(self.anchor is None or self.anchor > 0, "softpick: anchor must be a positive number of keys")
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        return (
+            cls(),
+            cls(anchor=6),
+            cls(keep_lone=True),
+            cls(eps=1e-2),
+            cls(eps=1e-2, eps_after_max_shift=True),
+        )
 
     def terms(self, call: Call) -> Terms:
         raised = None

@@ -16,6 +16,7 @@ restarts at packed document borders and stops growing at a sliding window.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
@@ -51,6 +52,16 @@ class SSMax(Swap):
         super().__post_init__()
         require(self.train_length is None or self.train_length > 0, "ssmax: train_length must be a positive number")
         object.__setattr__(self, "init", resolve_init(self.init, self.form != "scale", "ssmax"))
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        return (
+            cls(),
+            cls(init="paper"),
+            cls(form="scale"),
+            cls(form="anchored", train_length=3),
+            cls(form="anchored", train_length=3, init="paper"),
+        )
 
     @property
     def exact_identity(self) -> bool:

@@ -10,8 +10,9 @@ Caveats: no start equals softmax. Scores that suit softmax give nearly everythin
 -ln n (``bias_log_n=-1``) lets rows reach far back.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from attnswap.swaps import expression as fn
 from attnswap.swaps.base import Call, Numbers, Pair, Swap, Terms
@@ -41,6 +42,10 @@ class StickBreaking(Swap):
     row_sum: ClassVar = "at most one"
     causal_only: ClassVar[bool] = True
     shifted: ClassVar[bool] = False
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        return (cls(), cls(own="key"), cls(own="remainder", bias_log_n=-1.0))
 
     @property
     def needs_n(self) -> bool:  # type: ignore[override]

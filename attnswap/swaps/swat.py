@@ -9,6 +9,7 @@ old keys; with ``"balanced"`` the first half of the heads has positive and the s
 Caveat: no start equals softmax, and the keys outside the window are lost at once: pretrained models are healed.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -41,6 +42,10 @@ class Swat(Swap):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.window >= 1, f"swat: window must be at least 1, not {self.window}")
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        return (cls(window=4), cls(window=3, slope=None))
 
     def bind(self, info: ModelInfo) -> Self:
         return replace(self, heads=info.heads)

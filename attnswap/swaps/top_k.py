@@ -7,8 +7,9 @@ Caveat: which keys are kept jumps as scores cross, so that outputs are not conti
 while k is large: with 64 keys of 512, a small pretrained model lost 0.023 nats per token.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from attnswap.errors import require
 from attnswap.swaps import expression as fn
@@ -33,6 +34,10 @@ class TopK(Swap):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.k >= 1, f"top-k: k must be at least 1, not {self.k}")
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        return (cls(k=3),)
 
     def statistics(self) -> dict[str, Statistic]:
         return {"last": Rank(self.k)}

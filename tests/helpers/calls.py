@@ -5,7 +5,6 @@ needs nothing here.
 """
 
 import copy
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from attnswap.attention import chunked, dense, native, triton
 from attnswap.attention.dispatch import BACKENDS, with_weights
 from attnswap.attention.problem import Problem, complete_features
 from attnswap.attention.visibility import Visibility
-from attnswap.swaps import ModelInfo, Swap
+from attnswap.swaps import REGISTRY, ModelInfo, Swap, names
 from attnswap.swaps.softmax import Softmax
 from attnswap.swaps.statistics import Root
 from tests.helpers.devices import device_of
@@ -34,61 +33,8 @@ MAX_POSITIONS = 16
 
 
 def variants() -> list[Swap]:
-    """Every registered swap, the known ones in several configs."""
-    known: list[Swap] = [
-        attnswap.SSMax(),
-        attnswap.SSMax(init="paper"),
-        attnswap.SSMax(form="scale"),
-        attnswap.SSMax(form="anchored", train_length=3),
-        attnswap.SSMax(form="anchored", train_length=3, init="paper"),
-        attnswap.Softpick(),
-        attnswap.Softpick(anchor=6),
-        attnswap.Softpick(keep_lone=True),
-        attnswap.Softpick(eps=1e-2),
-        attnswap.Softpick(eps=1e-2, eps_after_max_shift=True),
-        attnswap.Sigmoid(),
-        attnswap.Sigmoid(bias=-1.5),
-        attnswap.Sigmoid(bias="learned"),
-        attnswap.Sigmoid(bias="predicted"),
-        attnswap.Sigmoid(bias="predicted", keep_lone=True),
-        attnswap.Sigmoid(bias=-1.5, keep_lone=True),
-        attnswap.Sigmoid(bias=0.5, row_limit=1.5),
-        attnswap.Sigmoid(bias="predicted", keep_lone=True, row_limit=2.0),
-        attnswap.Sigmoid(bias=0.0, bias_log_n=-1.0),
-        attnswap.Sigmoid(bias=0.5, divide_by_n=True),
-        attnswap.Sigmoid(bias=0.5, divide_by_n="sqrt"),
-        attnswap.SelectiveTemperature(),
-        attnswap.SelectiveTemperature(init="paper"),
-        attnswap.SelectiveTemperature(query=False),
-        attnswap.SelectiveTemperature(value=False),
-        attnswap.SelectiveTemperature(position="released", query=False, value=False),
-        attnswap.Entmax(),
-        attnswap.Entmax(alpha=2.0),
-        attnswap.Entmax(alpha=1.2),
-        attnswap.Entmax(alpha="learned"),
-        attnswap.Entmax(scale="predicted"),
-        attnswap.ForgettingGate(),
-        attnswap.ForgettingGate(init="paper"),
-        attnswap.OutputGate(),
-        attnswap.OutputGate(per="element", start=0.9),
-        attnswap.OutputGate(start=None, std=0.02),
-        attnswap.LSSA(),
-        attnswap.LSSA(power=2.0, eps=1e-8),
-        attnswap.ElasticSoftmax(),
-        attnswap.ElasticSoftmax(start=-0.5, distances=4, keep_single=False),
-        attnswap.TopK(k=3),
-        attnswap.ClippedSoftmax(gamma=-0.5),
-        attnswap.ClippedSoftmax(gamma=-0.03, eta=1.05, over_n=False),
-        attnswap.StickBreaking(),
-        attnswap.StickBreaking(own="key"),
-        attnswap.StickBreaking(own="remainder", bias_log_n=-1.0),
-        attnswap.ScaleInvariant(),
-        attnswap.Swat(window=4),
-        attnswap.Swat(window=3, slope=None),
-        attnswap.GumbelSoftmax(),
-    ]
-    covered = {swap.name for swap in known}
-    return known + [swap for swap in attnswap.list_swaps() if swap.name not in covered]
+    """The examples of every registered swap, by name."""
+    return [swap for name in names() for swap in REGISTRY[name].examples()]
 
 
 # --- calls ----------------------------------------------------------------------------------------------------------
@@ -168,23 +114,22 @@ def bound(swap: Swap, case: Case) -> Swap:
 def draw_features(swap: Swap, case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     """Draws what a swap declares, away from its initial values, in fp64.
 
-    Per-head values move from their start by about one half; per-token ones have a standard deviation near 1, those
-    named after a logarithm are negative and decay by one half in about half the keys.
+    A feature says from which range; else per-head values move from their start by about one half, and per-token ones
+    have a standard deviation near 1.
     """
     drawn = {}
     for name, feature in swap.features().items():
         count = case.heads if feature.heads == "query" else case.kv_heads
         shape = feature.shape(case.batch, count, case.queries, case.keys, case.value_width)
         noise = torch.randn(shape, generator=generator, dtype=torch.float64)
-        if feature.per == "head":
+        if feature.drawn is not None:
+            low, high = feature.drawn
+            uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
+            drawn[name] = (low + (high - low) * uniform) / (max(case.keys, 2) if feature.summed else 1)
+        elif feature.per == "head":
             start = feature.start(range(count)).double()
-            if getattr(swap, "position", "") == "released":
-                start = torch.zeros(())  # at its own start of 2 the gain of ln n is 6e-4, too little to see
             # Never within a tenth of the start, whatever is drawn.
             drawn[name] = start + noise.sign() * (0.1 + 0.4 * noise.abs().clamp(max=2))
-        elif name.startswith("log_"):
-            uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
-            drawn[name] = -(0.5 + uniform) * math.log(2) * 2 / max(case.keys, 2)
         else:
             drawn[name] = noise
     return drawn

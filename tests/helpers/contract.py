@@ -448,9 +448,9 @@ def check_gradients(swap: Swap) -> None:
             continue  # it is detached, which a formula written by hand knows and a numerical difference does not
         inputs = draw(config, case)
         everything = {**inputs.tensors, **inputs.features}
-        # The released position factor is held in fp32, which numerical differences cannot resolve; its gradient is
-        # compared with a formula and with the released code's instead.
-        names = [n for n in everything if (n, getattr(config, "position", "")) != ("position_gain", "released")]
+        # What is rounded to fp32 numerical differences cannot resolve.
+        rounded = {name for name, feature in config.features().items() if feature.rounded}
+        names = [n for n in everything if n not in rounded]
         leaves = [everything[n].clone().requires_grad_() for n in names]
         call = partial(_call, config, inputs, names, ramp)
         assert torch.autograd.gradcheck(call, leaves, eps=1e-6, atol=1e-6, rtol=1e-4)

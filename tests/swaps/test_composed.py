@@ -16,7 +16,7 @@ from tests.helpers.contract import CHECKS, check_ids
 
 LISTS = [
     ["sigmoid", "output-gate"],
-    ["ssmax", "forgetting-gate"],
+    ["forgetting-gate", "output-gate"],
     [attnswap.Entmax(alpha="learned"), "ssmax", attnswap.OutputGate(per="element", start=0.8)],
     [attnswap.StickBreaking(), "ssmax"],
     [attnswap.ElasticSoftmax(start=-0.5, distances=3), "scale-invariant"],

@@ -220,7 +220,7 @@ def test_every_member_of_the_maths_is_in_a_stage():
     """A new hook of the base class that no stage names would be passed over by every backend."""
     known = {member for members in STAGES.values() for member in members}
     around = "exact_identity bind features gate_parameters gates fit fit_powers regression needs_logsumexp stages"
-    around += " softmax_weighted weighing traits check_shared to_dict options from_dict versions"
+    around += " softmax_weighted weighing traits check_shared to_dict options from_dict versions examples"
     public = {name for name, x in vars(Swap).items() if callable(x) or isinstance(x, property | classmethod)}
     assert {name for name in public if not name.startswith("_")} == known | set(around.split())
 
